@@ -1,0 +1,225 @@
+"""Every setting, its default and its meaning: closed (unknown keys are errors) and frozen.
+
+Importable without torch: the command line reads configs before anything heavy is loaded.
+A check that needs only the config lives here; a check that needs the model's shape lives in
+`megatron_qlrl.config.checks`.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: str = "qlrl"
+    """Name of the run; also the tracker's run name."""
+    dir: str = "runs/qlrl"
+    """Folder for checkpoints, logs, rollouts and the resolved config."""
+    seed: int = 0
+    """Seeds data order and every sampled token (with step, prompt and sample index)."""
+
+
+class ModelConfig(Section):
+    path: str
+    """Hugging Face folder (config.json, safetensors, tokenizer) that training starts from."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of weights and activations; float32 on a machine without a GPU."""
+    rope_scaling: dict[str, float | int | str] | None = None
+    """Overrides the model's RoPE scaling, for example {rope_type: yarn, factor: 4.0,
+    original_max_position_embeddings: 32768}."""
+
+
+class DataConfig(Section):
+    train_files: tuple[str, ...] = ()
+    """RL prompts: verl-format parquet files."""
+    eval_files: tuple[str, ...] = ()
+    """Held-out prompts, one benchmark a file (named by its stem)."""
+    sft_files: tuple[str, ...] = ()
+    """SFT rows: the same parquet with a `response` column."""
+    enable_thinking: bool | None = None
+    """Passed to chat templates that read it (Qwen3); None leaves it out."""
+
+
+class PhaseConfig(Section):
+    name: str
+    """Shown in logs and checkpoints."""
+    max_input_tokens: int = Field(gt=0)
+    """L_k: the phase trains on prompts with L_{k-1} < tokens <= L_k."""
+    steps: int = Field(gt=0)
+    """Optimizer steps (rollout batches) of the phase."""
+
+
+class RolloutConfig(Section):
+    prompts_per_step: int = Field(128, gt=0)
+    """Prompts whose groups make one training batch."""
+    group_size: int = Field(8, gt=0)
+    """G: responses sampled for each prompt."""
+    max_response_tokens: int = Field(10_000, gt=0)
+    """Longest response; longer ones are cut and count as unfinished."""
+    temperature: float = Field(0.7, gt=0)
+    """Sampling temperature; part of the policy, so log-probs are taken at it too."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus sampling during rollout."""
+    tp: int = Field(1, gt=0)
+    """Tensor parallel size of the engine; independent of policy.tp."""
+    gpu_memory_utilization: float = Field(0.6, gt=0, lt=1)
+    """Share of a GPU the engine may use while it is awake (GPU only)."""
+    cpu_kv_cache_gib: int = Field(1, gt=0)
+    """Size of the key/value cache of the CPU engine, in GiB (CPU only)."""
+    sync_bucket_mib: int = Field(512, gt=0)
+    """Weights are gathered for the engine in buckets of at most this size."""
+
+
+class AlgorithmConfig(Section):
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """Group-relative advantage: (r - mean) / (std + 1e-6), r - mean, or leave-one-out."""
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """How token losses are averaged: over all tokens of the optimizer batch (DAPO), per
+    response and then over responses (GRPO), or over a constant number of tokens per response
+    (rollout.max_response_tokens, Dr. GRPO)."""
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    clip_high: float = Field(0.28, ge=0)
+    """Ratios are clipped to [1 - clip_low, 1 + clip_high]."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Lower bound c of the objective for negative advantages, c * A (dual-clip PPO)."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Coefficient of the KL term to the reference policy in the loss; it is logged at 0 too."""
+    kl_kind: Literal["k1", "k3"] = "k3"
+    """KL estimator: k1 = log p - log p_ref, k3 = exp(-k1) - 1 + k1."""
+    reference: bool = True
+    """Keep the starting weights as reference policy (one more forward pass a step)."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Coefficient of the entropy bonus."""
+    filter_groups: bool = True
+    """Leave out groups whose rewards have no spread: they carry no gradient."""
+    updates_per_step: int = Field(1, gt=0)
+    """Optimizer updates on one rollout batch (mini-batches of whole groups)."""
+
+
+class PolicyConfig(Section):
+    tp: int = Field(1, gt=0)
+    """Tensor parallel size of training."""
+    pp: int = Field(1, gt=0)
+    """Pipeline parallel size."""
+    cp: int = Field(1, gt=0)
+    """Context parallel size."""
+    sequence_parallel: bool = True
+    """Shard the norms' activations over tp (has an effect only when tp > 1)."""
+    distributed_optimizer: bool = True
+    """Shard the optimizer state over data parallel ranks (ZeRO-1)."""
+    max_tokens_per_row: int = Field(72_000, gt=0)
+    """Token cap of one packed row (one micro-batch). A prompt with one response must fit."""
+    share_prompts: bool = True
+    """Compute a prompt once for all its responses in a row."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: none, core attention only, or whole layers."""
+    logprob_chunk_tokens: int = Field(1024, gt=0)
+    """Tokens whose logits exist at one time."""
+    fp8: Literal["off", "e4m3", "hybrid"] = "off"
+    """FP8 format of the linear layers (Transformer Engine, GPU only)."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "blockwise"
+    """Transformer Engine's scaling recipe (GPU only)."""
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(2e-6, gt=0)
+    """AdamW learning rate, constant after warm-up unless min_lr_ratio < 1."""
+    warmup_steps: int = Field(0, ge=0)
+    min_lr_ratio: float = Field(1.0, ge=0, le=1)
+    """The learning rate falls linearly to lr * min_lr_ratio at the last step."""
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+
+
+class SFTConfig(Section):
+    batch_size: int = Field(128, gt=0)
+    """Examples per optimizer step."""
+    epochs: int = Field(3, gt=0)
+    max_steps: int | None = Field(None, gt=0)
+    """Stops earlier than the epochs would."""
+    aggregation: Literal["token_mean", "sequence_mean"] = "sequence_mean"
+    """Mean of the per-example means (the method's warm-up) or over all response tokens."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(50, gt=0)
+    """Save after every n-th step, and always after the last step of a phase."""
+    keep: int = Field(2, gt=0)
+    """Newest checkpoints that stay on disk."""
+    resume: bool = True
+    """Continue from the newest good checkpoint in run.dir."""
+
+
+class EvaluationConfig(Section):
+    at_phase_end: bool = True
+    """Evaluate data.eval_files after each phase (and after SFT)."""
+    temperature: float = Field(0.7, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    samples: int = Field(1, gt=0)
+    """Responses per prompt; the score is their mean."""
+    max_input_tokens: int = Field(120_000, gt=0)
+    """Longer prompts are cut in the middle."""
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = False
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "megatron_qlrl"
+    """wandb project."""
+    rollouts_per_step: int = Field(8, ge=0)
+    """Groups a step written to the rollout log (JSONL); 0 writes none."""
+
+
+class Config(Section):
+    model: ModelConfig
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    phases: tuple[PhaseConfig, ...] = ()
+    rollout: RolloutConfig = RolloutConfig()  # pyright: ignore[reportCallIssue]
+    algorithm: AlgorithmConfig = AlgorithmConfig()  # pyright: ignore[reportCallIssue]
+    policy: PolicyConfig = PolicyConfig()  # pyright: ignore[reportCallIssue]
+    optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportCallIssue]
+    sft: SFTConfig = SFTConfig()  # pyright: ignore[reportCallIssue]
+    checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportCallIssue]
+    evaluation: EvaluationConfig = EvaluationConfig()  # pyright: ignore[reportCallIssue]
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def max_input_tokens(self) -> int:
+        """Longest prompt of any phase (0 without phases)."""
+        return max((p.max_input_tokens for p in self.phases), default=0)
+
+    @property
+    def total_rl_steps(self) -> int:
+        return sum(p.steps for p in self.phases)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        limits = [p.max_input_tokens for p in self.phases]
+        if limits != sorted(set(limits)):
+            raise ValueError(
+                f"phases: max_input_tokens must grow from phase to phase, got {limits}"
+            )
+        if self.rollout.prompts_per_step % self.algorithm.updates_per_step:
+            raise ValueError(
+                f"algorithm.updates_per_step={self.algorithm.updates_per_step} must divide "
+                f"rollout.prompts_per_step={self.rollout.prompts_per_step}"
+            )
+        if self.algorithm.kl_coef > 0 and not self.algorithm.reference:
+            raise ValueError("algorithm.kl_coef > 0 needs algorithm.reference=true")
+        need = self.max_input_tokens + self.rollout.max_response_tokens
+        if self.phases and self.policy.max_tokens_per_row < need:
+            raise ValueError(
+                f"policy.max_tokens_per_row={self.policy.max_tokens_per_row} is smaller than the "
+                f"longest prompt plus response ({self.max_input_tokens} + "
+                f"{self.rollout.max_response_tokens}); set it to at least {need}"
+            )
+        return self

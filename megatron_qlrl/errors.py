@@ -1,0 +1,30 @@
+"""Errors that a user can mend, named by who must act.
+
+Each message says what is wrong, where, and how to mend it. The command line prints the
+message alone (no stack trace) and exits with code 2. Our own broken invariants are
+`assert`s, never one of these.
+"""
+
+
+class QlrlError(Exception):
+    """Base of every error whose message is meant for the user."""
+
+
+class ConfigError(QlrlError):
+    """The configuration, the launch or the machine does not fit what was asked for."""
+
+
+class DataError(QlrlError):
+    """An input file or row cannot be used."""
+
+
+class RewardError(QlrlError):
+    """Rewards cannot be computed reliably (for example the judge is gone)."""
+
+
+class SyncError(QlrlError):
+    """Trainer and rollout engine disagree about the weights."""
+
+
+class CheckpointError(QlrlError):
+    """A checkpoint or model folder cannot be read or written."""

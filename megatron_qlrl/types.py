@@ -1,0 +1,166 @@
+"""One frozen record per stage of the data flow.
+
+    Prompt -> Rollout -> ScoredGroup -> TrainGroup -> PackedRow -> MicroBatch -> StepReport
+
+`[P]`, `[R]`, `[T]` stand for prompt, response and row tokens; `G` for the responses of one
+prompt. Token ids are numpy int32 (a list of Python ints costs nine times the memory).
+
+Worked example: a prompt of 5 tokens with two responses of 2 and 3 tokens becomes one shared
+row of T = 5 + 2 + 3 = 10 tokens. Position ids are 0..4 | 5 6 | 5 6 7: each response goes on
+from the end of the prompt.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question about one document, ready to be generated from.
+
+    Attributes:
+        uid: stable identity of the row ("<file stem>:<index>"); seeds and statistics hang on it.
+        token_ids: int32 [P], the chat template applied, generation prompt included.
+        data_source: verl's `data_source`; it selects the rule of the reward.
+        question, ground_truth: travel as fields, never cut out of the text again.
+    """
+
+    uid: str
+    token_ids: np.ndarray
+    data_source: str
+    question: str
+    ground_truth: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response that the engine sampled.
+
+    Attributes:
+        token_ids: int32 [R], end-of-sequence token included when there is one.
+        engine_logprobs: float32 [R], the engine's log-probability of each sampled token,
+            after temperature, before top-p.
+        text: the response decoded without special tokens.
+        finished: False when the response hit the length limit.
+        weight_version: number of optimizer updates the generating weights had seen.
+    """
+
+    prompt_uid: str
+    sample: int
+    token_ids: np.ndarray
+    engine_logprobs: np.ndarray
+    text: str
+    finished: bool
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Reward of one response with its parts.
+
+    Attributes:
+        value: the reward, max over the parts; None means "no verdict": the sample is masked
+            out of the loss and of every group statistic.
+        rule: reward of the rule alone.
+        matched: the notation the rule read the answer from, "" when none.
+        prediction: the final answer as extracted, for the rollout log.
+    """
+
+    value: float | None
+    rule: float
+    matched: str = ""
+    prediction: str = ""
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """The G responses to one prompt with their scores (same order, same length)."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    scores: tuple[Score, ...]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """float64 [G]; NaN where there is no verdict."""
+        return np.array([np.nan if s.value is None else s.value for s in self.scores])
+
+
+@dataclass(frozen=True)
+class TrainResponse:
+    """One response as the loss sees it. All arrays are [R] and float32 unless said otherwise.
+
+    Attributes:
+        token_ids: int32 [R].
+        weights: what each token's loss is multiplied with. It already holds the aggregation
+            (token-mean, sequence-mean, constant) over the whole optimizer batch, so the loss
+            is a plain weighted sum and no split of the work can change it.
+        advantage: the group-relative advantage of the response (SFT: 1.0).
+        old_logprobs: log-probs under the weights that started the update, None when there is
+            one update per rollout (then the detached new ones are the old ones).
+        ref_logprobs: under the reference policy, None when no reference is kept.
+        engine_logprobs: what the rollout engine reported, None outside RL.
+    """
+
+    token_ids: np.ndarray
+    weights: np.ndarray
+    advantage: float
+    old_logprobs: np.ndarray | None = None
+    ref_logprobs: np.ndarray | None = None
+    engine_logprobs: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class TrainGroup:
+    """A prompt (int32 [P]) with the responses that are trained on."""
+
+    prompt_ids: np.ndarray
+    responses: tuple[TrainResponse, ...]
+
+
+@dataclass(frozen=True)
+class PromptBlock:
+    """Where one prompt and its responses lie in a row: half-open token ranges.
+
+    `group` and `samples` point back to the batch: responses[k] is the response `samples[k]`
+    of group `group`.
+    """
+
+    group: int
+    samples: tuple[int, ...]
+    prompt: tuple[int, int]
+    responses: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Several prompt blocks one after another, computed as one sequence without padding.
+
+    Attributes:
+        token_ids, position_ids: int32 [T].
+        blocks: in row order; they cover the row completely.
+    """
+
+    token_ids: np.ndarray
+    position_ids: np.ndarray
+    blocks: tuple[PromptBlock, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Metrics of one step by verl's names, the same on every rank."""
+
+    step: int
+    metrics: Mapping[str, float]
