@@ -41,6 +41,14 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Example:
+    """One SFT row: a prompt and the response to imitate (int32 [R], end token included)."""
+
+    prompt: Prompt
+    response_ids: np.ndarray
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One response that the engine sampled.
 
@@ -96,25 +104,16 @@ class ScoredGroup:
 
 @dataclass(frozen=True)
 class TrainResponse:
-    """One response as the loss sees it. All arrays are [R] and float32 unless said otherwise.
+    """One response as the loss sees it.
 
     Attributes:
         token_ids: int32 [R].
-        weights: what each token's loss is multiplied with. It already holds the aggregation
-            (token-mean, sequence-mean, constant) over the whole optimizer batch, so the loss
-            is a plain weighted sum and no split of the work can change it.
         advantage: the group-relative advantage of the response (SFT: 1.0).
-        old_logprobs: log-probs under the weights that started the update, None when there is
-            one update per rollout (then the detached new ones are the old ones).
-        ref_logprobs: under the reference policy, None when no reference is kept.
-        engine_logprobs: what the rollout engine reported, None outside RL.
+        engine_logprobs: float32 [R], what the rollout engine reported; None outside RL.
     """
 
     token_ids: np.ndarray
-    weights: np.ndarray
     advantage: float
-    old_logprobs: np.ndarray | None = None
-    ref_logprobs: np.ndarray | None = None
     engine_logprobs: np.ndarray | None = None
 
 
@@ -127,11 +126,10 @@ class TrainGroup:
 
 
 @dataclass(frozen=True)
-class PromptBlock:
-    """Where one prompt and its responses lie in a row: half-open token ranges.
+class Block:
+    """Where one prompt and some of its responses lie in a row: half-open token ranges.
 
-    `group` and `samples` point back to the batch: responses[k] is the response `samples[k]`
-    of group `group`.
+    `samples[k]` says which response of group `group` lies in `responses[k]`.
     """
 
     group: int
@@ -142,20 +140,70 @@ class PromptBlock:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Several prompt blocks one after another, computed as one sequence without padding.
+    """Prompt blocks one after another, computed as one sequence without padding.
 
     Attributes:
-        token_ids, position_ids: int32 [T].
+        token_ids, position_ids: int32 [T]; positions of a response go on from its prompt's end.
         blocks: in row order; they cover the row completely.
+        columns: float32 [N] arrays, one value for each response token in row order:
+            `weights` and `advantages` always, `engine_logprobs`, `old_logprobs`,
+            `ref_logprobs` where known. `weights` holds the aggregation over the whole
+            optimizer batch, so the loss is a plain weighted sum that no split can change.
     """
 
     token_ids: np.ndarray
     position_ids: np.ndarray
-    blocks: tuple[PromptBlock, ...]
+    blocks: tuple[Block, ...]
+    columns: Mapping[str, np.ndarray]
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(end - start for b in self.blocks for start, end in b.responses)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Attention of local queries [q0, q1) on the row's keys [k0, k1).
+
+    A causal piece is square: query q0 + i sees keys k0 .. k0 + i. Pieces of the same query are
+    merged by log-sum-exp.
+    """
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    causal: bool
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One row as one context-parallel rank computes it. L local tokens (padding at the end),
+    T row tokens, M response tokens whose predicting position this rank holds.
+
+    Attributes:
+        token_ids, position_ids: int64 [L].
+        kv_index: int64 [T], where each row token lies in the keys gathered over cp (which
+            are [cp * L]); None when that is the identity.
+        pieces: the attention of the local queries.
+        hidden_index: int64 [M], the local position that predicts each response token.
+        target_ids: int64 [M].
+        slots: int64 [M], the token's place in the row's columns.
+        columns: float32 [M], the row's columns at `slots`.
+    """
+
+    token_ids: np.ndarray
+    position_ids: np.ndarray
+    kv_index: np.ndarray | None
+    pieces: tuple[Piece, ...]
+    hidden_index: np.ndarray
+    target_ids: np.ndarray
+    slots: np.ndarray
+    columns: Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)

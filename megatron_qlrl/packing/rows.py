@@ -1,0 +1,143 @@
+"""Groups -> packed rows: one prompt, then its responses; several such blocks in a row."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from megatron_qlrl.errors import ConfigError
+from megatron_qlrl.types import Block, PackedRow, TrainGroup
+
+Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+# One unit of packing: a group's index and the indices of the responses that stay together.
+Part = tuple[int, tuple[int, ...]]
+
+
+def token_weight(
+    groups: Sequence[TrainGroup], aggregation: Aggregation, *, constant_tokens: int
+) -> list[list[float]]:
+    """Loss weight of each token of each response, from counts of the WHOLE optimizer batch.
+
+    token_mean: 1 / total response tokens (DAPO). sequence_mean: 1 / (responses * own length)
+    (GRPO). constant: 1 / (responses * constant_tokens) (Dr. GRPO). Empty responses count as
+    responses and have no tokens to weigh.
+    """
+    lengths = [[len(r.token_ids) for r in g.responses] for g in groups]
+    num_tokens = sum(map(sum, lengths))
+    num_responses = sum(map(len, lengths))
+    if aggregation == "token_mean":
+        return [[1.0 / max(num_tokens, 1) for _ in group] for group in lengths]
+    if aggregation == "sequence_mean":
+        return [[1.0 / (num_responses * max(n, 1)) for n in group] for group in lengths]
+    return [[1.0 / (num_responses * constant_tokens) for _ in group] for group in lengths]
+
+
+def split_groups(
+    groups: Sequence[TrainGroup], *, max_tokens: int, share_prompts: bool
+) -> list[Part]:
+    """Parts that each fit in a row, repeating a prompt as few times as possible.
+
+    Raises:
+        ConfigError: a prompt with one of its responses is longer than `max_tokens`.
+    """
+    parts: list[Part] = []
+    for index, group in enumerate(groups):
+        room = max_tokens - len(group.prompt_ids)
+        # Longest first (first-fit decreasing), which needs the fewest bins in practice.
+        order = sorted(
+            range(len(group.responses)), key=lambda k: -len(group.responses[k].token_ids)
+        )
+        bins: list[tuple[int, list[int]]] = []
+        for k in order:
+            need = len(group.responses[k].token_ids)
+            if need > room:
+                raise ConfigError(
+                    f"a prompt of {len(group.prompt_ids)} tokens with a response of {need} does "
+                    f"not fit in policy.max_tokens_per_row={max_tokens}; raise it to at least "
+                    f"{len(group.prompt_ids) + need}"
+                )
+            fitting = [i for i, (used, _) in enumerate(bins) if used + need <= room]
+            if fitting and share_prompts:
+                used, members = bins[fitting[0]]
+                bins[fitting[0]] = (used + need, [*members, k])
+            else:
+                bins.append((need, [k]))
+        parts += [(index, tuple(sorted(members))) for _, members in bins]
+    return parts
+
+
+def part_tokens(groups: Sequence[TrainGroup], part: Part) -> int:
+    index, samples = part
+    group = groups[index]
+    return len(group.prompt_ids) + sum(len(group.responses[k].token_ids) for k in samples)
+
+
+def pack_rows(
+    groups: Sequence[TrainGroup],
+    parts: Sequence[Part],
+    weights: Sequence[Sequence[float]],
+    *,
+    max_tokens: int,
+) -> list[PackedRow]:
+    """First-fit decreasing of `parts` into rows of at most `max_tokens` tokens."""
+    rows: list[tuple[int, list[Part]]] = []
+    for part in sorted(parts, key=lambda p: (-part_tokens(groups, p), p)):
+        need = part_tokens(groups, part)
+        place = next((i for i, (used, _) in enumerate(rows) if used + need <= max_tokens), None)
+        if place is None:
+            rows.append((need, [part]))
+        else:
+            used, members = rows[place]
+            rows[place] = (used + need, [*members, part])
+    return [_build_row(groups, members, weights) for _, members in rows]
+
+
+def empty_row() -> PackedRow:
+    """A row that trains on nothing: every rank must take part in every step's collectives."""
+    zero = np.zeros(1, np.int32)
+    none = np.zeros(0, np.float32)
+    block = Block(group=-1, samples=(), prompt=(0, 1), responses=())
+    return PackedRow(zero, zero, (block,), {"weights": none, "advantages": none})
+
+
+def _build_row(
+    groups: Sequence[TrainGroup], parts: Sequence[Part], weights: Sequence[Sequence[float]]
+) -> PackedRow:
+    tokens: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    blocks: list[Block] = []
+    columns: dict[str, list[np.ndarray]] = {"weights": [], "advantages": []}
+    cursor = 0
+    for index, samples in parts:
+        group = groups[index]
+        num_prompt = len(group.prompt_ids)
+        prompt = (cursor, cursor + num_prompt)
+        tokens.append(group.prompt_ids)
+        positions.append(np.arange(num_prompt))
+        cursor += num_prompt
+        ranges = []
+        for k in samples:
+            response = group.responses[k]
+            n = len(response.token_ids)
+            tokens.append(response.token_ids)
+            positions.append(np.arange(num_prompt, num_prompt + n))
+            columns["weights"].append(np.full(n, weights[index][k]))
+            columns["advantages"].append(np.full(n, response.advantage))
+            if response.engine_logprobs is not None:
+                columns.setdefault("engine_logprobs", []).append(response.engine_logprobs)
+            ranges.append((cursor, cursor + n))
+            cursor += n
+        blocks.append(Block(index, samples, prompt, tuple(ranges)))
+    return PackedRow(
+        np.concatenate(tokens).astype(np.int32),
+        np.concatenate(positions).astype(np.int32),
+        tuple(blocks),
+        _concatenate(columns),
+    )
+
+
+def _concatenate(columns: Mapping[str, Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+    return {
+        name: np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)
+        for name, parts in columns.items()
+    }

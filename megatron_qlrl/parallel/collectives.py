@@ -1,0 +1,81 @@
+"""Named collectives over torch process groups."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_qlrl.errors import QlrlError
+
+T = TypeVar("T")
+
+
+class GatherTokens(torch.autograd.Function):
+    """All-gather along dim 0; backward reduce-scatters the gradient.
+
+    Own function because torch.distributed.nn's all_gather fails in backward on gloo
+    sub-groups ("Global rank 1 is not part of group").
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """local [L, ...] -> [size * L, ...]; L must be the same on every rank."""
+        ctx.group = group
+        size = dist.get_world_size(group)
+        gathered = local.new_empty(size * local.shape[0], *local.shape[1:])
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grads
+        size = dist.get_world_size(ctx.group)
+        local = grad.new_empty(grad.shape[0] // size, *grad.shape[1:])
+        dist.reduce_scatter_tensor(local, grad.contiguous(), group=ctx.group)
+        return local, None
+
+
+def gather_objects(value: T) -> list[T]:
+    """`value` of every rank, in rank order, on every rank (our own objects, our own ranks)."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def sum_dicts(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Sums of equally named float64 numbers over all ranks (names must agree)."""
+    names = sorted(values)
+    flat = torch.tensor([values[n] for n in names], dtype=torch.float64, device=device)
+    dist.all_reduce(flat)
+    return dict(zip(names, flat.tolist(), strict=True))
+
+
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """Runs `work` here; if it fails on any rank with a user's error, every rank raises that.
+
+    Use it around everything that can fail on one rank alone (reading, writing, scoring):
+    a rank that went on would wait for ever in its next collective.
+    """
+    error: QlrlError | None = None
+    result: Any = None
+    try:
+        result = work()
+    except QlrlError as caught:
+        error = caught
+    failures = [
+        (rank, name, message)
+        for rank, found in enumerate(gather_objects(_describe(error)))
+        if found is not None
+        for name, message in [found]
+    ]
+    if failures:
+        rank, _, message = failures[0]
+        kind = type(error) if error is not None else QlrlError
+        same = len({m for _, _, m in failures}) == 1 and len(failures) == dist.get_world_size()
+        raise kind(message if same else f"rank {rank}: {message}") from error
+    return result
+
+
+def _describe(error: QlrlError | None) -> tuple[str, str] | None:
+    return None if error is None else (type(error).__name__, str(error))

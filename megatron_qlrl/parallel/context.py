@@ -1,0 +1,82 @@
+"""Process groups: tensor, pipeline, context and data parallel. The only reader of Megatron's
+global state; everything else gets a `ParallelContext`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_qlrl.platform.device import backend, has_gpu
+from megatron_qlrl.platform.megatron_cpu import megatron_device
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One parallel dimension: its size, this rank's place and the process group."""
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """This rank's place. `dp` does not count context parallel ranks, which share rows."""
+
+    tp: Axis
+    pp: Axis
+    cp: Axis
+    dp: Axis
+    rank: int
+    world_size: int
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank == self.pp.size - 1
+
+
+@contextmanager
+def process_group(*, rank: int, local_rank: int, world_size: int) -> Iterator[None]:
+    """Joins the job's process group (address from the environment) and leaves it at the end."""
+    if has_gpu():
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(
+        backend(), rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def init_parallel(*, tp: int, pp: int, cp: int, seed: int) -> ParallelContext:
+    """Makes Megatron's groups; the process group must exist already.
+
+    Megatron keeps them in globals, so a second call with another layout replaces the first.
+    """
+    with megatron_device():
+        if parallel_state.is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            context_parallel_size=cp,
+        )
+        # Attention fails with "cuda rng state ... is not added" without it, dropout or not.
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ParallelContext(
+        tp=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pp=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        cp=_axis(parallel_state.get_context_parallel_group()),
+        dp=_axis(parallel_state.get_data_parallel_group()),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+    )
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(dist.get_world_size(group), dist.get_rank(group), group)
