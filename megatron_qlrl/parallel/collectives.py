@@ -1,6 +1,6 @@
 """Named collectives over torch process groups."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -41,14 +41,6 @@ def gather_objects(value: T) -> list[T]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
-
-
-def sum_dicts(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Sums of equally named float64 numbers over all ranks (names must agree)."""
-    names = sorted(values)
-    flat = torch.tensor([values[n] for n in names], dtype=torch.float64, device=device)
-    dist.all_reduce(flat)
-    return dict(zip(names, flat.tolist(), strict=True))
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:

@@ -1,0 +1,89 @@
+"""Policy losses as plain functions on flat response tokens ([M]); METHOD: Eq. 3-6 of
+arXiv 2505.17667 (GRPO, DAPO), dual clip from arXiv 1912.09729, k1/k3 from Schulman's note.
+
+Nothing here averages: each token's weight already holds the aggregation over the whole
+optimizer batch, so a loss is a weighted sum and the sum over any split is the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """Settings of the clipped policy loss (see `AlgorithmConfig` for each one)."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    kl_coef: float
+    kl_kind: Literal["k1", "k3"]
+    entropy_coef: float
+
+    def __call__(
+        self, logprobs: torch.Tensor, entropy: torch.Tensor, columns: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(weighted sum to minimise, per-token sums for the metrics).
+
+        Args:
+            logprobs, entropy: [M], with gradient.
+            columns: float32 [M]: weights, advantages, and old_logprobs, ref_logprobs,
+                engine_logprobs where they are known. Without old_logprobs the policy is its
+                own old policy: ratio 1 with the right gradient.
+        """
+        weights, advantages = columns["weights"], columns["advantages"]
+        old = columns.get("old_logprobs", logprobs.detach())
+        log_ratio = logprobs - old
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        objective = torch.minimum(ratio * advantages, clipped * advantages)
+        lower = objective
+        if self.dual_clip is not None:
+            floor = torch.maximum(objective, self.dual_clip * advantages)
+            lower = torch.where(advantages < 0, floor, objective)
+        token_loss = -lower - self.entropy_coef * entropy
+        sums = {
+            "actor/pg_loss": (-lower * weights).sum(),
+            "actor/entropy": entropy.sum(),
+            "actor/ppo_kl": -log_ratio.sum(),
+            "actor/pg_clipfrac": (clipped * advantages < ratio * advantages).sum(),
+            "actor/pg_clipfrac_lower": (lower > objective).sum(),
+        }
+        if "ref_logprobs" in columns:
+            kl = reference_kl(logprobs, columns["ref_logprobs"], self.kl_kind)
+            token_loss = token_loss + self.kl_coef * kl
+            sums["actor/ref_kl"] = kl.sum()
+        if "engine_logprobs" in columns:
+            sums |= mismatch(old, columns["engine_logprobs"])
+        return (token_loss * weights).sum(), {k: v.detach() for k, v in sums.items()}
+
+
+def sft_loss(
+    logprobs: torch.Tensor, entropy: torch.Tensor, columns: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weighted negative log-likelihood of the response tokens."""
+    loss = -(logprobs * columns["weights"]).sum()
+    sums = {"sft/nll": -logprobs.sum(), "actor/entropy": entropy.sum()}
+    return loss, {k: v.detach() for k, v in sums.items()}
+
+
+def reference_kl(logprobs: torch.Tensor, ref: torch.Tensor, kind: str) -> torch.Tensor:
+    """Per-token KL estimate of the policy from the reference: k1 = d, k3 = e^{-d} - 1 + d
+    with d = log p - log p_ref (k3 is never negative and has less variance)."""
+    difference = logprobs - ref
+    return difference if kind == "k1" else (-difference).exp() - 1 + difference
+
+
+def mismatch(trainer: torch.Tensor, engine: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How far trainer and engine disagree on sampled tokens (sums; the maximum separately)."""
+    difference = (trainer - engine).abs()
+    probability = (trainer.exp() - engine.exp()).abs()
+    return {
+        "training/rollout_logprobs_diff_mean": difference.sum(),
+        "training/rollout_probs_diff_mean": probability.sum(),
+        "training/rollout_logprobs_diff_max": difference.max() if len(difference) else
+        trainer.new_zeros(()),
+    }  # fmt: skip

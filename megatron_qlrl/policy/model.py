@@ -1,0 +1,235 @@
+"""Hugging Face shape -> Megatron GPT. Two layer specs: Megatron's own layers (CPU, or a GPU
+without Transformer Engine) and Transformer Engine's (FP8). Both use `SegmentAttention`."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_qlrl.config.schema import PolicyConfig
+from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.parallel.context import ParallelContext
+from megatron_qlrl.platform.device import has_gpu, has_transformer_engine
+from megatron_qlrl.policy.attention import AttentionPlan, SegmentAttention
+
+
+class PolicyModel(GPTModel):
+    """Megatron's GPT whose last stage returns hidden states: logits are never built here.
+
+    Rotary embeddings come from the micro-batch's own position ids, so packing, shared prompts
+    and context parallelism need nothing else.
+    """
+
+    def __init__(self, shape: ModelShape, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rotary_pos_emb = None  # replaced by `_angles`
+        self.register_buffer("inv_freq", rope_frequencies(shape)[0], persistent=False)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, token_ids: torch.Tensor, position_ids: torch.Tensor, plan: AttentionPlan
+    ) -> torch.Tensor:
+        """token_ids, position_ids [1, L] -> [L, 1, hidden] ([L / tp, ...] with sequence
+        parallelism): the hidden states after this stage (and the final norm, on the last)."""
+        states = None
+        if self.pre_process:
+            states = self.embedding(input_ids=token_ids, position_ids=position_ids)
+        angles = position_ids[0].to(self.inv_freq.dtype)[:, None] * self.inv_freq
+        return self.decoder(
+            hidden_states=states,
+            attention_mask=None,
+            rotary_pos_emb=torch.cat([angles, angles], -1)[:, None, None, :],
+            packed_seq_params=plan,
+        )
+
+    def output_weight(self) -> torch.Tensor:
+        """This rank's vocabulary shard of the LM head, [padded_vocab / tp, hidden]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def predicting_states(self, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Rows `index` of the last stage's output as [M, hidden], gathered from sequence
+        parallel shards; the backward pass sums the vocabulary shards' gradients."""
+        if self.config.sequence_parallel:
+            states = tensor_parallel.gather_from_sequence_parallel_region(
+                states, tensor_parallel_output_grad=True
+            )
+        else:
+            states = tensor_parallel.copy_to_tensor_model_parallel_region(states)
+        return states[:, 0].index_select(0, index)
+
+
+class _RMSNorm(torch.nn.RMSNorm):
+    """Megatron's torch norm refuses sequence parallelism; marking the weight is all it takes:
+    Megatron then sums the weight's gradient over the tensor parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore
+
+
+def rope_frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
+    """(inverse frequencies float32 [head_dim / 2], attention factor) for any Hugging Face rope
+    type (default, linear, yarn, llama3 …), from transformers' own functions."""
+    rope = dict(shape.rope)
+    if rope["rope_type"] == "default":
+        exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+        return 1.0 / rope["rope_theta"] ** exponent, 1.0
+    config = LlamaConfig(
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_positions,
+        rope_parameters=rope,
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    return frequencies.float(), float(factor)
+
+
+def transformer_config(
+    shape: ModelShape, policy: PolicyConfig, *, dtype: torch.dtype, tp: int
+) -> TransformerConfig:
+    """Megatron's view of the model and of our settings."""
+    _, rope_factor = rope_frequencies(shape)
+    recompute: dict[str, Any] = {}
+    if policy.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform",
+                     "recompute_num_layers": 1}  # fmt: skip
+    elif policy.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    fp8: dict[str, Any] = {}
+    if policy.fp8 != "off":
+        fp8 = {"fp8": policy.fp8, "fp8_recipe": policy.fp8_recipe}
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        # YaRN scales queries and keys; scaling their product by the square is the same.
+        softmax_scale=shape.head_dim**-0.5 * rope_factor**2,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_eps,
+        qk_layernorm=shape.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=policy.pp,
+        context_parallel_size=policy.cp,
+        sequence_parallel=policy.sequence_parallel and tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not has_gpu(),
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        # Micro-batches differ in length; 0.16 accepts that only with this dispatcher named,
+        # for dense models too.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # The loss is a weighted sum: Megatron must add gradients up and divide by nothing.
+        calculate_per_token_loss=True,
+        **recompute,
+        **fp8,
+    )
+
+
+def layer_spec(*, transformer_engine: bool, qk_norm: bool) -> ModuleSpec:
+    """Spec of one decoder layer with segment attention."""
+    if transformer_engine:
+        return _transformer_engine_spec(qk_norm)
+    norm = _RMSNorm if qk_norm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=_RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,  # pyright: ignore[reportArgumentType]
+                    core_attention=SegmentAttention,  # pyright: ignore[reportArgumentType]
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=norm,
+                    k_layernorm=norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=_RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _transformer_engine_spec(qk_norm: bool) -> ModuleSpec:
+    """Megatron's Transformer Engine spec with our core attention. Not run on a GPU yet."""
+    from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: PLC0415
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    attention = spec.submodules.self_attention  # pyright: ignore
+    attention.submodules = replace(attention.submodules, core_attention=SegmentAttention)
+    return spec
+
+
+def build_model(
+    shape: ModelShape, policy: PolicyConfig, *, dtype: torch.dtype, context: ParallelContext
+) -> PolicyModel:
+    """This rank's part of the model with uninitialised weights (load them next)."""
+    config = transformer_config(shape, policy, dtype=dtype, tp=context.tp.size)
+    engine = has_transformer_engine()
+    spec = layer_spec(transformer_engine=engine, qk_norm=shape.qk_norm)
+    if engine:
+        from megatron.core.extensions.transformer_engine import TENorm  # noqa: PLC0415
+
+        final_norm: Any = TENorm
+    else:
+        final_norm = _RMSNorm
+    layers = shape.num_layers // policy.pp
+    block = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=final_norm)
+    return PolicyModel(
+        shape,
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=padded_vocab(shape.vocab_size, context.tp.size),
+        max_sequence_length=shape.max_positions,
+        pre_process=context.pp.rank == 0,
+        post_process=context.is_last_stage,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+    )
+
+
+def padded_vocab(vocab_size: int, tp: int) -> int:
+    """Vocabulary size padded so that it divides into tp shards of a multiple of 8."""
+    step = 8 * tp
+    return -(-vocab_size // step) * step

@@ -1,0 +1,55 @@
+"""Megatron's optimizer and the learning rate as a pure function of the step."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+
+from megatron_qlrl.config.schema import OptimizerConfig
+
+
+def wrap_data_parallel(model: Any, *, distributed_optimizer: bool) -> DistributedDataParallel:
+    """Megatron's DDP: gradients of data and context parallel ranks are SUMMED (the loss is a
+    weighted sum), in float32."""
+    return DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer
+        ),
+        module=model,
+    )
+
+
+def build_optimizer(model: Any, config: OptimizerConfig, *, distributed: bool) -> Any:
+    dtype = model.config.params_dtype
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=distributed,
+        ),
+        [model],
+    )
+
+
+def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> float:
+    """Rate of optimizer step `step` (from 0): linear warm-up, then linear to the minimum."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    span = max(total_steps - 1 - config.warmup_steps, 1)
+    progress = min((step - config.warmup_steps) / span, 1.0)
+    return config.lr * (1 - (1 - config.min_lr_ratio) * progress)
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

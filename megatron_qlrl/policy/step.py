@@ -1,0 +1,223 @@
+"""The policy: model, optimizer and the one call into Megatron's schedule.
+
+Loss scaling is here and nowhere else. The loss function returns (weighted sum, 0 tokens, data)
+with `calculate_per_token_loss`: Megatron then divides by nothing, DDP sums over data and
+context parallel ranks, and the gradient is that of the sum over all tokens of the batch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
+from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.parallel.collectives import gather_objects
+from megatron_qlrl.parallel.context import ParallelContext
+from megatron_qlrl.platform.device import device
+from megatron_qlrl.platform.megatron_cpu import megatron_device
+from megatron_qlrl.policy.attention import AttentionPlan
+from megatron_qlrl.policy.logprobs import token_logprobs
+from megatron_qlrl.policy.model import build_model
+from megatron_qlrl.policy.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+from megatron_qlrl.types import MicroBatch, PackedRow
+
+# (log-probs, entropy, columns), all [M] -> (weighted sum, sums for the metrics)
+Loss = Callable[
+    [torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]],
+    tuple[torch.Tensor, dict[str, torch.Tensor]],
+]
+# How a packed row becomes this rank's micro-batch (packing/shard.py).
+Shard = Callable[[PackedRow], MicroBatch]
+
+
+class Policy:
+    """One rank's part of the trained model.
+
+    Attributes:
+        version: optimizer updates so far; every rollout carries the version it came from.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        policy: PolicyConfig,
+        optimizer: OptimizerConfig,
+        dtype: torch.dtype,
+        temperature: float,
+        context: ParallelContext,
+        shard: Shard,
+        load: Callable[[torch.nn.Module], None],
+    ) -> None:
+        """`load` fills the fresh model's weights, before the optimizer copies them."""
+        self.context, self.shape = context, shape
+        self.temperature, self.chunk_tokens = temperature, policy.logprob_chunk_tokens
+        self.version = 0
+        self._shard = shard
+        self._reference: list[torch.Tensor] | None = None
+        with megatron_device():
+            self.model = build_model(shape, policy, dtype=dtype, context=context).to(device())
+            load(self.model)
+            self.wrapped = wrap_data_parallel(
+                self.model, distributed_optimizer=policy.distributed_optimizer
+            )
+            self.optimizer = build_optimizer(
+                self.wrapped, optimizer, distributed=policy.distributed_optimizer
+            )
+        self.model.config.finalize_model_grads_func = finalize_model_grads
+
+    def update(self, rows: Sequence[PackedRow], loss: Loss, *, lr: float) -> dict[str, float]:
+        """One optimizer step on this data-parallel rank's rows; metrics agree on all ranks.
+
+        Returns per-token means over the whole batch, `actor/grad_norm` and `actor/lr`.
+        """
+        self.wrapped.train()
+        with megatron_device():
+            self.wrapped.zero_grad_buffer()
+            # Without this the first micro-batch's gradients count twice from step two on.
+            self.optimizer.zero_grad()
+            found = self._run(rows, partial(_training_loss, loss), forward_only=False)
+            set_learning_rate(self.optimizer, lr)
+            _, grad_norm, _ = self.optimizer.step()
+        self.version += 1
+        means = _means(found, self.context)
+        return means | {"actor/grad_norm": float(grad_norm), "actor/lr": lr}
+
+    @torch.no_grad()
+    def add_logprobs(self, rows: Sequence[PackedRow], name: str) -> list[PackedRow]:
+        """`rows` with a new column: the log-probs of their response tokens, without gradient."""
+        self.wrapped.eval()
+        with megatron_device():
+            found = self._run(rows, _collect_logprobs, forward_only=True)
+        lengths = [row.num_response_tokens for row in rows]
+        flat = torch.zeros(sum(lengths), dtype=torch.float32, device=device())
+        starts = np.cumsum([0, *lengths])
+        for start, part in zip(starts, found, strict=False):  # nothing before the last stage
+            flat[start + part["slots"]] = part["logprobs"].float()
+        # Each context parallel rank filled its own slots, earlier stages none.
+        dist.all_reduce(flat, group=self.context.cp.group)
+        dist.all_reduce(flat, group=self.context.pp.group)
+        values = np.split(flat.cpu().numpy(), starts[1:-1])
+        return [
+            replace(row, columns={**row.columns, name: value})
+            for row, value in zip(rows, values, strict=True)
+        ]
+
+    def keep_reference(self) -> None:
+        """Keeps a copy of the present weights as the reference policy (in host memory)."""
+        self._reference = [p.detach().cpu().clone() for p in self.model.parameters()]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the model has the reference weights; afterwards its own again, bitwise."""
+        assert self._reference is not None, "keep_reference() was not called"
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @property
+    def reference(self) -> list[torch.Tensor] | None:
+        """Reference weights of this rank in parameter order (saved with a checkpoint)."""
+        return self._reference
+
+    @reference.setter
+    def reference(self, tensors: list[torch.Tensor] | None) -> None:
+        self._reference = tensors
+
+    def _swap(self) -> None:
+        assert self._reference is not None
+        for parameter, other in zip(self.model.parameters(), self._reference, strict=True):
+            mine = parameter.detach().cpu().clone()
+            parameter.data.copy_(other)
+            other.copy_(mine)
+
+    def _run(self, rows: Sequence[PackedRow], finish: Any, *, forward_only: bool) -> list[Any]:
+        batches = iter([self._shard(row) for row in rows])
+        return get_forward_backward_func()(
+            forward_step_func=partial(self._forward, finish),
+            data_iterator=batches,
+            model=[self.wrapped],
+            num_microbatches=len(rows),
+            seq_length=1,  # unused: lengths vary and travel with the tensors
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward(self, finish: Any, batches: Iterator[MicroBatch], model: Any) -> Any:
+        batch = next(batches)
+        where = device()
+        plan = AttentionPlan(
+            qkv_format="segments",
+            pieces=batch.pieces,
+            kv_index=None if batch.kv_index is None else torch.from_numpy(batch.kv_index).to(where),
+        )
+        states = model(
+            torch.from_numpy(batch.token_ids)[None].to(where),
+            torch.from_numpy(batch.position_ids)[None].to(where),
+            plan,
+        )
+        return states, partial(self._last_stage, finish, batch)
+
+    def _last_stage(self, finish: Any, batch: MicroBatch, states: torch.Tensor) -> Any:
+        where = states.device
+        logprobs, entropy = token_logprobs(
+            self.model.predicting_states(states, torch.from_numpy(batch.hidden_index).to(where)),
+            self.model.output_weight(),
+            torch.from_numpy(batch.target_ids).to(where),
+            temperature=self.temperature,
+            vocab_size=self.shape.vocab_size,
+            chunk_tokens=self.chunk_tokens,
+            tp_group=self.context.tp.group,
+        )
+        return finish(batch, logprobs, entropy)
+
+
+def _training_loss(
+    loss: Loss, batch: MicroBatch, logprobs: torch.Tensor, entropy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    columns = {
+        name: torch.from_numpy(values).to(logprobs.device)
+        for name, values in batch.columns.items()
+    }
+    total, sums = loss(logprobs, entropy, columns)
+    num_tokens = torch.tensor(len(logprobs))
+    return total, torch.zeros((), dtype=torch.int), sums | {"num_tokens": num_tokens}
+
+
+def _collect_logprobs(
+    batch: MicroBatch, logprobs: torch.Tensor, entropy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    slots = torch.from_numpy(batch.slots).to(logprobs.device)
+    return logprobs.sum(), torch.zeros((), dtype=torch.int), {"logprobs": logprobs, "slots": slots}
+
+
+def _means(found: Sequence[Mapping[str, torch.Tensor]], context: ParallelContext) -> dict[str, float]:
+    """Per-token means over the whole batch, the same on every rank.
+
+    Names ending in `_max` are maxima; `actor/pg_loss` is a weighted sum already.
+    """
+    # Tensor parallel ranks hold copies, stages before the last hold nothing.
+    counts = context.is_last_stage and context.tp.rank == 0
+    mine = [{k: float(v) for k, v in part.items()} for part in found] if counts else []
+    parts = [part for rank in gather_objects(mine) for part in rank]
+    num_tokens = sum(part["num_tokens"] for part in parts)
+    means = {}
+    for name in sorted({name for part in parts for name in part}):
+        values = [part[name] for part in parts if name in part]
+        if name.endswith("_max"):
+            means[name] = max(values)
+        elif name == "actor/pg_loss":
+            means[name] = sum(values)
+        elif name != "num_tokens":
+            means[name] = sum(values) / max(num_tokens, 1)
+    return means

@@ -1,0 +1,167 @@
+"""One table between Megatron's parameter names and Hugging Face's, used in both directions.
+
+Each entry knows which Hugging Face tensors make up one Megatron parameter, how they are laid
+out in it, and how it is cut over tensor parallel ranks:
+
+    column   rows are cut                     embedding, output layer, QKV, gate/up
+    row      columns are cut                  attention output, MLP down
+    whole    every rank holds a copy          norms
+
+QKV is interleaved by key/value group: (q ... q k v) for each group; gate and up are cut
+separately and then joined. The vocabulary is padded with zero rows.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_qlrl.config.shape import ModelShape
+
+Kind = Literal["vocab", "qkv", "gate_up", "row", "whole"]
+# Reads rows [a, b) (or, with columns=True, columns) of a Hugging Face tensor.
+ReadSlice = Callable[[str, int, int, bool], torch.Tensor]
+
+_LAYER = {
+    "self_attention.linear_qkv.weight": ("qkv", ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"]),
+    "self_attention.linear_qkv.bias": ("qkv", ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"]),
+    "self_attention.linear_proj.weight": ("row", ["self_attn.o_proj.weight"]),
+    "self_attention.q_layernorm.weight": ("whole", ["self_attn.q_norm.weight"]),
+    "self_attention.k_layernorm.weight": ("whole", ["self_attn.k_norm.weight"]),
+    "mlp.linear_fc1.weight": ("gate_up", ["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
+    "mlp.linear_fc2.weight": ("row", ["mlp.down_proj.weight"]),
+    "input_layernorm.weight": ("whole", ["input_layernorm.weight"]),
+    "pre_mlp_layernorm.weight": ("whole", ["post_attention_layernorm.weight"]),
+    # Transformer Engine fuses these norms into the linear layer that follows.
+    "self_attention.linear_qkv.layer_norm_weight": ("whole", ["input_layernorm.weight"]),
+    "mlp.linear_fc1.layer_norm_weight": ("whole", ["post_attention_layernorm.weight"]),
+}  # fmt: skip
+_OUTSIDE = {
+    "embedding.word_embeddings.weight": ("vocab", ["model.embed_tokens.weight"]),
+    "decoder.final_layernorm.weight": ("whole", ["model.norm.weight"]),
+    "output_layer.weight": ("vocab", ["lm_head.weight"]),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one Megatron parameter is made of Hugging Face tensors."""
+
+    kind: Kind
+    hf_names: tuple[str, ...]
+
+
+def entry_of(name: str, *, first_layer: int) -> Entry:
+    """The entry of a Megatron parameter; `first_layer` is the stage's first global layer."""
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if not found:
+        kind, names = _OUTSIDE[name]
+        return Entry(kind, tuple(names))
+    kind, names = _LAYER[found[2]]
+    layer = first_layer + int(found[1])
+    return Entry(kind, tuple(f"model.layers.{layer}.{n}" for n in names))
+
+
+def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the Hugging Face model with its shape: the manifest that weight sync,
+    import and export are checked against."""
+    h, d, f = shape.hidden_size, shape.head_dim, shape.ffn_size
+    q, kv = shape.num_heads * d, shape.num_kv_heads * d
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (shape.vocab_size, h),
+        "model.norm.weight": (h,),
+    }
+    if not shape.tied:
+        shapes["lm_head.weight"] = (shape.vocab_size, h)
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (h,),
+        "post_attention_layernorm.weight": (h,),
+        "self_attn.q_proj.weight": (q, h),
+        "self_attn.k_proj.weight": (kv, h),
+        "self_attn.v_proj.weight": (kv, h),
+        "self_attn.o_proj.weight": (h, q),
+        "mlp.gate_proj.weight": (f, h),
+        "mlp.up_proj.weight": (f, h),
+        "mlp.down_proj.weight": (h, f),
+    }
+    if shape.qkv_bias:
+        layer |= {
+            "self_attn.q_proj.bias": (q,),
+            "self_attn.k_proj.bias": (kv,),
+            "self_attn.v_proj.bias": (kv,),
+        }
+    if shape.qk_norm:
+        layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
+    for i in range(shape.num_layers):
+        shapes |= {f"model.layers.{i}.{name}": size for name, size in layer.items()}
+    return shapes
+
+
+def local_shard(
+    entry: Entry, read: ReadSlice, *, shape: ModelShape, tp_size: int, tp_rank: int, rows: int
+) -> torch.Tensor:
+    """This rank's Megatron tensor, reading only the rows (or columns) it needs.
+
+    `rows` is the local parameter's first dimension (it tells the padding of the vocabulary).
+    """
+    sizes = hf_shapes(shape)
+    names = entry.hf_names
+    if entry.kind == "whole":
+        return read(names[0], 0, sizes[names[0]][0], False)
+    if entry.kind == "row":
+        width = sizes[names[0]][1] // tp_size
+        return read(names[0], tp_rank * width, (tp_rank + 1) * width, True)
+    if entry.kind == "vocab":
+        start = min(tp_rank * rows, shape.vocab_size)
+        end = min(start + rows, shape.vocab_size)
+        real = read(names[0], start, end, False)
+        padding = real.new_zeros(rows - real.shape[0], *real.shape[1:])
+        return torch.cat([real, padding])
+    if entry.kind == "gate_up":
+        height = shape.ffn_size // tp_size
+        return torch.cat(
+            [read(n, tp_rank * height, (tp_rank + 1) * height, False) for n in names]
+        )
+    return _interleave(
+        [read(n, *_share(sizes[n][0], tp_size, tp_rank), False) for n in names],
+        groups=shape.num_kv_heads // tp_size,
+    )
+
+
+def to_hf(
+    entry: Entry, shards: list[torch.Tensor], *, shape: ModelShape
+) -> list[tuple[str, torch.Tensor]]:
+    """The Hugging Face tensors of one Megatron parameter, from all its tensor parallel shards."""
+    names = entry.hf_names
+    if entry.kind == "whole":
+        return [(names[0], shards[0])]
+    if entry.kind == "row":
+        return [(names[0], torch.cat(shards, 1))]
+    if entry.kind == "vocab":
+        return [(names[0], torch.cat(shards)[: shape.vocab_size])]
+    if entry.kind == "gate_up":
+        halves = [shard.chunk(2) for shard in shards]
+        return [(name, torch.cat([h[i] for h in halves])) for i, name in enumerate(names)]
+    groups = shape.num_kv_heads // len(shards)
+    parts = [_split_qkv(shard, shape=shape, groups=groups) for shard in shards]
+    return [(name, torch.cat([p[i] for p in parts])) for i, name in enumerate(names)]
+
+
+def _share(size: int, parts: int, index: int) -> tuple[int, int]:
+    return size // parts * index, size // parts * (index + 1)
+
+
+def _interleave(qkv: list[torch.Tensor], *, groups: int) -> torch.Tensor:
+    """[q rows], [k rows], [v rows] -> (q ... q k v) for each key/value group."""
+    grouped = [part.reshape(groups, -1, *part.shape[1:]) for part in qkv]
+    return torch.cat(grouped, 1).reshape(-1, *qkv[0].shape[1:])
+
+
+def _split_qkv(fused: torch.Tensor, *, shape: ModelShape, groups: int) -> list[torch.Tensor]:
+    d = shape.head_dim
+    per_group = shape.num_heads // shape.num_kv_heads
+    grouped = fused.reshape(groups, -1, *fused.shape[1:])
+    parts = grouped.split([per_group * d, d, d], 1)
+    return [part.reshape(-1, *fused.shape[1:]) for part in parts]

@@ -1,0 +1,205 @@
+"""Streams of weights: a Hugging Face folder into the model, and the model out of it as
+Hugging Face tensors in bounded buckets (for the rollout engine and for release)."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+
+from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.errors import CheckpointError, SyncError
+from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
+from megatron_qlrl.parallel.context import ParallelContext
+from megatron_qlrl.weights.hf_map import Entry, entry_of, hf_shapes, local_shard, to_hf
+
+
+def first_layer(shape: ModelShape, context: ParallelContext) -> int:
+    return shape.num_layers // context.pp.size * context.pp.rank
+
+
+def load_hf(
+    folder: Path, model: torch.nn.Module, *, shape: ModelShape, context: ParallelContext
+) -> None:
+    """Fills this rank's parameters, reading only this rank's slices of the files.
+
+    Raises:
+        CheckpointError: a file, tensor or shape is not what config.json promises (every rank).
+    """
+    on_all_ranks(lambda: _load_hf(folder, model, shape, context))
+
+
+def _load_hf(
+    folder: Path, model: torch.nn.Module, shape: ModelShape, context: ParallelContext
+) -> None:
+    with ExitStack() as stack:
+        try:
+            files = {
+                path: stack.enter_context(safe_open(path, framework="pt"))
+                for path in sorted(folder.glob("*.safetensors"))
+            }
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder}: a safetensors file cannot be read: {error}") from error
+        where = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
+        expected = hf_shapes(shape)
+        for name, size in expected.items():
+            if name not in where:
+                raise CheckpointError(f"{folder}: tensor {name} is missing from the safetensors")
+            found = tuple(where[name].get_slice(name).get_shape())
+            if found != size:
+                raise CheckpointError(
+                    f"{folder}: tensor {name} has shape {found}, config.json asks for {size}"
+                )
+
+        def read(name: str, start: int, end: int, columns: bool) -> torch.Tensor:
+            piece = where[name].get_slice(name)
+            return piece[:, start:end] if columns else piece[start:end]
+
+        for name, parameter in model.named_parameters():
+            if shape.tied and name == "output_layer.weight":  # last stage's copy of the embedding
+                entry = Entry("vocab", ("model.embed_tokens.weight",))
+            else:
+                entry = entry_of(name, first_layer=first_layer(shape, context))
+            tensor = local_shard(
+                entry, read, shape=shape, tp_size=context.tp.size, tp_rank=context.tp.rank,
+                rows=parameter.shape[0],
+            )  # fmt: skip
+            parameter.data.copy_(tensor)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One Megatron parameter in the plan; `local` is its name on its pipeline stage."""
+
+    local: str
+    stage: int
+    entry: Entry
+    size: tuple[int, ...]
+    numel: int
+
+
+class WeightStream:
+    """Plan, made once, for streaming the whole model as (Hugging Face name, tensor) pairs.
+
+    Every rank must iterate (gathering is collective) and sees every tensor. A bucket holds
+    the tp shards of consecutive parameters of one stage: one all-gather over tp, one
+    broadcast over pp. A parameter larger than a bucket gets a bucket of its own.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        shape: ModelShape,
+        context: ParallelContext,
+        bucket_bytes: int,
+    ) -> None:
+        self._shape, self._context = shape, context
+        self._parameters = dict(model.named_parameters())
+        width = next(iter(self._parameters.values())).element_size()
+        mine = [
+            _Item(name, context.pp.rank, self._entry(name), tuple(p.shape), p.numel())
+            for name, p in self._parameters.items()
+            if not (shape.tied and name == "output_layer.weight")
+        ]
+        stages = {item.stage: items for items in gather_objects(mine) for item in items[:1]}
+        plan = [item for stage in sorted(stages) for item in stages[stage]]
+        self._buckets = _buckets(plan, limit=bucket_bytes // (width * context.tp.size))
+        names = {name for item in plan for name in item.entry.hf_names}
+        expected = set(hf_shapes(shape))
+        if names != expected:
+            raise SyncError(
+                f"the weight plan misses {sorted(expected - names)[:3]} "
+                f"and has unknown {sorted(names - expected)[:3]}"
+            )
+
+    def _entry(self, name: str) -> Entry:
+        return entry_of(name, first_layer=first_layer(self._shape, self._context))
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for bucket in self._buckets:
+            gathered = self._gather(bucket)
+            start = 0
+            for item in bucket:
+                shards = [flat[start : start + item.numel].view(item.size) for flat in gathered]
+                start += item.numel
+                for name, tensor in to_hf(item.entry, shards, shape=self._shape):
+                    yield name, tensor.contiguous()
+
+    def _gather(self, bucket: list[_Item]) -> list[torch.Tensor]:
+        """One flat tensor of the bucket for each tensor parallel rank, on every rank."""
+        tp, pp = self._context.tp, self._context.pp
+        some = next(iter(self._parameters.values()))
+        total = sum(item.numel for item in bucket)
+        gathered = torch.empty(tp.size * total, dtype=some.dtype, device=some.device)
+        stage = bucket[0].stage
+        if pp.rank == stage:
+            local = torch.cat([self._parameters[i.local].detach().reshape(-1) for i in bucket])
+            dist.all_gather_into_tensor(gathered, local, group=tp.group)
+        if pp.size > 1:
+            source = dist.get_global_rank(pp.group, stage)
+            dist.broadcast(gathered, src=source, group=pp.group)
+        return list(gathered.chunk(tp.size))
+
+
+def _buckets(plan: list[_Item], *, limit: int) -> list[list[_Item]]:
+    buckets: list[list[_Item]] = []
+    for item in plan:
+        last = buckets[-1] if buckets else []
+        fits = last and last[0].stage == item.stage
+        if fits and sum(i.numel for i in last) + item.numel <= limit:
+            last.append(item)
+        else:
+            buckets.append([item])
+    return buckets
+
+
+def write_hf(
+    stream: WeightStream, folder: Path, *, shard_bytes: int, writer: bool
+) -> dict[str, int]:
+    """Writes the stream as safetensors shards with an index; only the `writer` rank writes.
+
+    Returns bytes by file name (empty on other ranks).
+    """
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    pending: dict[str, torch.Tensor] = {}
+    files: list[tuple[Path, list[str], int]] = []
+
+    def flush() -> None:
+        path = folder / f"part-{len(files):05d}.safetensors"
+        save_file(pending, path, metadata={"format": "pt"})
+        files.append((path, list(pending), sum(t.nbytes for t in pending.values())))
+        pending.clear()
+
+    for name, tensor in stream:
+        if not writer:
+            continue
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        pending[name] = tensor.cpu()
+    if not writer:
+        return {}
+    flush()
+    return _name_shards(folder, files)
+
+
+def _name_shards(folder: Path, files: list[tuple[Path, list[str], int]]) -> dict[str, int]:
+    """Hugging Face's file names, known only when the number of shards is."""
+    if len(files) == 1:
+        files[0][0].rename(folder / "model.safetensors")
+        return {"model.safetensors": files[0][2]}
+    weight_map, sizes = {}, {}
+    for number, (path, names, size) in enumerate(files, start=1):
+        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        path.rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+        sizes[final] = size
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return sizes
