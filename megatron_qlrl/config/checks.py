@@ -1,0 +1,251 @@
+"""Checks of a config against the model folder, the data files and the machine (torch-free).
+
+They run in the launcher, before any process is started or any weight is read, so that a
+mistake costs a second.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from math import gcd
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.errors import ConfigError
+
+Command = Literal["sft", "rl", "eval"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """`config.json` of a Hugging Face folder that is complete: weights and tokenizer too.
+
+    Raises:
+        ConfigError: the folder or one of its files is missing, cut short or unreadable.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model folder {folder} does not exist; set model.path to a downloaded Hugging Face "
+            "folder (config.json, *.safetensors, tokenizer)"
+        )
+    hf = _read_json(folder / "config.json")
+    _check_weights(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"model folder {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the "
+            "tokenizer files of the model into it"
+        )
+    return hf
+
+
+def check_layout(config: Config, hf: Mapping[str, Any], *, world_size: int) -> None:
+    """Whether the model can be split and run as configured on `world_size` processes.
+
+    Raises:
+        ConfigError: the architecture is not supported or a size does not fit; names valid values.
+    """
+    shape = model_shape(hf)
+    check_split(shape, tp=config.policy.tp, pp=config.policy.pp)
+    _must_divide("rollout.tp", config.rollout.tp, _tp_sizes(shape))
+    policy = config.policy
+    need = policy.tp * policy.pp * policy.cp
+    if world_size % need:
+        raise ConfigError(
+            f"{world_size} processes cannot hold policy.tp={policy.tp} x pp={policy.pp} x "
+            f"cp={policy.cp}; start a multiple of {need} (--processes, or nodes x GPUs) or "
+            "change the sizes"
+        )
+    if world_size % config.rollout.tp:
+        raise ConfigError(
+            f"rollout.tp={config.rollout.tp} does not divide the {world_size} processes; valid "
+            f"values: {_listed(_divisors(gcd(world_size, *_tp_sizes(shape).values())))}"
+        )
+    _check_length(config, shape)
+
+
+def model_shape(hf: Mapping[str, Any]) -> ModelShape:
+    """Sizes of a supported model.
+
+    Raises:
+        ConfigError: the architecture is not supported or config.json lacks a field.
+    """
+    try:
+        return ModelShape.from_hf(hf)
+    except KeyError as error:
+        raise ConfigError(
+            f"the model's config.json lacks {error}; copy the complete file of the model"
+        ) from error
+
+
+def check_split(shape: ModelShape, *, tp: int, pp: int) -> None:
+    """Raises ConfigError unless tp divides heads, KV heads and FFN, and pp the layers."""
+    _must_divide("policy.tp", tp, _tp_sizes(shape))
+    _must_divide("policy.pp", pp, {"num_hidden_layers": shape.num_layers})
+
+
+def check_files(config: Config, command: Command) -> None:
+    """Whether the files and phases that `command` works on are named and exist.
+
+    Raises:
+        ConfigError: naming the setting, and every missing file.
+    """
+    data = config.data
+    required = {"sft": "sft_files", "rl": "train_files", "eval": "eval_files"}[command]
+    if not getattr(data, required):
+        raise ConfigError(
+            f"`qlrl {command}` needs data.{required}; name at least one parquet file "
+            f"(data.{required}=[path/to/file.parquet])"
+        )
+    if command == "rl" and not config.phases:
+        raise ConfigError(
+            "`qlrl rl` needs at least one entry under phases (name, max_input_tokens, steps)"
+        )
+    missing = [
+        f"data.{name}: {file}"
+        for name in dict.fromkeys((required, "eval_files"))
+        for file in getattr(data, name)
+        if not Path(file).is_file()
+    ]
+    if missing:
+        raise ConfigError(
+            f"data files do not exist (relative paths start at {Path.cwd()}): {'; '.join(missing)}"
+        )
+    stems = [Path(file).stem for file in data.eval_files]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise ConfigError(
+            f"data.eval_files: benchmarks are named by file name, and {', '.join(twice)} appears "
+            "twice; rename one file"
+        )
+
+
+def check_machine(config: Config, *, processes: int, num_gpus: int) -> None:
+    """Whether this machine can run `processes` ranks of the configuration.
+
+    Raises:
+        ConfigError: more ranks than GPUs, or FP8 without a GPU.
+    """
+    if num_gpus and processes > num_gpus:
+        raise ConfigError(
+            f"--processes {processes} on a machine with {num_gpus} usable GPU(s); each process "
+            "needs its own: lower it, or start on more nodes with srun or torchrun"
+        )
+    if not num_gpus and config.policy.fp8 != "off":
+        raise ConfigError(
+            f"policy.fp8={config.policy.fp8} needs a GPU and this machine has none; set "
+            "policy.fp8=off"
+        )
+
+
+def smallest_world_size(config: Config) -> int:
+    """Fewest processes that hold both the training and the rollout layout."""
+    train = config.policy.tp * config.policy.pp * config.policy.cp
+    return train * config.rollout.tp // gcd(train, config.rollout.tp)
+
+
+def _check_weights(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing or not names:
+            raise ConfigError(
+                f"{index} names weight files that are not there: {', '.join(missing) or '(none)'}; "
+                "download the model again"
+            )
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            f"model folder {folder} has no *.safetensors file; download the weights in "
+            "safetensors format (.bin and .pt files are not read)"
+        )
+    for file in files:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """A safetensors file is 8 bytes of header size, a JSON header, then the tensors' bytes."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        header: Any = None
+        if 8 + length <= size:
+            try:
+                header = json.loads(stream.read(length))
+            except ValueError:
+                header = None
+    if not isinstance(header, dict):
+        raise ConfigError(
+            f"{file} is not a safetensors file (cut short, or a Git LFS pointer?); download it "
+            "again"
+        )
+    ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ConfigError(f"{file} has {size} bytes instead of {expected}; download it again")
+
+
+def _check_length(config: Config, shape: ModelShape) -> None:
+    if not config.phases:
+        return
+    need = config.max_input_tokens + config.rollout.max_response_tokens
+    scaling = config.model.rope_scaling
+    if scaling is None and shape.rope.get("rope_type", "default") != "default":
+        return
+    limit = shape.max_positions
+    if scaling is not None:
+        original = scaling.get("original_max_position_embeddings", limit)
+        limit = int(float(original) * float(scaling.get("factor", 1.0)))
+    if need > limit:
+        factor = -(-need // shape.max_positions)
+        raise ConfigError(
+            f"the longest prompt plus response, {config.max_input_tokens} + "
+            f"{config.rollout.max_response_tokens} tokens, is beyond the model's {limit} "
+            "positions; shorten phases or rollout.max_response_tokens, or set model.rope_scaling "
+            f"(for example {{rope_type: yarn, factor: {factor}.0, "
+            f"original_max_position_embeddings: {shape.max_positions}}})"
+        )
+
+
+def _tp_sizes(shape: ModelShape) -> dict[str, int]:
+    return {
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "intermediate_size": shape.ffn_size,
+    }
+
+
+def _must_divide(setting: str, value: int, sizes: Mapping[str, int]) -> None:
+    bad = [f"{name}={size}" for name, size in sizes.items() if size % value]
+    if bad:
+        raise ConfigError(
+            f"{setting}={value} does not divide the model's {', '.join(bad)}; valid values: "
+            f"{_listed(_divisors(gcd(*sizes.values())))}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _listed(values: list[int]) -> str:
+    return ", ".join(str(v) for v in values)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist; is {file.parent} a Hugging Face model folder?")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} holds a {type(found).__name__}, expected a JSON object")
+    return found

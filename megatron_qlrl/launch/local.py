@@ -1,0 +1,221 @@
+"""Several ranks on this machine: start, watch, pass signals on, show the error that mattered.
+
+    launch -> one child per rank -> first failure (or signal) -> end the others -> exit code
+
+Own and small instead of torchrun: a failing rank's message is shown once and alone, where
+torchrun adds its own stack trace and table, and importing torch for it costs seconds.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from megatron_qlrl.platform.env import free_port
+
+ERROR_DIR = "QLRL_ERROR_DIR"
+"""Variable naming the folder for users' errors; set for children of `launch` only."""
+
+POLL_S = 0.05
+SETTLE_S = 0.5
+"""A user's error that every rank meets is reported by each: how long to wait for the others."""
+GRACE_S = 15.0
+"""After a rank failed, the others get this long between SIGTERM and SIGKILL."""
+SIGNAL_GRACE_S = 120.0
+"""After SIGINT or SIGTERM to the job: time to finish a checkpoint."""
+TAIL_LINES = 30
+
+
+@dataclass(frozen=True)
+class Child:
+    """One running rank. Rank 0 writes to our own output, the others to `log`."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def code(self) -> int | None:
+        """Exit code as a shell gives it (128 + n for signal n), None while it runs."""
+        code = self.process.poll()
+        return 128 - code if code is not None and code < 0 else code
+
+
+def launch(argv: list[str], *, processes: int, module: str = "megatron_qlrl") -> int:
+    """Runs `python -m megatron_qlrl <argv>` as `processes` ranks on this machine.
+
+    Rank 0's output is shown as it comes. When a rank fails, the others are ended and its
+    message is shown: the user's error it reported, else the end of its output. SIGINT and
+    SIGTERM reach every rank; a second one ends them at once.
+
+    Returns:
+        0, or the exit code of the first failing rank, or 128 + n after signal n.
+    """
+    signals: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+
+    before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    children: list[Child] = []
+    with tempfile.TemporaryDirectory(prefix="qlrl_") as name:
+        folder = Path(name)
+        try:
+            for env in _environments(processes, folder):
+                children.append(_start([sys.executable, "-m", module, *argv], env, folder))
+            return _watch(children, signals, folder)
+        finally:
+            _kill(children)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def report_error(message: str, rank: int) -> bool:
+    """Leaves a rank's error for `launch` to show; False when it did not start this process."""
+    folder = os.environ.get(ERROR_DIR)
+    if folder is None:
+        return False
+    # Renamed into place, so that half a message is never read.
+    part = Path(folder) / f"{rank}.part"
+    part.write_text(message, encoding="utf-8")
+    part.rename(Path(folder) / f"{rank}.error")
+    return True
+
+
+def is_child() -> bool:
+    """Whether `launch` started this process."""
+    return ERROR_DIR in os.environ
+
+
+def num_gpus(environ: Mapping[str, str] | None = None, devices: Path = Path("/dev")) -> int:
+    """GPUs this process may use, counted without loading torch."""
+    environ = os.environ if environ is None else environ
+    present = sum(1 for d in devices.glob("nvidia*") if d.name.removeprefix("nvidia").isdigit())
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    names = [name.strip() for name in visible.split(",")]
+    # CUDA reads the list up to the first entry that is no device.
+    usable = next((i for i, n in enumerate(names) if not n or n.startswith("-")), len(names))
+    return min(present, usable)
+
+
+def format_errors(messages: Mapping[int, str]) -> list[str]:
+    """What to show for the ranks' messages: each once, named by rank unless rank 0 has it too.
+
+    >>> format_errors({0: "no such file", 1: "no such file", 2: "disk is full"})
+    ['no such file', 'rank 2: disk is full']
+    """
+    shown: dict[str, str] = {}
+    for rank in sorted(messages):
+        text = messages[rank]
+        named = rank == 0 or text.startswith("rank ")
+        shown.setdefault(text, text if named else f"rank {rank}: {text}")
+    return list(shown.values())
+
+
+def _environments(processes: int, folder: Path) -> list[dict[str, str]]:
+    """One environment per rank, in rank order."""
+    common = dict(os.environ)
+    common.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
+    common.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    common[ERROR_DIR] = str(folder)
+    common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    return [common | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
+
+
+def _start(command: list[str], env: dict[str, str], folder: Path) -> Child:
+    rank = int(env["RANK"])
+    log = folder / f"{rank}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output if rank else None,
+            stderr=output if rank else None,
+            # Ctrl-C of the terminal must reach the ranks once, through us.
+            start_new_session=True,
+            # Safe: this process has no other threads.
+            preexec_fn=_die_with_parent,  # noqa: PLW1509
+        )
+    return Child(rank, process, log)
+
+
+def _die_with_parent() -> None:
+    """Linux ends the rank when the launcher is killed: no orphan keeps the run folder busy."""
+    set_death_signal = 1
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+def _watch(children: list[Child], signals: list[int], folder: Path) -> int:
+    while True:
+        if signals:
+            return _stop(children, signals)
+        failed = [c for c in children if c.code]
+        if failed or _messages(folder):
+            return _fail(children, failed, folder)
+        if all(c.code == 0 for c in children):
+            return 0
+        time.sleep(POLL_S)
+
+
+def _stop(children: list[Child], signals: list[int]) -> int:
+    """Hands the signal on and lets the ranks finish; another signal, or time, ends them."""
+    for child in children:
+        child.process.send_signal(signals[0])
+    _wait(children, SIGNAL_GRACE_S, signals)
+    return 128 + signals[0]
+
+
+def _fail(children: list[Child], failed: list[Child], folder: Path) -> int:
+    time.sleep(SETTLE_S)
+    for child in children:
+        if child.rank not in _messages(folder):
+            child.process.terminate()
+    # A rank that reported leaves by itself (it may be closing its logs).
+    _wait(children, GRACE_S, [])
+    _kill(children)
+    messages = _messages(folder)
+    for line in format_errors(messages):
+        print(f"qlrl: error: {line}", file=sys.stderr, flush=True)
+    first = failed[0] if failed else children[min(messages)]
+    if not messages:
+        _show_end(first)
+    return first.code or 2
+
+
+def _wait(children: list[Child], limit_s: float, signals: list[int]) -> None:
+    """Returns when all have ended, after `limit_s`, or at a second signal."""
+    deadline = time.monotonic() + limit_s
+    while any(c.code is None for c in children) and time.monotonic() < deadline:
+        if len(signals) > 1:
+            return
+        time.sleep(POLL_S)
+
+
+def _kill(children: list[Child]) -> None:
+    for child in children:
+        if child.code is None:
+            child.process.kill()
+            child.process.wait()
+
+
+def _messages(folder: Path) -> dict[int, str]:
+    return {int(f.stem): f.read_text(encoding="utf-8") for f in folder.glob("*.error")}
+
+
+def _show_end(child: Child) -> None:
+    """Names the rank that failed; its last lines too, unless they are on the screen already."""
+    print(f"qlrl: rank {child.rank} failed with exit code {child.code}", file=sys.stderr)
+    if child.rank:
+        lines = child.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        print("\n".join(f"  {line}" for line in lines[-TAIL_LINES:]), file=sys.stderr)
+    sys.stderr.flush()

@@ -1,0 +1,256 @@
+"""Where metrics go: the console, `metrics.jsonl`, TensorBoard, wandb, and the rollout log.
+
+`metrics.jsonl` is the record: one line a call of `log`, on disk before `log` returns. A run
+that resumes at step s drops what the record holds of later steps, which it will do again.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from megatron_qlrl.config.schema import LoggingConfig
+from megatron_qlrl.errors import ConfigError
+
+CONSOLE_METRICS = (
+    ("critic/rewards/mean", "reward"),
+    ("critic/score/mean", "score"),
+    ("actor/loss", "loss"),
+    ("actor/pg_loss", "pg_loss"),
+    ("train/loss", "loss"),
+    ("actor/entropy", "entropy"),
+    ("actor/grad_norm", "grad_norm"),
+    ("train/grad_norm", "grad_norm"),
+    ("actor/lr", "lr"),
+    ("train/lr", "lr"),
+    ("response_length/mean", "response"),
+    ("timing_s/step", "s"),
+    ("perf/throughput", "tok/s"),
+)
+"""What the console line of a step shows, where present, and under which short name."""
+
+
+class Sink(Protocol):
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """Writes a run's metrics; on ranks other than 0 use `Tracker.silent()`, which writes nothing.
+
+    Args:
+        run_dir: the run's folder; None for a tracker without any output.
+        resolved: the whole configuration as plain data, for wandb.
+        state: `state_dict()` from the checkpoint the run resumes from; None for a new run,
+            which moves the record of an earlier run in the folder aside.
+
+    Raises:
+        ConfigError: wandb was asked for online and cannot be reached.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | None,
+        *,
+        config: LoggingConfig,
+        run_name: str,
+        resolved: Mapping[str, Any],
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        self._run_dir = run_dir
+        self._step = int(state["step"]) if state else -1
+        self._sinks: list[Sink] = []
+        self._wandb_id: str | None = state["wandb_id"] if state else None
+        if run_dir is None:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _rewind(run_dir, None if state is None else self._step)
+        self._sinks += [ConsoleSink(), JsonlSink(run_dir / "metrics.jsonl")]
+        if config.tensorboard:
+            self._sinks.append(TensorBoardSink(run_dir / "tensorboard", next_step=self._step + 1))
+        if config.wandb != "off":
+            wandb_sink = WandbSink(run_dir, config, run_name, resolved, run_id=self._wandb_id)
+            self._wandb_id = wandb_sink.run_id
+            self._sinks.append(wandb_sink)
+
+    @classmethod
+    def silent(cls) -> "Tracker":
+        """A tracker that writes nothing."""
+        return cls(
+            None, config=LoggingConfig.model_validate({}), run_name="", resolved={}, state=None
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes `metrics` (verl's names) of a step; steps must not go backwards."""
+        assert step >= self._step, f"step {step} after step {self._step}"
+        self._step = step
+        for sink in self._sinks:
+            sink.log(step, metrics)
+
+    def rollouts(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Appends records to `rollouts/step_000123.jsonl`, one JSON line each."""
+        if self._run_dir is None or not records:
+            return
+        folder = self._run_dir / "rollouts"
+        folder.mkdir(exist_ok=True)
+        with (folder / f"step_{step:06d}.jsonl").open("a", encoding="utf-8") as stream:
+            for record in records:
+                stream.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint; only rank 0's holds wandb's run id."""
+        return {"step": self._step, "wandb_id": self._wandb_id}
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+
+
+class ConsoleSink:
+    """One compact line a call."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._console.print(console_line(step, metrics), soft_wrap=True, highlight=False)
+
+    def close(self) -> None:
+        pass
+
+
+class JsonlSink:
+    """The record: flushed and synced at each line, so that kill -9 loses nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._stream.write(json.dumps({"step": step, **_plain(metrics)}) + "\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class TensorBoardSink:
+    def __init__(self, folder: Path, *, next_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what an interrupted run wrote beyond the checkpoint.
+        self._writer = SummaryWriter(str(folder), purge_step=next_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """A wandb run, resumed under its id; steps it has seen already are ignored by wandb."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LoggingConfig,
+        run_name: str,
+        resolved: Mapping[str, Any],
+        *,
+        run_id: str | None,
+    ) -> None:
+        import wandb
+        from wandb.errors import Error as WandbError
+
+        offline = config.wandb == "offline"
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                name=run_name,
+                dir=str(run_dir),
+                config=dict(resolved),
+                mode="offline" if offline else "online",
+                id=run_id,
+                resume="allow" if run_id else None,
+                settings=wandb.Settings(console="off", silent=offline),
+            )
+        except WandbError as error:
+            raise ConfigError(
+                f"logging.wandb={config.wandb}: wandb did not start: {error}; log in with "
+                "`wandb login`, or set logging.wandb=offline and run `wandb sync` later"
+            ) from error
+
+    @property
+    def run_id(self) -> str:
+        return self._run.id
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def console_line(step: int, metrics: Mapping[str, float]) -> str:
+    """`step 12  reward 0.531  grad_norm 0.42`; evaluation scores (`val...`) keep their names."""
+    shown = [(short, metrics[name]) for name, short in CONSOLE_METRICS if name in metrics]
+    shown += [(name, value) for name, value in metrics.items() if name.startswith("val")]
+    # A step with none of the known names still says what it has.
+    shown = shown or list(metrics.items())[:6]
+    return "  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in shown)])
+
+
+def _rewind(run_dir: Path, step: int | None) -> None:
+    """Drops the record of steps after `step`; None: moves an earlier run's record aside."""
+    record, rollouts = run_dir / "metrics.jsonl", run_dir / "rollouts"
+    if step is None:
+        for path in (record, rollouts):
+            if path.exists():
+                path.rename(_unused(path))
+        return
+    if record.exists():
+        kept = [line for line in record.read_text(encoding="utf-8").splitlines() if line]
+        kept = [line for line in kept if (at := _step_of(line)) is not None and at <= step]
+        part = record.with_suffix(".part")
+        with part.open("w", encoding="utf-8") as stream:
+            stream.writelines(f"{line}\n" for line in kept)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(record)
+    for file in rollouts.glob("step_*.jsonl"):
+        if int(file.stem.removeprefix("step_")) > step:
+            file.unlink()
+
+
+def _step_of(line: str) -> int | None:
+    """Step of a record's line; None for a line that a crash cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _unused(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return aside
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN or infinity: they are written as null. numpy's scalars become Python's."""
+    found = {}
+    for name, value in values.items():
+        plain = value.item() if hasattr(value, "item") else value
+        finite = not isinstance(plain, float) or math.isfinite(plain)
+        found[name] = plain if finite else None
+    return found

@@ -1,0 +1,126 @@
+"""The process environment: which rank this is, and what the engine must find there.
+
+Beside the launchers this is the only reader and writer of environment variables. It is
+torch-free, because everything set here must be in place before torch or vLLM is imported.
+"""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_qlrl.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process' place in the job."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
+def read_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
+    """Place of this process as torchrun (or the local launcher) or srun told it.
+
+    Without either it is a job of one process. A batch script that sbatch starts is such a job
+    too: it sees SLURM_PROCID and SLURM_NTASKS, but is not a task of a step.
+
+    Raises:
+        ConfigError: a variable is missing or not a number.
+    """
+    environ = os.environ if environ is None else environ
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    elif "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+    else:
+        return Ranks()
+    rank, local_rank, world_size = (_number(environ, name) for name in names)
+    if not 0 <= local_rank <= rank < world_size:
+        raise ConfigError(
+            f"launch: {names[0]}={rank}, {names[1]}={local_rank} and {names[2]}={world_size} do "
+            "not fit together; start with `qlrl ... --processes N`, torchrun or srun"
+        )
+    return Ranks(rank, local_rank, world_size)
+
+
+def init_ranks() -> Ranks:
+    """`read_ranks`, and exports the place and the address under torch's names.
+
+    torch's process group and the engine both read RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR
+    and MASTER_PORT. Calling it again changes nothing.
+
+    Raises:
+        ConfigError: a job of several processes has no MASTER_ADDR and it cannot be known.
+    """
+    ranks = read_ranks()
+    address = _address(ranks)
+    os.environ.update(
+        RANK=str(ranks.rank),
+        LOCAL_RANK=str(ranks.local_rank),
+        WORLD_SIZE=str(ranks.world_size),
+        MASTER_ADDR=address[0],
+        MASTER_PORT=address[1],
+    )
+    return ranks
+
+
+def set_engine_env(*, cpu_kv_cache_gib: int) -> None:
+    """Sets what vLLM reads at import; call it before the first import of vllm.
+
+    The user's own values win, except for the two that the package depends on.
+    """
+    # The engine lives in this process, where the trainer hands it weights as tensors.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(cpu_kv_cache_gib)
+    defaults = {
+        # "auto" pins each engine's threads to cores it believes to have for itself.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Models are local folders; without these each start asks the hub about them.
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _address(ranks: Ranks) -> tuple[str, str]:
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if ranks.world_size == 1:
+        return host or "127.0.0.1", port or str(free_port())
+    if host and port:
+        return host, port
+    job = os.environ.get("SLURM_JOB_ID", "")
+    one_node = os.environ.get("SLURM_NNODES", os.environ.get("SLURM_JOB_NUM_NODES")) == "1"
+    if job.isdigit() and (host or one_node):
+        # All ranks must find the same port without talking: take it from the job's number.
+        step = _number(os.environ, "SLURM_STEP_ID") if "SLURM_STEP_ID" in os.environ else 0
+        return host or "127.0.0.1", port or str(20_000 + (int(job) * 7 + step) % 20_000)
+    raise ConfigError(
+        f"launch: {ranks.world_size} processes need MASTER_ADDR and MASTER_PORT; in a batch "
+        'script: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
+        "MASTER_PORT=29500"
+    )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    value = environ.get(name, "")
+    if not value.isdigit():
+        found = f"is '{value}'" if value else "is not set"
+        raise ConfigError(
+            f"launch: {name} {found}, expected a number; start with `qlrl ... --processes N`, "
+            "torchrun or srun"
+        )
+    return int(value)
