@@ -1,0 +1,66 @@
+"""One user message per question, and its token ids under a model's chat template."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_qlrl.errors import ConfigError
+
+Kind = Literal["qa", "math", "choice"]
+
+_QA_CLOSING = (
+    "End your response with this sentence, your answer in the brackets: "
+    '"Therefore, the answer is (insert answer here)".'
+)
+_CLOSING: dict[Kind, str] = {
+    "qa": _QA_CLOSING,
+    "math": _QA_CLOSING,
+    "choice": (
+        "End your response with this sentence, the letter of the right option in the brackets: "
+        '"The correct answer is (insert letter here)".'
+    ),
+}
+
+
+def docqa_message(*, document: str, question: str, kind: Kind) -> str:
+    """The user message of a question about a document (QwenLong-L1 section 3, Figure 2).
+
+    The closing sentence is what the rule of the reward looks for. All fields are filled in one
+    pass: a document that holds a placeholder or `</text>` stays what it is.
+    """
+    return (
+        "Read the text below and answer the question that follows it.\n\n"
+        f"<text>\n{document}\n</text>\n\n"
+        f"{question}\n\n"
+        f"{_CLOSING[kind]}"
+    )
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], enable_thinking: bool | None
+) -> np.ndarray:
+    """Token ids (int32 [P]) of a chat, generation prompt included.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        enable_thinking: given to templates that read it (Qwen3); None leaves it out.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; model.path needs "
+            "a tokenizer_config.json or chat_template.jinja that holds one"
+        )
+    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    # transformers 4 and 5 return different types without return_dict.
+    encoded = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        **options,
+    )
+    return np.asarray(encoded["input_ids"], dtype=np.int32)
