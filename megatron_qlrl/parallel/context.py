@@ -50,17 +50,16 @@ def process_group(*, rank: int, local_rank: int, world_size: int) -> Iterator[No
     try:
         yield
     finally:
+        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def init_parallel(*, tp: int, pp: int, cp: int, seed: int) -> ParallelContext:
-    """Makes Megatron's groups; the process group must exist already.
-
-    Megatron keeps them in globals, so a second call with another layout replaces the first.
-    """
+    """Makes Megatron's groups, once for each process group: they are global, and every gloo
+    group keeps threads until the process group is destroyed (dozens of layouts in one process
+    group end in thousands of threads)."""
+    assert not parallel_state.is_initialized(), "parallel groups exist already"
     with megatron_device():
-        if parallel_state.is_initialized():
-            parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,

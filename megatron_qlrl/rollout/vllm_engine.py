@@ -1,0 +1,165 @@
+"""vLLM in the trainer's own process (`external_launcher`): the only importer of vllm.
+
+World ranks [i * tp, (i + 1) * tp) form engine i. The engine starts with dummy weights and gets
+the trainer's through `awake`, which always puts it back to sleep, so that nothing can be
+generated with stale weights and the trainer finds its memory free again.
+
+The GPU part (sleep level 2, wake tags) has not been run on a GPU yet.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_qlrl.errors import SyncError
+from megatron_qlrl.platform.device import has_gpu
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample: the prompt (int32 [P]) and the seed of its tokens."""
+
+    prompt_ids: np.ndarray
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """token_ids int32 [R] with the end token, logprobs float32 [R] after temperature (and,
+    with top_p < 1, renormalised over the nucleus), finished: ended by itself."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finished: bool
+
+
+Generate = Callable[[Sequence[Request], Sampling], list[Completion]]
+
+
+class VllmEngine:
+    """One rank's share of a rollout engine."""
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        tp: int,
+        rank: int,
+        world_size: int,
+        dtype: str,
+        max_model_len: int,
+        stop_token_ids: Sequence[int],
+        manifest: Mapping[str, tuple[int, ...]],
+        gpu_memory_utilization: float,
+        rope: Mapping[str, Any] | None,
+        seed: int,
+    ) -> None:
+        """`manifest`: the Hugging Face tensors with shapes that every weight update must bring.
+
+        `set_engine_env` must have run before the first engine of the process is made.
+        """
+        from vllm import LLM
+
+        self.engine_index, self.num_engines = rank // tp, world_size // tp
+        self.leads = rank % tp == 0
+        self._stop = list(stop_token_ids)
+        self._manifest = dict(manifest)
+        self._llm = LLM(
+            model=str(model),
+            tensor_parallel_size=tp,
+            distributed_executor_backend="external_launcher",
+            load_format="dummy",
+            dtype=dtype,  # pyright: ignore[reportArgumentType]
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=not has_gpu(),
+            enable_sleep_mode=has_gpu(),
+            enable_prefix_caching=True,
+            # Nothing from the model folder may change how we sample.
+            generation_config="vllm",
+            # The default reports log-probs BEFORE temperature, which no trainer can match.
+            logprobs_mode="processed_logprobs",
+            hf_overrides={"rope_parameters": dict(rope)} if rope else {},
+            disable_log_stats=True,
+            seed=seed,
+        )
+        self._sleep()
+
+    @contextmanager
+    def awake(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Generate]:
+        """Loads `weights` and yields `generate`; sleeps afterwards, also on an error.
+
+        Raises:
+            SyncError: a tensor is missing, unknown, doubled or of another shape.
+        """
+        if has_gpu():
+            self._llm.wake_up(tags=["weights"])
+        try:
+            executor: Any = self._llm.llm_engine.model_executor  # pyright: ignore
+            # `model.load_weights` does not work after start on CPU, where weights are packed.
+            executor.driver_worker.reload_weights(weights_iterator=self._checked(weights))
+            if has_gpu():
+                self._llm.wake_up(tags=["kv_cache"])
+            self._llm.reset_prefix_cache()
+            yield self._generate
+        finally:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        if has_gpu():
+            self._llm.sleep(level=2)
+
+    def _checked(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        missing = dict(self._manifest)
+        for name, tensor in weights:
+            if missing.pop(name, None) != tuple(tensor.shape):
+                raise SyncError(
+                    f"weight sync: {name} {tuple(tensor.shape)} was not expected; the model "
+                    f"has {self._manifest.get(name, 'no such tensor')}"
+                )
+            yield name, tensor
+        if missing:
+            raise SyncError(f"weight sync: {len(missing)} tensors missing, e.g. {min(missing)}")
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        from vllm import SamplingParams, TokensPrompt
+
+        prompts = [TokensPrompt(prompt_token_ids=r.prompt_ids.tolist()) for r in requests]
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                stop_token_ids=self._stop,
+                seed=request.seed,
+                logprobs=0,  # the sampled token's own
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        if not prompts:
+            return []
+        found = self._llm.generate(prompts, params, use_tqdm=False)  # pyright: ignore
+        return [_completion(request.outputs[0]) for request in found]
+
+
+def _completion(output: Any) -> Completion:
+    ids = np.array(output.token_ids, np.int32)
+    chosen = [position[token].logprob for position, token in zip(output.logprobs, ids.tolist())]
+    return Completion(ids, np.array(chosen, np.float32), output.finish_reason == "stop")

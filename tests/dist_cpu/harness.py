@@ -1,0 +1,79 @@
+"""Runs a function on several gloo ranks and shows a failing rank's traceback."""
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from megatron_qlrl.parallel.context import process_group
+
+
+def run_ranks(worker: Callable[..., None], world_size: int, cases: Sequence[Any]) -> None:
+    """Runs `worker(rank, case)` for each case, on `world_size` spawned ranks, in a process
+    group of its own."""
+    mp.spawn(_start, (worker, world_size, _free_ports(len(cases)), cases), nprocs=world_size)
+
+
+def _start(
+    rank: int, worker: Callable[..., None], world_size: int, ports: list[int], cases: Sequence[Any]
+) -> None:
+    torch.set_num_threads(1)
+    for port, case in zip(ports, cases, strict=True):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with process_group(rank=rank, local_rank=rank, world_size=world_size):
+            worker(rank, case)
+
+
+def _free_ports(num: int) -> list[int]:
+    probes = [socket.socket() for _ in range(num)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def tiny_hf(folder: Path, kind: str, *, seed: int = 0, **overrides: Any) -> Path:
+    """A small random Hugging Face model of odd sizes (vocabulary 157 divides by nothing)."""
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 157,
+        "hidden_size": 48,
+        "intermediate_size": 88,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.2,
+    }
+    if kind == "qwen3":
+        sizes["head_dim"] = 20  # not hidden / heads
+    sizes |= overrides
+    config, model = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[kind]
+    torch.manual_seed(seed)
+    net = model(config(**sizes)).float()
+    with torch.no_grad():  # biases and norms start at 0 and 1: make every parameter count
+        for name, parameter in net.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        del name
+    net.save_pretrained(folder)
+    return folder

@@ -1,0 +1,199 @@
+"""Megatron against transformers: log-probs, entropies and gradients for every layout."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import run_ranks, tiny_hf
+
+from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
+from megatron_qlrl.config.shape import read_shape
+from megatron_qlrl.packing.microbatch import make_rows
+from megatron_qlrl.packing.shard import shard_row
+from megatron_qlrl.parallel.context import init_parallel
+from megatron_qlrl.policy.loss import PolicyLoss
+from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.types import TrainGroup, TrainResponse
+from megatron_qlrl.weights.stream import WeightStream, load_hf
+
+TEMPERATURE = 0.7
+LOSS = PolicyLoss(
+    clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.1, kl_kind="k3", entropy_coef=0.01
+)
+# (tp, pp, cp); data parallelism takes the rest of the ranks.
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
+
+
+def groups_of(vocab: int) -> list[TrainGroup]:
+    """Odd shapes: prompts of 1, 2 and 23 tokens; responses of 0, 1, 2 ... tokens; a group of 1."""
+    rng = np.random.default_rng(3)
+
+    def response(n: int) -> TrainResponse:
+        engine = rng.normal(-3, 0.5, n).astype(np.float32)
+        tokens = rng.integers(0, vocab, n).astype(np.int32)
+        return TrainResponse(tokens, float(rng.normal()), engine)
+
+    def group(prompt: int, lengths: Sequence[int]) -> TrainGroup:
+        ids = rng.integers(0, vocab, prompt).astype(np.int32)
+        return TrainGroup(ids, tuple(response(n) for n in lengths))
+
+    return [
+        group(23, [5, 1, 12, 3]),
+        group(1, [2, 1]),
+        group(2, [7]),
+        group(16, [0, 4, 9]),
+        group(9, [31, 2]),
+    ]
+
+
+def reference(folder: Path, groups: list[TrainGroup]) -> dict[str, Any]:
+    """transformers, one response at a time, the loss written out again from the paper."""
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    num_tokens = sum(len(r.token_ids) for g in groups for r in g.responses)
+    logprobs, entropies = {}, {}
+    for i, group in enumerate(groups):
+        for k, response in enumerate(group.responses):
+            n = len(response.token_ids)
+            if n == 0:
+                continue
+            ids = torch.from_numpy(np.concatenate([group.prompt_ids, response.token_ids])).long()
+            logits = net(ids[None]).logits[0, -n - 1 : -1] / TEMPERATURE
+            logp = logits.log_softmax(-1)
+            picked = logp.gather(1, ids[-n:, None])[:, 0]
+            entropy = -(logp.exp() * logp).sum(-1)
+            ratio = (picked - picked.detach()).exp()
+            engine = torch.from_numpy(np.asarray(response.engine_logprobs))
+            delta = picked - engine  # the engine's column stands for the reference here
+            kl = (-delta).exp() - 1 + delta
+            loss = -ratio * response.advantage - 0.01 * entropy + 0.1 * kl
+            (loss.sum() / num_tokens).backward()
+            logprobs[i, k], entropies[i, k] = picked.detach().numpy(), entropy.detach().numpy()
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    return {"logprobs": logprobs, "entropies": entropies, "grads": grads}
+
+
+def make_policy(folder: Path, layout: tuple[int, int, int], **settings: Any) -> tuple[Policy, Any]:
+    tp, pp, cp = layout
+    context = init_parallel(tp=tp, pp=pp, cp=cp, seed=1)
+    shape = read_shape(folder)
+    settings = {"distributed_optimizer": False, "logprob_chunk_tokens": 7} | settings
+    config = PolicyConfig(tp=tp, pp=pp, cp=cp, **settings)
+    policy = Policy(
+        shape,
+        policy=config,
+        optimizer=OptimizerConfig(lr=1e-3),  # pyright: ignore[reportCallIssue]
+        dtype=torch.float32,
+        temperature=TEMPERATURE,
+        context=context,
+        shard=lambda row: shard_row(
+            row, cp_size=cp, cp_rank=context.cp.rank, multiple_of=tp if tp > 1 else 1
+        ),
+        load=lambda model: load_hf(folder, model, shape=shape, context=context),
+    )
+    return policy, context
+
+
+def check_layout(
+    rank: int, folder: Path, layout: tuple[int, int, int], expected: Any, settings: dict[str, Any]
+) -> None:
+    packing = {"max_tokens": 64, "share_prompts": True} | settings.pop("packing", {})
+    policy, context = make_policy(folder, layout, **settings)
+    groups = groups_of(policy.shape.vocab_size)
+    rows = make_rows(
+        groups,
+        num_ranks=context.dp.size,
+        aggregation="token_mean",
+        constant_tokens=1,
+        cost=lambda prompt, responses: prompt + sum(responses),
+        **packing,
+    )[context.dp.rank]
+
+    rows = policy.add_logprobs(rows, "logprobs")
+    for row in rows:
+        at = 0
+        for block in row.blocks:
+            for sample, (start, end) in zip(block.samples, block.responses, strict=True):
+                if start == end:
+                    continue
+                found = row.columns["logprobs"][at : at + end - start]
+                np.testing.assert_allclose(
+                    found, expected["logprobs"][block.group, sample], atol=1e-5, rtol=0
+                )
+                at += end - start
+        assert at == len(row.columns["logprobs"])
+
+    optimizer_step = policy.optimizer.step
+    policy.optimizer.step = lambda: (True, 0.0, None)  # keep gradients and weights as they are
+    from dataclasses import replace
+
+    rows = [
+        replace(
+            row, columns={**row.columns, "ref_logprobs": row.columns.get("engine_logprobs",
+                np.zeros(row.num_response_tokens, np.float32))}
+        )
+        for row in rows
+    ]  # fmt: skip
+    metrics = policy.update(rows, LOSS, lr=1e-3)
+    policy.optimizer.step = optimizer_step
+    mean_entropy = np.concatenate(list(expected["entropies"].values())).mean()
+    assert abs(metrics["actor/entropy"] - mean_entropy) < 1e-5
+
+    stream = WeightStream(
+        policy.model, shape=policy.shape, context=context, bucket_bytes=20_000
+    )
+    stream._parameters = {n: p.main_grad for n, p in policy.model.named_parameters()}
+    seen = set()
+    for name, grad in stream:
+        want = expected["grads"][name]
+        error = ((grad - want).norm() / want.norm()).item()
+        assert error < 1e-5, (layout, name, error)
+        seen.add(name)
+    assert seen == set(expected["grads"])
+
+
+def check_case(rank: int, case: tuple[Path, tuple[int, int, int], Any, dict[str, Any]]) -> None:
+    folder, layout, expected, settings = case
+    try:
+        check_layout(rank, folder, layout, expected, dict(settings))
+    except AssertionError as error:
+        raise AssertionError(f"layout {layout}, {folder.name}, {settings}: {error}") from error
+
+
+MODELS = {
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {}),
+    "llama-yarn": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0,
+                             "original_max_position_embeddings": 32}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_logprobs_and_gradients_equal_transformers(tmp_path: Path, world_size: int) -> None:
+    cases = []
+    for label, (kind, overrides) in MODELS.items():
+        folder = tiny_hf(tmp_path / label, kind, **overrides)
+        expected = reference(folder, groups_of(157))
+        for layout in LAYOUTS:
+            if world_size % int(np.prod(layout)) == 0:
+                cases.append((folder, layout, expected, {}))
+                if label == "qwen2":
+                    cases += [(folder, layout, expected, s) for s in VARIANTS]
+    run_ranks(check_case, world_size, cases)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"packing": {"share_prompts": False}},
+    {"packing": {"max_tokens": 42}},  # groups divided over rows
+    {"packing": {"max_tokens": 1000}, "recompute": "full"},
+    {"recompute": "selective"},
+    {"sequence_parallel": False},
+]
