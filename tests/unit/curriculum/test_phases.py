@@ -1,0 +1,153 @@
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_qlrl.curriculum.phases import PhaseSampler
+from megatron_qlrl.errors import CheckpointError, DataError
+from megatron_qlrl.types import Prompt, Score, ScoredGroup
+
+
+def make_prompt(uid, num_tokens=5):
+    return Prompt(uid, np.zeros(num_tokens, np.int32), "toy_musique", "q", "a")
+
+
+def make_sampler(size, *, seed=0, phase=1):
+    prompts = [make_prompt(f"f:{i}") for i in range(size)]
+    return PhaseSampler(prompts, phase=phase, min_tokens=0, max_tokens=9, seed=seed)
+
+
+def make_group(uid, values):
+    return ScoredGroup(make_prompt(uid), (), tuple(Score(value=v, rule=v or 0.0) for v in values))
+
+
+def uids(prompts):
+    return [p.uid for p in prompts]
+
+
+def test_lower_bound_is_open_and_upper_bound_closed():
+    prompts = [make_prompt(f"f:{n}", n) for n in (19, 20, 21, 60, 61)]
+    sampler = PhaseSampler(prompts, phase=1, min_tokens=20, max_tokens=60, seed=0)
+    assert len(sampler) == 2
+    assert set(uids(sampler.draw(2))) == {"f:21", "f:60"}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "seen"), [([5, 7, 90], "seen: 5 to 90 tokens"), ([], "no prompts at all")]
+)
+def test_an_empty_pool_names_the_phase_and_the_lengths(lengths, seen):
+    prompts = [make_prompt(f"f:{n}", n) for n in lengths]
+    with pytest.raises(DataError, match=f"phase 2 .*20 < tokens <= 60.*{seen}"):
+        PhaseSampler(prompts, phase=2, min_tokens=20, max_tokens=60, seed=0)
+
+
+def test_order_depends_on_seed_phase_and_epoch_alone():
+    def order(**kwargs):
+        return uids(make_sampler(20, **kwargs).draw(20))
+
+    assert order() == order()
+    assert order() != order(seed=1)
+    assert order() != order(phase=0)
+    sampler = make_sampler(20)
+    assert uids(sampler.draw(20)) != uids(sampler.draw(20))
+    chunked = make_sampler(20)
+    assert uids(chunked.draw(3)) + uids(chunked.draw(17)) == order()
+
+
+def test_a_draw_larger_than_the_pool_shrinks_to_the_pool():
+    sampler = make_sampler(3)
+    for _ in range(4):
+        assert sorted(uids(sampler.draw(8))) == ["f:0", "f:1", "f:2"]
+
+
+def test_a_wrapping_draw_has_no_prompt_twice_and_loses_none():
+    # The draws of 4 from 5 wrap at 4, 8, 12, 16: five draws are exactly four epochs.
+    sampler = make_sampler(5)
+    draws = [uids(sampler.draw(4)) for _ in range(5)]
+    assert all(len(set(d)) == 4 for d in draws)
+    assert Counter(uid for d in draws for uid in d) == {f"f:{i}": 4 for i in range(5)}
+
+
+@given(st.integers(1, 12), st.lists(st.integers(0, 15), max_size=20), st.integers(0, 3))
+def test_every_prompt_comes_once_an_epoch(size, draws, seed):
+    sampler = make_sampler(size, seed=seed)
+    counts = Counter({f"f:{i}": 0 for i in range(size)})
+    for n in draws:
+        drawn = uids(sampler.draw(n))
+        assert len(drawn) == len(set(drawn)) == min(n, size)
+        counts.update(drawn)
+        total = sum(counts.values())
+        assert min(counts.values()) == total // size
+        assert max(counts.values()) == math.ceil(total / size)
+
+
+@given(
+    st.integers(1, 12), st.lists(st.integers(0, 15), min_size=1, max_size=12), st.integers(0, 11)
+)
+def test_resume_at_any_point_goes_on_the_same(size, draws, cut):
+    cut = min(cut, len(draws))
+    sampler = make_sampler(size)
+    for n in draws[:cut]:
+        drawn = sampler.draw(n)
+        sampler.observe([make_group(p.uid, [1.0, 0.0]) for p in drawn])
+    state = json.loads(json.dumps(sampler.state_dict()))
+    resumed = make_sampler(size)
+    resumed.draw(2)
+    resumed.load_state_dict(state)
+    assert resumed.metrics() == sampler.metrics()
+    for n in draws[cut:]:
+        assert uids(resumed.draw(n)) == uids(sampler.draw(n))
+    assert resumed.state_dict() == sampler.state_dict()
+
+
+def test_state_taken_earlier_does_not_change_later():
+    sampler = make_sampler(4)
+    sampler.draw(1)
+    state = sampler.state_dict()
+    before = json.dumps(state)
+    sampler.draw(2)
+    sampler.observe([make_group("f:0", [1.0])])
+    assert json.dumps(state) == before
+
+
+def test_observe_keeps_attempts_and_the_newest_mean_reward():
+    sampler = make_sampler(3)
+    sampler.observe([make_group("f:0", [1.0, 0.0, 0.0, 0.0]), make_group("f:1", [0.0, 0.0])])
+    sampler.observe([make_group("f:0", [1.0, None, 0.0]), make_group("f:2", [None, None])])
+    state = sampler.state_dict()
+    assert state["attempts"] == {"f:0": 2, "f:1": 1}
+    assert state["mean_reward"] == {"f:0": 0.5, "f:1": 0.0}
+    assert sampler.metrics() == {
+        "curriculum/phase": 1.0,
+        "curriculum/pool_prompts": 3.0,
+        "curriculum/epoch": 0.0,
+        "curriculum/seen_prompts": 2.0,
+        "curriculum/seen_rewards/mean": 0.25,
+        "curriculum/zero_reward_prompts": 1.0,
+    }
+
+
+def test_metrics_before_any_reward_hold_no_mean():
+    sampler = make_sampler(3)
+    assert sampler.metrics()["curriculum/seen_prompts"] == 0.0
+    assert "curriculum/seen_rewards/mean" not in sampler.metrics()
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"phase": 0}, {"size": 5}])
+def test_a_state_of_another_run_is_refused(other):
+    state = make_sampler(4).state_dict()
+    with pytest.raises(CheckpointError, match="resume with the same data files"):
+        make_sampler(**{"size": 4, **other}).load_state_dict(state)
+
+
+def test_a_state_with_unknown_prompts_is_refused():
+    sampler = make_sampler(2)
+    sampler.draw(1)
+    state = sampler.state_dict()
+    state["queue"] = ["g:7"]
+    with pytest.raises(CheckpointError, match="'g:7'"):
+        make_sampler(2).load_state_dict(state)
