@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Build data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+ToyKind = Literal["needle", "needles", "two_hop"]  # as in data.builders.toy, which loads numpy
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
 Overrides = Annotated[
     list[str] | None,
@@ -118,7 +119,7 @@ def data_toy(
     seed: Annotated[int, typer.Option(help="Seed of every sampled fact.")] = 0,
     train: Annotated[int, typer.Option(min=1, help="Training prompts per file.")] = 2000,
     evaluation: Annotated[int, typer.Option("--eval", min=1, help="Held-out prompts.")] = 256,
-    kind: Annotated[str, typer.Option(help="Variant of the task.")] = "needle",
+    kind: Annotated[ToyKind, typer.Option(help="What is asked for.")] = "needle",
 ) -> None:
     """Build the toy document-QA task of the quickstart."""
     from megatron_qlrl.data.builders.toy import build_toy
@@ -161,8 +162,9 @@ def check(
         "rl": (*data.train_files, *loaded.phases),
         "eval": data.eval_files,
     }
-    for command in (name for name, used in uses.items() if used):
-        checks.check_files(loaded, command)
+    for command, used in uses.items():
+        if used:
+            checks.check_files(loaded, command)
     checks.check_layout(loaded, checks.read_hf_config(loaded.model.path), world_size=world)
     checks.check_machine(loaded, processes=world, num_gpus=local.num_gpus())
     typer.echo(f"{config}: fits {world} process(es) on this machine")

@@ -217,5 +217,5 @@ def _show_end(child: Child) -> None:
     print(f"qlrl: rank {child.rank} failed with exit code {child.code}", file=sys.stderr)
     if child.rank:
         lines = child.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        print("\n".join(f"  {line}" for line in lines[-TAIL_LINES:]), file=sys.stderr)
+        sys.stderr.writelines(f"  {line}\n" for line in lines[-TAIL_LINES:])
     sys.stderr.flush()

@@ -1,0 +1,55 @@
+"""Fixtures for every suite."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LAUNCH_VARIABLES = (
+    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT QLRL_ERROR_DIR "
+    "SLURM_PROCID SLURM_LOCALID SLURM_NTASKS SLURM_STEP_ID SLURM_JOB_ID SLURM_NNODES"
+).split()
+
+HF_CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 160,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests start as a job of one process, even when they run under srun."""
+    for name in LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def fake_hf(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a Hugging Face folder that passes the checks but holds one tiny tensor."""
+
+    def make(**changes: Any) -> Path:
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(HF_CONFIG | changes))
+        (folder / "tokenizer.json").write_text("{}")
+        write_safetensors(folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+def write_safetensors(path: Path) -> None:
+    """One float32 scalar, written by hand after the format's description."""
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0\0\0")

@@ -1,0 +1,210 @@
+"""Each mistake gives one ConfigError that says what, where and how to mend it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from megatron_qlrl.config import checks
+from megatron_qlrl.config.schema import Config
+from megatron_qlrl.errors import ConfigError
+
+MakeModel = Callable[..., Path]
+
+
+def make_config(**sections: Any) -> Config:
+    return Config.model_validate({"model": {"path": "m"}, **sections})
+
+
+def test_complete_folder_is_read(fake_hf: MakeModel) -> None:
+    assert checks.read_hf_config(fake_hf())["num_hidden_layers"] == 6
+
+
+def test_file_of_the_safetensors_library_is_accepted(fake_hf: MakeModel) -> None:
+    folder = fake_hf()
+    tensors = {"a": np.ones((3, 5), np.float32), "b": np.zeros(7, np.float16)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert checks.read_hf_config(folder)["vocab_size"] == 160
+
+
+def test_shards_named_by_the_index_are_accepted(fake_hf: MakeModel) -> None:
+    folder = fake_hf()
+    shutil.copy(folder / "model.safetensors", folder / "a.safetensors")
+    (folder / "model.safetensors").rename(folder / "b.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert checks.read_hf_config(folder)["vocab_size"] == 160
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"not there: b\.safetensors; download"):
+        checks.read_hf_config(folder)
+
+
+def _drop(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _pointer(folder: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "model.safetensors").write_text(pointer)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, r"model folder .*model does not exist; set model\.path"),
+        (_drop("config.json"), r"config\.json does not exist; is .* a Hugging Face model folder"),
+        (lambda f: (f / "config.json").write_text("{"), r"config\.json is not readable JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), r"holds a list, expected a JSON object"),
+        (_drop("model.safetensors"), r"has no \*\.safetensors file"),
+        (_drop("tokenizer.json"), r"has no tokenizer"),
+        (_cut, r"model\.safetensors has \d+ bytes instead of \d+; download it again"),
+        (_pointer, r"is not a safetensors file .*Git LFS"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), r"is not a safetensors file"),
+    ],
+)
+def test_damaged_folder(fake_hf: MakeModel, damage: Callable[[Path], Any], message: str) -> None:
+    folder = fake_hf()
+    damage(folder)
+    with pytest.raises(ConfigError, match=message):
+        checks.read_hf_config(folder)
+
+
+def test_layout_that_fits(fake_hf: MakeModel) -> None:
+    hf = checks.read_hf_config(fake_hf())
+    config = make_config(policy={"tp": 4, "pp": 3, "cp": 2}, rollout={"tp": 2})
+    checks.check_layout(config, hf, world_size=48)
+    assert checks.smallest_world_size(config) == 24
+
+
+@pytest.mark.parametrize(
+    ("train", "rollout_tp", "smallest"), [((1, 1, 1), 1, 1), ((2, 3, 1), 4, 12), ((1, 1, 1), 8, 8)]
+)
+def test_smallest_world_size(train: tuple[int, ...], rollout_tp: int, smallest: int) -> None:
+    policy = dict(zip(("tp", "pp", "cp"), train, strict=True))
+    config = make_config(policy=policy, rollout={"tp": rollout_tp})
+    assert checks.smallest_world_size(config) == smallest
+
+
+@pytest.mark.parametrize(
+    ("sections", "world_size", "message"),
+    [
+        (
+            {"policy": {"tp": 8}},
+            8,
+            r"policy\.tp=8 does not divide the model's num_key_value_heads=4; "
+            r"valid values: 1, 2, 4$",
+        ),
+        ({"policy": {"tp": 3}}, 3, r"num_attention_heads=8, num_key_value_heads=4; valid"),
+        ({"policy": {"pp": 4}}, 4, r"num_hidden_layers=6; valid values: 1, 2, 3, 6$"),
+        ({"policy": {"tp": 2, "cp": 2}}, 6, r"6 processes cannot hold .* a multiple of 4"),
+        ({"rollout": {"tp": 8}}, 8, r"rollout\.tp=8 does not divide .*valid values: 1, 2, 4$"),
+        (
+            {"rollout": {"tp": 4}},
+            6,
+            r"rollout\.tp=4 does not divide the 6 processes; valid values: 1, 2$",
+        ),
+    ],
+)
+def test_layout_that_does_not_fit(
+    fake_hf: MakeModel, sections: dict[str, Any], world_size: int, message: str
+) -> None:
+    hf = checks.read_hf_config(fake_hf())
+    with pytest.raises(ConfigError, match=message):
+        checks.check_layout(make_config(**sections), hf, world_size=world_size)
+
+
+def test_ffn_counts_for_tp(fake_hf: MakeModel) -> None:
+    hf = checks.read_hf_config(fake_hf(intermediate_size=98))
+    with pytest.raises(ConfigError, match=r"intermediate_size=98; valid values: 1, 2$"):
+        checks.check_layout(make_config(policy={"tp": 4}), hf, world_size=4)
+
+
+def test_architecture_and_missing_field(fake_hf: MakeModel) -> None:
+    hf = checks.read_hf_config(fake_hf(architectures=["GPT2LMHeadModel"]))
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel is not supported; supported: Qwen2"):
+        checks.check_layout(make_config(), hf, world_size=1)
+    hf = {k: v for k, v in hf.items() if k != "hidden_size"} | {
+        "architectures": ["LlamaForCausalLM"]
+    }
+    with pytest.raises(ConfigError, match="lacks 'hidden_size'"):
+        checks.check_layout(make_config(), hf, world_size=1)
+
+
+def _long(max_input: int, **model: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"path": "m", **model},
+            "phases": [{"name": "one", "max_input_tokens": max_input, "steps": 1}],
+            "rollout": {"max_response_tokens": 96},
+        }
+    )
+
+
+def test_length_limit_is_the_models_positions(fake_hf: MakeModel) -> None:
+    hf = checks.read_hf_config(fake_hf())
+    checks.check_layout(_long(4000), hf, world_size=1)
+    with pytest.raises(ConfigError, match=r"4001 \+ 96 tokens, is beyond .* 4096 .*factor: 2\.0"):
+        checks.check_layout(_long(4001), hf, world_size=1)
+
+
+def test_length_limit_with_rope_scaling(fake_hf: MakeModel) -> None:
+    hf = checks.read_hf_config(fake_hf())
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
+    checks.check_layout(_long(8096, rope_scaling=yarn), hf, world_size=1)
+    with pytest.raises(ConfigError, match="beyond the model's 8192 positions"):
+        checks.check_layout(_long(8097, rope_scaling=yarn), hf, world_size=1)
+    own = {**hf, "rope_scaling": yarn}
+    checks.check_layout(_long(8000), own, world_size=1)
+
+
+def _data(tmp_path: Path, **names: list[str]) -> dict[str, list[str]]:
+    for files in names.values():
+        for name in files:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+    return {key: [str(tmp_path / n) for n in files] for key, files in names.items()}
+
+
+def test_files_that_exist(tmp_path: Path) -> None:
+    data = _data(tmp_path, train_files=["a.parquet"], eval_files=["b.parquet", "c.parquet"])
+    config = _long(100).model_copy(update={"data": make_config(data=data).data})
+    checks.check_files(config, "rl")
+    checks.check_files(config, "eval")
+    with pytest.raises(ConfigError, match=r"`qlrl sft` needs data\.sft_files"):
+        checks.check_files(config, "sft")
+
+
+def test_missing_files_are_all_named(tmp_path: Path) -> None:
+    data = {"eval_files": ["gone/x.parquet"], "sft_files": ["gone/y.parquet"]}
+    with pytest.raises(ConfigError) as caught:
+        checks.check_files(make_config(data=data), "sft")
+    message = str(caught.value)
+    assert "data.sft_files: gone/y.parquet; data.eval_files: gone/x.parquet" in message
+    assert str(Path.cwd()) in message
+
+
+def test_rl_needs_phases_and_benchmarks_need_names(tmp_path: Path) -> None:
+    data = _data(tmp_path, train_files=["a.parquet"], eval_files=["p/b.parquet", "q/b.parquet"])
+    with pytest.raises(ConfigError, match="at least one entry under phases"):
+        checks.check_files(make_config(data=data), "rl")
+    with pytest.raises(ConfigError, match=r"data\.eval_files: .* b appears twice"):
+        checks.check_files(make_config(data=data), "eval")
+
+
+def test_machine() -> None:
+    fp8 = make_config(policy={"fp8": "hybrid"})
+    checks.check_machine(fp8, processes=8, num_gpus=8)
+    with pytest.raises(ConfigError, match=r"policy\.fp8=hybrid needs a GPU"):
+        checks.check_machine(fp8, processes=1, num_gpus=0)
+    with pytest.raises(ConfigError, match=r"--processes 9 on a machine with 8 usable"):
+        checks.check_machine(fp8, processes=9, num_gpus=8)

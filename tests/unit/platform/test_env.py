@@ -1,0 +1,96 @@
+import os
+import socket
+
+import pytest
+
+from megatron_qlrl.errors import ConfigError
+from megatron_qlrl.platform.env import Ranks, free_port, init_ranks, read_ranks, set_engine_env
+
+TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Ranks(0, 0, 1)),
+        (TORCHRUN, Ranks(5, 1, 8)),
+        (SRUN, Ranks(3, 1, 4)),
+        (SRUN | TORCHRUN, Ranks(5, 1, 8)),
+        # A batch script outside srun is one process, whatever the job's number of tasks.
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}, Ranks(0, 0, 1)),
+    ],
+)
+def test_read_ranks(environ: dict[str, str], expected: Ranks) -> None:
+    assert read_ranks(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        (TORCHRUN | {"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', expected a number"),
+        (TORCHRUN | {"RANK": "8"}, "RANK=8, LOCAL_RANK=1 and WORLD_SIZE=8 do not fit"),
+    ],
+)
+def test_read_ranks_of_a_broken_launch(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_ranks(environ)
+
+
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An empty environment of our own in place of the process'."""
+    fresh: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", fresh)
+    return fresh
+
+
+def test_one_process_gets_an_address(environ: dict[str, str]) -> None:
+    assert init_ranks() == Ranks(0, 0, 1)
+    port = environ["MASTER_PORT"]
+    assert 1024 <= int(port) <= 65535
+    assert environ["MASTER_ADDR"] == "127.0.0.1"
+    assert (environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"]) == ("0", "0", "1")
+    assert init_ranks() == Ranks(0, 0, 1)
+    assert environ["MASTER_PORT"] == port
+
+
+def test_srun_on_one_node_agrees_on_a_port(environ: dict[str, str]) -> None:
+    environ.update(SRUN, SLURM_JOB_ID="123", SLURM_NNODES="1", SLURM_STEP_ID="2")
+    assert init_ranks() == Ranks(3, 1, 4)
+    assert environ["MASTER_ADDR"] == "127.0.0.1"
+    assert environ["MASTER_PORT"] == "20863"  # 20000 + 123 * 7 + 2
+    assert environ["RANK"] == "3"
+
+
+def test_srun_keeps_the_scripts_address(environ: dict[str, str]) -> None:
+    environ.update(SRUN, MASTER_ADDR="node7", MASTER_PORT="29500", SLURM_NNODES="2")
+    init_ranks()
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("node7", "29500")
+
+
+def test_srun_on_two_nodes_needs_an_address(environ: dict[str, str]) -> None:
+    environ.update(SRUN, SLURM_JOB_ID="123", SLURM_NNODES="2")
+    with pytest.raises(ConfigError, match="4 processes need MASTER_ADDR and MASTER_PORT"):
+        init_ranks()
+
+
+def test_engine_environment(environ: dict[str, str]) -> None:
+    environ.update(
+        VLLM_LOGGING_LEVEL="DEBUG",
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_CPU_KVCACHE_SPACE="40",
+    )
+    set_engine_env(cpu_kv_cache_gib=2)
+    assert environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert environ["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    assert environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    assert environ["VLLM_NO_USAGE_STATS"] == "1"
+
+
+def test_free_port_can_be_bound() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", free_port()))
+        assert server.getsockname()[1] > 0

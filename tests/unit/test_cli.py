@@ -1,0 +1,257 @@
+"""The command line up to the point where a run starts; `megatron_qlrl.build` is a hand-written
+fake here, so nothing loads torch."""
+
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import megatron_qlrl
+from megatron_qlrl import cli
+from megatron_qlrl.config.schema import Config
+from megatron_qlrl.errors import CheckpointError, ConfigError, DataError
+from megatron_qlrl.launch import local
+
+MakeConfig = Callable[..., Path]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, fake_hf: Callable[..., Path]) -> MakeConfig:
+    """A config file that passes every check, with sections added."""
+
+    def make(**sections: Any) -> Path:
+        train = tmp_path / "train.parquet"
+        train.touch()
+        tree = {
+            "model": {"path": str(fake_hf())},
+            "data": {"train_files": [str(train)], "sft_files": [str(train)]},
+            "phases": [{"name": "one", "max_input_tokens": 100, "steps": 2}],
+            "rollout": {"max_response_tokens": 50},
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(tree | sections))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What reached the composition root, in place of doing it."""
+    made: list[tuple[Any, ...]] = []
+    fake = types.ModuleType("megatron_qlrl.build")
+    for name in ("run_sft", "run_rl", "run_eval", "run_export", "run_import"):
+        setattr(fake, name, lambda *args, name=name: made.append((name, *args)))
+    monkeypatch.setitem(sys.modules, "megatron_qlrl.build", fake)
+    monkeypatch.setattr(megatron_qlrl, "build", fake, raising=False)
+    monkeypatch.setattr(local, "num_gpus", lambda: 0)
+    return made
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
+    """What would have been started; the fake ranks fail with code 7."""
+    made: list[tuple[list[str], int]] = []
+
+    def launch(argv: list[str], *, processes: int) -> int:
+        made.append((argv, processes))
+        return 7
+
+    monkeypatch.setattr(local, "launch", launch)
+    return made
+
+
+def invoke(*argv: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(a) for a in argv])
+
+
+@pytest.mark.parametrize("command", ["sft", "rl"])
+def test_one_process_runs_here(
+    command: str, make_config: MakeConfig, calls: list[Any], launches: list[Any]
+) -> None:
+    result = invoke(command, make_config(), "optimizer.lr=0.5")
+    assert result.exit_code == 0, result.output
+    assert launches == []
+    [(name, config)] = calls
+    assert name == f"run_{command}"
+    assert isinstance(config, Config)
+    assert config.optimizer.lr == 0.5
+
+
+def test_several_processes_are_started_after_the_checks(
+    make_config: MakeConfig, calls: list[Any], launches: list[Any]
+) -> None:
+    path = make_config()
+    result = invoke("rl", path, "policy.tp=2", "--processes", 4, "run.seed=3")
+    assert result.exit_code == 7
+    assert launches == [(["rl", str(path), "policy.tp=2", "run.seed=3"], 4)]
+    assert calls == []
+
+
+def test_default_is_the_fewest_that_hold_the_layout(
+    make_config: MakeConfig, calls: list[Any], launches: list[Any]
+) -> None:
+    invoke("rl", make_config(policy={"tp": 2, "pp": 3}))
+    assert [processes for _, processes in launches] == [6]
+
+
+def test_default_on_gpus_is_one_process_each(
+    make_config: MakeConfig, calls: list[Any], launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "num_gpus", lambda: 8)
+    invoke("rl", make_config())
+    assert [processes for _, processes in launches] == [8]
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"},
+        {
+            "SLURM_STEP_ID": "0",
+            "SLURM_PROCID": "1",
+            "SLURM_LOCALID": "1",
+            "SLURM_NTASKS": "2",
+        },
+    ],
+)
+def test_under_torchrun_and_srun_nothing_is_started(
+    environ: dict[str, str],
+    make_config: MakeConfig,
+    calls: list[Any],
+    launches: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    result = invoke("rl", make_config(policy={"tp": 2}), "--processes", "2")
+    assert result.exit_code == 0, result.output
+    assert [name for name, *_ in calls] == ["run_rl"]
+    assert launches == []
+
+
+def test_bad_layout_starts_nothing(
+    make_config: MakeConfig, calls: list[Any], launches: list[Any]
+) -> None:
+    result = invoke("rl", make_config(), "policy.tp=3", "--processes", "3")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("qlrl: error: policy.tp=3 does not divide")
+    assert result.stderr.count("\n") == 1
+    assert (calls, launches) == ([], [])
+
+
+def test_check_error_under_torchrun_is_shown_once_a_machine(
+    make_config: MakeConfig, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_config()
+    shown = []
+    for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 4)):
+            monkeypatch.setenv(name, str(value))
+        result = invoke("rl", path, "policy.tp=8")
+        assert result.exit_code == 2
+        shown.append(result.stderr[:29])
+    assert shown == ["qlrl: error: policy.tp=8 does", "", "qlrl: error: rank 2: policy.t", ""]
+
+
+@pytest.mark.parametrize(
+    ("rank", "message", "shown"),
+    [
+        ("0", "disk is full", "qlrl: error: disk is full\n"),
+        ("1", "disk is full", "qlrl: error: rank 1: disk is full\n"),
+        ("0", "rank 1: disk is full", "qlrl: error: rank 1: disk is full\n"),
+        ("1", "rank 1: disk is full", ""),
+    ],
+)
+def test_error_of_a_run(
+    rank: str,
+    message: str,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        raise DataError(message)
+
+    monkeypatch.setattr(cli, "app", fail)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == shown
+
+
+def test_child_of_the_launcher_reports_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise DataError("disk is full")
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setenv("QLRL_ERROR_DIR", str(tmp_path))
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == ""
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {"1.error": "disk is full"}
+
+
+def test_export(tmp_path: Path, calls: list[Any]) -> None:
+    source, out = tmp_path / "step_2", tmp_path / "out"
+    source.mkdir()
+    assert invoke("export", source, out).exit_code == 0
+    assert calls == [("run_export", source, out)]
+    assert isinstance(invoke("export", tmp_path / "gone", out).exception, CheckpointError)
+    out.mkdir()
+    (out / "file").touch()
+    error = invoke("export", source, out).exception
+    assert isinstance(error, ConfigError)
+    assert str(error) == f"{out} exists already; name a new folder or remove it"
+
+
+def test_import(
+    tmp_path: Path, fake_hf: Callable[..., Path], calls: list[Any], launches: list[Any]
+) -> None:
+    model, out = fake_hf(), tmp_path / "out"
+    assert invoke("import", model, out).exit_code == 0
+    assert calls == [("run_import", model, out, 1, 1)]
+    assert invoke("import", model, out, "--tp", "2", "--pp", "3").exit_code == 7
+    assert launches == [(["import", str(model), str(out), "--tp=2", "--pp=3"], 6)]
+    result = invoke("import", model, out, "--pp", "4")
+    assert result.exit_code == 2
+    assert "policy.pp=4 does not divide" in result.stderr
+
+
+def test_check_reports_the_machine_and_the_config(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "num_gpus", lambda: 0)
+    report = invoke("check").stdout
+    lines = dict(line.split(maxsplit=1) for line in report.splitlines())
+    assert lines["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert lines["device"] == "CPU (no GPU found)"
+    assert lines["megatron-core"] == "0.16.1"
+    path = make_config(policy={"tp": 2})
+    assert f"{path}: fits 2 process(es) on this machine" in invoke("check", path).stdout
+    error = invoke("check", path, "policy.pp=5").exception
+    assert isinstance(error, ConfigError)
+    assert "policy.pp=5 does not divide" in str(error)
+
+
+def test_module_prints_one_line_for_bad_input(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_qlrl", "rl", "gone.yaml"]
+    env = {k: v for k, v in os.environ.items() if k != "RANK"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "qlrl: error: config file gone.yaml does not exist; pass the path of a YAML file\n"
+    )
