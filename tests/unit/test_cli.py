@@ -1,7 +1,6 @@
 """The command line up to the point where a run starts; `megatron_qlrl.build` is a hand-written
 fake here, so nothing loads torch."""
 
-import os
 import subprocess
 import sys
 import types
@@ -249,8 +248,7 @@ def test_check_reports_the_machine_and_the_config(
 
 def test_module_prints_one_line_for_bad_input(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_qlrl", "rl", "gone.yaml"]
-    env = {k: v for k, v in os.environ.items() if k != "RANK"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr == (
         "qlrl: error: config file gone.yaml does not exist; pass the path of a YAML file\n"

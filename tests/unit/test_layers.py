@@ -53,7 +53,7 @@ def violations(file: str, source: str) -> list[str]:
 
 
 def _part(file: str) -> str:
-    return file.split("/")[0].removesuffix(".py")
+    return file.split("/", 1)[0].removesuffix(".py")
 
 
 def _layer(part: str) -> int:
