@@ -277,15 +277,15 @@ def _document(rng: np.random.Generator, sentences: Sequence[str]) -> str:
     return "\n".join(lines[i] for i in rng.permutation(len(lines)))
 
 
-def _mention(rng: np.random.Generator, templates: Sequence[str], item: str) -> str:
+def _mention(rng: np.random.Generator, templates: tuple[str, ...], item: str) -> str:
     return _fill(rng, templates, item=item)
 
 
-def _fill(rng: np.random.Generator, templates: Sequence[str], **fields: str) -> str:
+def _fill(rng: np.random.Generator, templates: tuple[str, ...], **fields: str) -> str:
     values = {"role": _some(rng, ROLES, 1)[0], "town": _some(rng, TOWNS, 1)[0], **fields}
     return _some(rng, templates, 1)[0].format(**values)
 
 
-def _some(rng: np.random.Generator, pool: Sequence[str], count: int) -> list[str]:
+def _some(rng: np.random.Generator, pool: tuple[str, ...], count: int) -> list[str]:
     """`count` different elements in random order."""
     return [pool[i] for i in rng.permutation(len(pool))[:count]]
