@@ -1,0 +1,193 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_qlrl.errors import DataError
+from megatron_qlrl.reward.extract import Answer
+from megatron_qlrl.reward.rules import apply_rule, normalize, rule_of
+
+
+def verdict(rule, gold, prediction):
+    return apply_rule(rule, gold=gold, answer=Answer(prediction, "the answer is"))
+
+
+@pytest.mark.parametrize(
+    ("source", "rule"),
+    [
+        ("docmath_0_20000", "numeric"),
+        ("DocMath", "numeric"),
+        ("long_toc_choices_40000_plus", "choice"),
+        ("multihoprag_0_20000", "qa"),
+        ("toy_musique", "qa"),
+        ("2wikimultihopqa", "qa"),
+        ("narrativeqa", "qa"),
+        ("hotpotqa", "qa"),
+        ("qasper", "qa"),
+        ("frames", "qa"),
+    ],
+)
+def test_source_selects_the_rule(source, rule):
+    assert rule_of(source) == rule
+
+
+def test_unknown_source_lists_the_valid_names():
+    with pytest.raises(DataError, match="'gsm8k' has no rule.*multihoprag, musique.*docmath"):
+        rule_of("gsm8k")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Cat, sat!", "cat sat"),
+        ("U.S.A.", "usa"),
+        ("“Paris”—city", "pariscity"),
+        ("3.14 and 1,000", "3.14 and 1000"),
+        ("-3 − 4 to −5", "-3 4 to -5"),
+        ("1990-1995", "19901995"),
+        ("the an A", ""),
+    ],
+)
+def test_normal_form(text, expected):
+    assert normalize(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("gold", "prediction"),
+    [
+        ("Yes", "yes."),
+        ("Paris", "Paris, France"),
+        ("Paris", "the city of Paris"),
+        ("Barack Obama", "President Barack Obama"),
+        ("The answer is Paris.", "Paris"),
+        ("Therefore, the answer is (Barack Obama).", "barack obama"),
+        ("AC/DC", "AC/DC"),
+        ("either red or blue", "red or blue is wrong, either red or blue"),
+        ("no", "No"),
+        ("not reported", "It was not reported"),
+        ("1,234", "1234"),
+        ("A", "a"),
+        ("?", "?"),
+    ],
+)
+def test_qa_right(gold, prediction):
+    assert verdict("qa", gold, prediction)
+
+
+@pytest.mark.parametrize(
+    ("gold", "prediction"),
+    [
+        ("Yes", "e"),
+        ("Yes", "the"),
+        ("Yes", "Y"),
+        ("Yes", "yesterday"),
+        ("Yes", "Yes or No"),
+        ("Yes", "Yes/No"),
+        ("Yes", "yes no"),
+        ("No", "Yes no"),
+        ("Paris", "not Paris"),
+        ("Paris", "Paris or London"),
+        ("Paris", "London, Paris, Rome"),
+        ("Paris", "Paris; London"),
+        ("Paris", "one two three four five Paris"),
+        ("Barack Obama", "Obama"),
+        ("Barack Obama", "Obama Barack"),
+        ("5", "-5"),
+        ("5", "1.5"),
+        ("15", "1.5"),
+        ("art", "party"),
+        ("?", "!"),
+        ("", ""),
+        ("", "the"),
+    ],
+)
+def test_qa_wrong(gold, prediction):
+    assert not verdict("qa", gold, prediction)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(5, True), (6, False)])
+def test_qa_prediction_is_at_most_three_times_the_gold_plus_two(length, expected):
+    prediction = " ".join(["gold", "v", "w", "x", "y", "z"][:length])
+    assert verdict("qa", "gold", prediction) is expected
+
+
+@pytest.mark.parametrize(
+    ("gold", "prediction"),
+    [
+        ("32.4", "32.4"),
+        ("1000", "1001.5"),
+        ("1000", "998.5"),
+        ("-1000", "-1001.5"),
+        ("0", "0.00"),
+        ("1,234", "$1234"),
+        ("5.3", "5.3%"),
+        ("0.053", "5.3%"),
+        ("5.3%", "5.3"),
+        ("5.3%", "0.053"),
+        ("5.3%", "5.3 percent"),
+        ("1500000", "1.5 million"),
+        ("1.5 million", "1,500,000"),
+        ("Therefore, the answer is 32.4.", "32.4"),
+        ("(32.4)", "32.4"),
+        ("not disclosed", "Not disclosed."),
+    ],
+)
+def test_numeric_right(gold, prediction):
+    assert verdict("numeric", gold, prediction)
+
+
+@pytest.mark.parametrize(
+    ("gold", "prediction"),
+    [
+        ("32.4", "-32.4"),
+        ("-32.4", "32.4"),
+        ("32.4", "324000"),
+        ("32.4", "0.324"),
+        ("32.4", "3.24"),
+        ("32.4", "32.4 million"),
+        ("1000", "1001.6"),
+        ("1000", "998.4"),
+        ("0", "0.001"),
+        ("5", "0.05"),
+        ("0.05", "5"),
+        ("5.3%", "530%"),
+        ("5.3%", "0.053%"),
+        ("5", "5 or 6"),
+        ("5", "five"),
+        ("not disclosed", "5"),
+        ("?", "!"),
+        ("", ""),
+    ],
+)
+def test_numeric_wrong(gold, prediction):
+    assert not verdict("numeric", gold, prediction)
+
+
+@pytest.mark.parametrize(
+    ("gold", "prediction", "expected"),
+    [
+        ("B", "(B)", True),
+        ("(B)", "b", True),
+        ("The correct answer is (B)", "B. Paris", True),
+        ("(B) Paris", "B", True),
+        ("Paris", "paris.", True),
+        ("B", "C", False),
+        ("B", "(A) or (B)", False),
+        ("B", "Paris", False),
+        ("Paris", "B", False),
+        ("", "B", False),
+        ("", "", False),
+    ],
+)
+def test_choice(gold, prediction, expected):
+    assert verdict("choice", gold, prediction) is expected
+
+
+@given(st.sampled_from(["qa", "numeric", "choice"]), st.text(), st.text())
+def test_any_gold_and_any_prediction_give_a_verdict(rule, gold, prediction):
+    assert verdict(rule, gold, prediction) in (True, False)
+
+
+@given(st.text(min_size=1).filter(lambda text: text.strip()))
+def test_an_empty_prediction_is_never_right(gold):
+    for rule in ("qa", "numeric", "choice"):
+        assert not verdict(rule, gold, "")
