@@ -1,0 +1,142 @@
+"""Your own documents and questions -> a data file in verl's format.
+
+Input: a folder of UTF-8 text files and a JSONL file, one question a line:
+
+    {"document": "report.txt", "question": "What was the revenue?", "answer": "1.5 million",
+     "kind": "math"}
+
+`document` may be a list of files (joined by an empty line). `kind` is "qa" (the default), "math"
+or "choice"; it selects the closing sentence and, by `data_source`, the rule of the reward. A
+question of kind "choice" holds its options, and its answer is the letter. `data_source` may be
+given for files with several sources. `response` (every line or none) makes an SFT file.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_qlrl.data.template import Kind, docqa_message
+from megatron_qlrl.errors import DataError
+
+DATA_SOURCE: dict[Kind, str] = {
+    "qa": "docs_musique",
+    "math": "docs_docmath",
+    "choice": "docs_long_toc_choices",
+}
+"""Default `data_source` of each kind; the scorer is chosen by a part of the name."""
+
+_REQUIRED = ("document", "question", "answer")
+_KEYS = (*_REQUIRED, "kind", "data_source", "response")
+_SCHEMA = pa.schema(
+    [
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("ability", pa.string()),
+        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
+        ("extra_info", pa.struct([("split", pa.string()), ("index", pa.int64())])),
+        ("document", pa.string()),
+        ("question", pa.string()),
+    ]
+)
+
+
+def build_docs(*, documents_dir: Path, questions: Path, out: Path, split: str) -> int:
+    """Writes `out` (parquet) and returns its number of rows.
+
+    Args:
+        documents_dir: folder of UTF-8 text files.
+        questions: JSONL, see the module's docstring; empty lines are skipped.
+        split: written to `extra_info.split`.
+
+    Raises:
+        DataError: a line or a document cannot be used; names the file and the line.
+    """
+    if not documents_dir.is_dir():
+        raise DataError(f"document folder {documents_dir} does not exist")
+    rows: list[dict[str, Any]] = []
+    for where, record in _records(questions):
+        row = _row(where, record, documents_dir)
+        row["extra_info"] = {"split": split, "index": len(rows)}
+        rows.append(row)
+        if ("response" in row) != ("response" in rows[0]):
+            raise DataError(f"{where}: give `response` on every line (SFT) or on none (RL)")
+    if not rows:
+        raise DataError(f"{questions} holds no questions")
+    has_response = "response" in rows[0]
+    schema = _SCHEMA.append(pa.field("response", pa.string())) if has_response else _SCHEMA
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), out)
+    return len(rows)
+
+
+def _records(questions: Path) -> list[tuple[str, dict[str, Any]]]:
+    records = []
+    for number, line in enumerate(_read_text(questions, str(questions)).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{questions}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error}); write one object a line") from error
+        records.append((where, _checked(where, record)))
+    return records
+
+
+def _checked(where: str, record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object {{...}}, found {type(record).__name__}")
+    missing = [key for key in _REQUIRED if key not in record]
+    unknown = [key for key in record if key not in _KEYS]
+    if missing or unknown:
+        faults = [f"missing {', '.join(missing)}"] if missing else []
+        faults += [f"unknown {', '.join(unknown)}"] if unknown else []
+        raise DataError(f"{where}: {'; '.join(faults)}; the keys are {', '.join(_KEYS)}")
+    if isinstance(record["answer"], int | float) and not isinstance(record["answer"], bool):
+        record["answer"] = str(record["answer"])
+    for key in set(record) - {"document"}:
+        if not isinstance(record[key], str) or not record[key].strip():
+            raise DataError(f"{where}: `{key}` must be a string that is not empty")
+    if record.get("kind", "qa") not in DATA_SOURCE:
+        raise DataError(f"{where}: kind {record['kind']!r} is not one of {', '.join(DATA_SOURCE)}")
+    return record
+
+
+def _row(where: str, record: Mapping[str, Any], documents_dir: Path) -> dict[str, Any]:
+    kind: Kind = record.get("kind", "qa")
+    document = _document(where, record["document"], documents_dir)
+    message = docqa_message(document=document, question=record["question"], kind=kind)
+    row = {
+        "data_source": record.get("data_source", DATA_SOURCE[kind]),
+        "prompt": [{"role": "user", "content": message}],
+        "ability": "docqa",
+        "reward_model": {"style": "rule", "ground_truth": record["answer"]},
+        "document": document,
+        "question": record["question"],
+    }
+    return row | ({"response": record["response"]} if "response" in record else {})
+
+
+def _document(where: str, names: Any, documents_dir: Path) -> str:
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise DataError(f"{where}: `document` must be a file name or a list of file names")
+    texts = []
+    for name in names:
+        path = documents_dir / name
+        # A question file from elsewhere must not read files outside the folder.
+        if not path.resolve().is_relative_to(documents_dir.resolve()):
+            raise DataError(f"{where}: document {name!r} lies outside {documents_dir}")
+        texts.append(_read_text(path, where))
+    return "\n\n".join(texts)
+
+
+def _read_text(path: Path, where: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where}: cannot read {path} as UTF-8 text: {error}") from error

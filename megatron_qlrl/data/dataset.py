@@ -1,0 +1,217 @@
+"""verl parquet files -> `Prompt` and `Example`.
+
+Columns of a file: `data_source` (string), `prompt` (chat: list of {role, content}),
+`reward_model` ({style, ground_truth}), optionally `extra_info` (struct), `question` (string)
+and, for SFT, `response` (string). Other columns are left unread.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jinja2 import TemplateError
+
+from megatron_qlrl.data.template import render
+from megatron_qlrl.errors import ConfigError, DataError
+from megatron_qlrl.types import Example, Prompt
+
+_REQUIRED = ("data_source", "prompt", "reward_model")
+_OPTIONAL = ("extra_info", "question")
+_BATCH_ROWS = 64
+
+
+def load_prompts(
+    files: Sequence[str | Path], *, tokenizer: Any, enable_thinking: bool | None = None
+) -> list[Prompt]:
+    """All rows of the files, in order, as tokenized prompts.
+
+    The question is `question`, else `extra_info.question`, else the whole last user message.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        enable_thinking: given to the chat template; None leaves it out.
+
+    Raises:
+        DataError: a file, a column or a row cannot be used; names the file and the row.
+        ConfigError: the tokenizer has no chat template.
+    """
+    rows = _rows(files, _REQUIRED)
+    return [_prompt(where, uid, row, tokenizer, enable_thinking) for where, uid, row in rows]
+
+
+def load_examples(
+    files: Sequence[str | Path], *, tokenizer: Any, enable_thinking: bool | None = None
+) -> list[Example]:
+    """As `load_prompts`, with the `response` column tokenized and the end token appended.
+
+    `response` is what follows the generation prompt: where the chat template opens `<think>`
+    itself, it starts inside the reasoning.
+
+    Raises:
+        DataError, ConfigError: as `load_prompts`.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no end token; set eos_token in its "
+            "tokenizer_config.json"
+        )
+    examples = []
+    for where, uid, row in _rows(files, (*_REQUIRED, "response")):
+        prompt = _prompt(where, uid, row, tokenizer, enable_thinking)
+        response = _text(where, "response", row["response"])
+        if response.lstrip().startswith("<think>") and _opens_thinking(tokenizer, prompt):
+            raise DataError(
+                f"{where}: `response` starts with <think>, and the chat template opens <think> "
+                "already; take it off the response"
+            )
+        ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+        if ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+        examples.append(Example(prompt, np.asarray(ids, dtype=np.int32)))
+    return examples
+
+
+def check_lengths(prompts: Sequence[Prompt], max_tokens: int) -> None:
+    """To be called before training: every prompt must fit the longest phase. Nothing is cut or
+    left out silently.
+
+    Raises:
+        DataError: says how many prompts are longer, names the first of them and the longest.
+    """
+    over = [prompt for prompt in prompts if prompt.num_tokens > max_tokens]
+    if not over:
+        return
+    longest = max(over, key=lambda prompt: prompt.num_tokens)
+    first = ", ".join(f"{prompt.uid} ({prompt.num_tokens} tokens)" for prompt in over[:3])
+    raise DataError(
+        f"{len(over)} of {len(prompts)} prompts are longer than every phase allows ({max_tokens} "
+        f"tokens); the first: {first}; the longest: {longest.uid}. Raise max_input_tokens of the "
+        f"last phase to {longest.num_tokens}, or take these rows out of the files"
+    )
+
+
+def middle_truncate(token_ids: np.ndarray, max_tokens: int) -> np.ndarray:
+    """The first and the last half of `max_tokens` tokens (evaluation, QwenLong-L1 section 4.1);
+    unchanged when it is not longer. The tail, with the question, gets the odd token."""
+    assert max_tokens > 0, max_tokens
+    if len(token_ids) <= max_tokens:
+        return token_ids
+    head = max_tokens // 2
+    return np.concatenate([token_ids[:head], token_ids[len(token_ids) - (max_tokens - head) :]])
+
+
+def _rows(
+    files: Sequence[str | Path], required: Sequence[str]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yields (where to look, uid, row) over all files."""
+    by_stem: dict[str, Path] = {}
+    for path in map(Path, files):
+        if path.stem in by_stem:
+            raise DataError(
+                f"{path} and {by_stem[path.stem]} have the same name: rows are identified by file "
+                "name and number, so list a file once and rename one of two different files"
+            )
+        by_stem[path.stem] = path
+    for stem, path in by_stem.items():
+        for index, row in enumerate(_read(path, required)):
+            yield f"{path}, row {index}", f"{stem}:{index}", row
+
+
+def _read(path: Path, required: Sequence[str]) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"data file {path} does not exist; pass the path of a parquet file")
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            missing = [name for name in required if name not in names]
+            if missing:
+                raise DataError(
+                    f"{path} has no column {', '.join(missing)}; found {', '.join(names)}; needed "
+                    f"are {', '.join(required)} (verl's format)"
+                )
+            if not file.metadata.num_rows:
+                raise DataError(f"{path} has no rows")
+            columns = [*required, *(name for name in _OPTIONAL if name in names)]
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as a parquet file: {error}") from error
+
+
+def _prompt(
+    where: str, uid: str, row: dict[str, Any], tokenizer: Any, enable_thinking: bool | None
+) -> Prompt:
+    messages = _messages(where, row["prompt"])
+    extra = row.get("extra_info") or {}
+    if not isinstance(extra, Mapping):
+        raise DataError(f"{where}: `extra_info` must be a struct or null, found {_shown(extra)}")
+    question = _question(where, row, extra, messages)
+    data_source = _text(where, "data_source", row["data_source"])
+    ground_truth = _ground_truth(where, row["reward_model"])
+    try:
+        token_ids = render(tokenizer, messages, enable_thinking)
+    except TemplateError as error:
+        raise DataError(f"{where}: the chat template refuses `prompt`: {error}") from error
+    return Prompt(uid, token_ids, data_source, question, ground_truth, dict(extra))
+
+
+def _messages(where: str, value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            f"{where}: `prompt` must be a non-empty list of {{role, content}}, found "
+            f"{_shown(value)}"
+        )
+    for message in value:
+        fields = message if isinstance(message, Mapping) else {}
+        if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
+            raise DataError(
+                f"{where}: every message of `prompt` needs the strings role and content, found "
+                f"{_shown(message)}"
+            )
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _question(
+    where: str, row: Mapping[str, Any], extra: Mapping[str, Any], messages: list[dict[str, str]]
+) -> str:
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    candidates = (row.get("question"), extra.get("question"), asked[-1] if asked else None)
+    for candidate in candidates:
+        if isinstance(candidate, str) and candidate.strip():
+            return candidate
+    raise DataError(
+        f"{where}: there is no question; fill the column `question`, or extra_info.question, or "
+        "end `prompt` with a user message that is not empty"
+    )
+
+
+def _ground_truth(where: str, reward_model: Any) -> str:
+    if not isinstance(reward_model, Mapping):
+        raise DataError(
+            f"{where}: `reward_model` must be a struct {{style, ground_truth}}, found "
+            f"{_shown(reward_model)}"
+        )
+    value = reward_model.get("ground_truth")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    return _text(where, "reward_model.ground_truth", value)
+
+
+def _text(where: str, name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(
+            f"{where}: `{name}` must be a string that is not empty, found {_shown(value)}"
+        )
+    return value
+
+
+def _opens_thinking(tokenizer: Any, prompt: Prompt) -> bool:
+    return tokenizer.decode(prompt.token_ids[-8:]).rstrip().endswith("<think>")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
