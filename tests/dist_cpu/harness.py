@@ -1,7 +1,6 @@
 """Runs a function on several gloo ranks and shows a failing rank's traceback."""
 
-import os
-import socket
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,28 +13,23 @@ from megatron_qlrl.parallel.context import process_group
 
 def run_ranks(worker: Callable[..., None], world_size: int, cases: Sequence[Any]) -> None:
     """Runs `worker(rank, case)` for each case, on `world_size` spawned ranks, in a process
-    group of its own."""
-    mp.spawn(_start, (worker, world_size, _free_ports(len(cases)), cases), nprocs=world_size)
+    group of its own (met through a file: a port can be taken by somebody else)."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_start, (worker, world_size, folder, cases), nprocs=world_size)
 
 
 def _start(
-    rank: int, worker: Callable[..., None], world_size: int, ports: list[int], cases: Sequence[Any]
+    rank: int, worker: Callable[..., None], world_size: int, folder: str, cases: Sequence[Any]
 ) -> None:
     torch.set_num_threads(1)
-    for port, case in zip(ports, cases, strict=True):
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with process_group(rank=rank, local_rank=rank, world_size=world_size):
+    for number, case in enumerate(cases):
+        with process_group(
+            rank=rank,
+            local_rank=rank,
+            world_size=world_size,
+            init_method=f"file://{folder}/{number}",
+        ):
             worker(rank, case)
-
-
-def _free_ports(num: int) -> list[int]:
-    probes = [socket.socket() for _ in range(num)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def tiny_hf(folder: Path, kind: str, *, seed: int = 0, **overrides: Any) -> Path:

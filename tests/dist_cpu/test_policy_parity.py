@@ -86,7 +86,8 @@ def make_policy(folder: Path, layout: tuple[int, int, int], **settings: Any) -> 
     policy = Policy(
         shape,
         policy=config,
-        optimizer=OptimizerConfig(lr=1e-3),  # pyright: ignore[reportCallIssue]
+        # A large eps: Adam must not blow rounding noise of tiny gradients up to full steps.
+        optimizer=OptimizerConfig(lr=1e-3, eps=1e-3),  # pyright: ignore[reportCallIssue]
         dtype=torch.float32,
         temperature=TEMPERATURE,
         context=context,
