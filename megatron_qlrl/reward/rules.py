@@ -62,13 +62,14 @@ def apply_rule(rule: RuleName, *, gold: str, answer: Answer) -> bool:
 def _qa(prediction: str, gold: str) -> bool:
     """The gold's tokens stand in the prediction, in order and side by side.
 
-    The prediction may be at most 3 * gold + 2 tokens long and may neither list alternatives nor
-    negate when the gold does not: a list of all candidates is no answer.
+    The prediction may be at most 2 * gold + 1 tokens long and may neither list nor negate when the
+    gold does not: a list of all candidates is no answer. What is left open is a bare row of two or
+    three candidates, which containment cannot tell from "Paris, France".
     """
     wanted, given = normalize(gold).split(), normalize(prediction).split()
     if not wanted:  # "The", "?" and the like normalise to nothing
         return bool(gold.strip()) and gold.strip().casefold() == prediction.strip().casefold()
-    if len(given) > 3 * len(wanted) + 2:
+    if len(given) > 2 * len(wanted) + 1:
         return False
     if _lists_more(prediction, gold) or _negates(given, wanted):
         return False
@@ -76,7 +77,7 @@ def _qa(prediction: str, gold: str) -> bool:
     return any(given[i : i + size] == wanted for i in range(len(given) - size + 1))
 
 
-_ALTERNATIVE = re.compile(r"\bor\b|[/;|\n]", re.IGNORECASE)
+_LIST_MARK = re.compile(r"\b(?:or|and)\b|[&/;|\n]", re.IGNORECASE)
 _LIST_COMMA = re.compile(r",\s")
 _NEGATIONS = frozenset(
     ("not", "no", "nor", "neither", "never", "none", "cannot", "isnt", "wasnt", "arent", "werent")
@@ -86,9 +87,7 @@ _NEGATIONS = frozenset(
 def _lists_more(prediction: str, gold: str) -> bool:
     more_commas = len(_LIST_COMMA.findall(prediction)) - len(_LIST_COMMA.findall(gold))
     # One comma more is an apposition ("Paris, France"); two are a list.
-    return more_commas >= 2 or bool(
-        _ALTERNATIVE.search(prediction) and not _ALTERNATIVE.search(gold)
-    )
+    return more_commas >= 2 or bool(_LIST_MARK.search(prediction) and not _LIST_MARK.search(gold))
 
 
 def _negates(given: list[str], wanted: list[str]) -> bool:

@@ -81,7 +81,8 @@ def _records(questions: Path) -> list[tuple[str, dict[str, Any]]]:
         where = f"{questions}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")  # no lone surrogates
+        except ValueError as error:
             raise DataError(f"{where}: not JSON ({error}); write one object a line") from error
         records.append((where, _checked(where, record)))
     return records
@@ -123,7 +124,7 @@ def _row(where: str, record: Mapping[str, Any], documents_dir: Path) -> dict[str
 
 def _document(where: str, names: Any, documents_dir: Path) -> str:
     names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+    if not isinstance(names, list) or not names or not all(map(_is_name, names)):
         raise DataError(f"{where}: `document` must be a file name or a list of file names")
     texts = []
     for name in names:
@@ -132,7 +133,13 @@ def _document(where: str, names: Any, documents_dir: Path) -> str:
         if not path.resolve().is_relative_to(documents_dir.resolve()):
             raise DataError(f"{where}: document {name!r} lies outside {documents_dir}")
         texts.append(_read_text(path, where))
+        if not texts[-1].strip():
+            raise DataError(f"{where}: document {name!r} is empty")
     return "\n\n".join(texts)
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and name != "" and "\0" not in name
 
 
 def _read_text(path: Path, where: str) -> str:
