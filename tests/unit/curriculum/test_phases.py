@@ -72,6 +72,20 @@ def test_a_wrapping_draw_has_no_prompt_twice_and_loses_none():
     assert Counter(uid for d in draws for uid in d) == {f"f:{i}": 4 for i in range(5)}
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_prompt_that_waits_is_the_first_of_the_next_draw(seed):
+    whole = make_sampler(5, seed=seed)
+    first_epoch, second_epoch = uids(whole.draw(5)), uids(whole.draw(5))
+    sampler = make_sampler(5, seed=seed)
+    last = first_epoch[4]
+    others = [uid for uid in second_epoch if uid != last]
+    assert uids(sampler.draw(4)) == first_epoch[:4]
+    assert uids(sampler.draw(4)) == [last, *others[:3]]
+    waited = last in second_epoch[:4] and second_epoch.index(last) < second_epoch.index(others[2])
+    expected = [last, others[3]] if waited else second_epoch[3:]
+    assert uids(sampler.draw(2)) == expected
+
+
 @given(st.integers(1, 12), st.lists(st.integers(0, 15), max_size=20), st.integers(0, 3))
 def test_every_prompt_comes_once_an_epoch(size, draws, seed):
     sampler = make_sampler(size, seed=seed)
