@@ -40,18 +40,25 @@ class ParallelContext:
 
 
 @contextmanager
-def process_group(*, rank: int, local_rank: int, world_size: int) -> Iterator[None]:
-    """Joins the job's process group (address from the environment) and leaves it at the end."""
+def process_group(
+    *, rank: int, local_rank: int, world_size: int, init_method: str = "env://"
+) -> Iterator[None]:
+    """Joins the job's process group (by default at MASTER_ADDR) and leaves it at the end."""
     if has_gpu():
         torch.cuda.set_device(local_rank)
     dist.init_process_group(
-        backend(), rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
+        backend(),
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=30),
     )
     try:
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # the rollout engine destroys it too when it closes
+            dist.destroy_process_group()
 
 
 def init_parallel(*, tp: int, pp: int, cp: int, seed: int) -> ParallelContext:

@@ -119,6 +119,11 @@ class VllmEngine:
         finally:
             self._sleep()
 
+    def close(self) -> None:
+        """Ends the engine. vLLM destroys every process group on the way, ours too, so this is
+        the last thing a run does; left to the interpreter's exit it fails with a stack trace."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def _sleep(self) -> None:
         if has_gpu():
             self._llm.sleep(level=2)

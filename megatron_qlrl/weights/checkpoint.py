@@ -2,6 +2,7 @@
 
     <run.dir>/checkpoints/step_00000012/
         weights/        model and optimizer; loads under another tp, pp, cp or dp
+        hf/             config and tokenizer, so that a checkpoint can be exported by itself
         state.json      everything else the run needs to go on: step, phase, data order,
                         curriculum, tracker
         manifest.json   sha256 of every other file; a folder whose files do not match is torn
@@ -44,8 +45,18 @@ class CheckpointStore:
         """`warn` is told of checkpoints that were passed over."""
         self.folder, self._keep, self._warn = folder, keep, warn
 
-    def save(self, step: int, *, model: Any, optimizer: Any, state: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        *,
+        model: Any,
+        optimizer: Any,
+        state: Mapping[str, Any],
+        companions: Callable[[Path], None] = lambda folder: None,
+    ) -> Path:
         """Writes a checkpoint and removes the oldest ones beyond `keep`; collective.
+
+        `companions` fills the checkpoint's hf/ folder (called on rank 0).
 
         Raises:
             CheckpointError: it could not be written (every rank); earlier ones are untouched.
@@ -57,6 +68,8 @@ class CheckpointStore:
         with megatron_device():
             sharded = _sharded_state(model, optimizer, is_loading=False)
             on_all_ranks(lambda: _write(sharded, weights))
+        if dist.get_rank() == 0:
+            companions(temporary / "hf")
         on_all_ranks(lambda: _finish(temporary, final, state))
         on_all_ranks(self._remove_old)
         return final
@@ -98,7 +111,7 @@ class CheckpointStore:
 
 
 def load_checkpoint(path: Path, *, model: Any, optimizer: Any) -> dict[str, Any]:
-    """Fills model and optimizer (None: weights only) in place and returns the saved state.
+    """Fills model and optimizer in place and returns the saved state.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model (every rank).
@@ -107,9 +120,15 @@ def load_checkpoint(path: Path, *, model: Any, optimizer: Any) -> dict[str, Any]
         sharded = _sharded_state(model, optimizer, is_loading=True)
         loaded = on_all_ranks(lambda: _read(sharded, path))
         model.load_state_dict(loaded["model"])
-        if optimizer is not None:
-            optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.load_state_dict(loaded["optimizer"])
     return json.loads((path / "state.json").read_text())
+
+
+def load_weights(path: Path, *, model: Any) -> None:
+    """Fills the model alone, for export and evaluation."""
+    with megatron_device():
+        sharded = {"model": model.sharded_state_dict(metadata=_METADATA)}
+        model.load_state_dict(on_all_ranks(lambda: _read(sharded, path))["model"])
 
 
 def torn(folder: Path) -> str | None:
@@ -127,12 +146,9 @@ def torn(folder: Path) -> str | None:
 
 
 def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    sharded = {"model": model.sharded_state_dict(metadata=_METADATA)}
-    if optimizer is not None:
-        sharded["optimizer"] = optimizer.sharded_state_dict(
-            sharded["model"], is_loading=is_loading, metadata=_METADATA
-        )
-    return sharded
+    weights = model.sharded_state_dict(metadata=_METADATA)
+    moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_METADATA)
+    return {"model": weights, "optimizer": moments}
 
 
 def _write(sharded: dict[str, Any], weights: Path) -> None:
