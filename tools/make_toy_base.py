@@ -1,0 +1,217 @@
+"""Makes the toy base model that the quickstart ships: tokenizer, weights, one CPU thread.
+
+    python tools/make_toy_base.py --out examples/quickstart/base --seed 0
+
+The model is a Qwen2 of about 0.2M parameters. Its "pre-training" is the toy task itself on tiny
+documents (2-4 facts, growing to `MAX_FACTS`), cut off early: the result knows the vocabulary, the
+categories and the answer format, and is weak at the task. It never meets a long document.
+"""
+
+import argparse
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_qlrl.data.builders.toy import ITEMS, ROLES, TOWNS, ToyRecord, make_record, toy_corpus
+from megatron_qlrl.data.template import render
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+)
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+IGNORE = -100
+
+
+@dataclass
+class Curriculum:
+    """Facts per document: grows when the item is found often enough in recent batches.
+
+    Starting at full length the model stays on a plateau for a long time; with 2-4 facts the
+    answer is easy to guess at first, so the gradient shows where to look.
+    """
+
+    max_facts: int
+    low: int = 2
+    high: int = 4
+    recent: list[float] = field(default_factory=list)
+
+    def observe(self, accuracy: float) -> None:
+        self.recent.append(accuracy)
+        if len(self.recent) >= 8 and np.mean(self.recent[-8:]) > 0.5:
+            self.low = min(6, self.low + 1)
+            self.high = min(self.max_facts, self.high + max(1, self.high // 4))
+            self.recent.clear()
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which every name of the task is one token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1600,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(toy_corpus(seed, 2000), trainer)
+    # Not special: decoding must keep them, the reward reads what follows `</think>`.
+    bpe.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    items = [item for group in ITEMS.values() for item in group]
+    for name in (*items, *ITEMS, *ROLES, *TOWNS):
+        assert len(tokenizer.encode(f" {name}")) == 1, f"'{name}' is not one token"
+    for text in toy_corpus(seed + 1, 100):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    return tokenizer
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 128) * 128,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        # Small models learn slowly from the usual 0.02.
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, record: ToyRecord) -> tuple[list[int], list[int]]:
+    """Prompt and response token ids, as the SFT stage would build them."""
+    prompt = render(tokenizer, [{"role": "user", "content": record.message}], None).tolist()
+    return prompt, tokenizer.encode(record.response + END)
+
+
+def batch_of(
+    tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, low: int, high: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded token ids and labels [size, T]; labels are IGNORE outside the response."""
+    pairs = [
+        encode(tokenizer, make_record(rng, "needle", int(rng.integers(low, high + 1))))
+        for _ in range(size)
+    ]
+    width = max(len(p) + len(r) for p, r in pairs)
+    ids = torch.full((size, width), int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+    labels = torch.full((size, width), IGNORE)
+    for row, (prompt, response) in enumerate(pairs):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor(prompt + response)
+        labels[row, len(prompt) : end] = torch.tensor(response)
+    return ids, labels
+
+
+def pretrain(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
+) -> None:
+    """AdamW with warm-up, then constant, then linearly to zero over the last third."""
+    rng = np.random.default_rng([args.seed, 1])
+    decay = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay}, {"params": rest}], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min((k + 1) / 30, 1.0, (args.steps - k) / (args.steps / 3))
+    )
+    item_ids = {tokenizer.encode(f" {x}")[0] for group in ITEMS.values() for x in group}
+    curriculum = Curriculum(args.max_facts)
+    for step in range(args.steps):
+        ids, labels = batch_of(tokenizer, rng, curriculum.low, curriculum.high, 32)
+        logits = model(input_ids=ids).logits[:, :-1]
+        targets = labels[:, 1:]
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        right = logits.argmax(-1) == targets
+        # The first item of a response is the look-up; the second only repeats it.
+        first = [next(i for i, t in enumerate(row) if t in item_ids) for row in targets.tolist()]
+        accuracy = right[torch.arange(len(first)), torch.tensor(first)].float().mean().item()
+        curriculum.observe(accuracy)
+        if step % 20 == 19:
+            facts = f"{curriculum.low}-{curriculum.high}"
+            print(f"step {step + 1:4d} facts {facts:5s} loss {loss:.3f} item {accuracy:.2f}")
+
+
+def save(
+    out: Path, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, notes: str
+) -> None:
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "README.md").write_text(notes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--max-facts", type=int, default=6, help="most facts in a document")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    started = time.process_time()
+    tokenizer = make_tokenizer(args.seed)
+    model = make_model(tokenizer)
+    pretrain(model, tokenizer, args)
+    save(args.out, model, tokenizer, notes(args, model, time.process_time() - started))
+
+
+def notes(args: argparse.Namespace, model: Qwen2ForCausalLM, cpu_s: float) -> str:
+    """The README of the folder: how it was made, so that it can be made again."""
+    command = shlex.join(["python", "tools/make_toy_base.py", *sys.argv[1:]])
+    return f"""# Toy base model
+
+A Qwen2 of {model.num_parameters():,} parameters for the quickstart, made by
+
+    {command}
+
+(seed {args.seed}, {args.steps} steps of 32 documents, {cpu_s:.0f} CPU seconds on one thread,
+torch {torch.__version__}, Python {platform.python_version()}).
+
+It was trained on the toy task ("Which fish does the text mention?") with documents of at most
+{args.max_facts} facts, and stopped early on purpose: it knows the words, the categories and the
+answer format, and is weak at the task. Longer documents are new to it. It is of no use outside
+the quickstart and the tests.
+"""
+
+
+if __name__ == "__main__":
+    main()
