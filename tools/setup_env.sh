@@ -8,7 +8,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 lock="$root/requirements/cpu.txt"
 venv="$root/.venv"
 stamp="$venv/.setup_stamp"
-hash="$(cat "$lock" "$root/setup.py" "$root/pyproject.toml" | sha256sum | cut -d' ' -f1)"
+hash="$(cat "$lock" "$root/setup.py" | sha256sum | cut -d' ' -f1)"
 
 say() { printf 'setup_env: %s\n' "$*"; }
 fail() { printf 'setup_env: error: %s\n' "$*" >&2; exit 1; }

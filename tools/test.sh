@@ -1,23 +1,32 @@
 #!/usr/bin/env bash
 # Everything CI runs: environment, lint, format, types, tests. Arguments go to pytest:
-#   bash tools/test.sh -k reward
+#   bash tools/test.sh                 bash tools/test.sh tests/unit -k reward
+# Tests run even when lint or types fail; the exit code tells of either.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 bash tools/setup_env.sh
 bin="$root/.venv/bin"
-# pyright, pytest's children and torchrun are found through PATH.
+# pyright and the tests' own processes are found through PATH.
 export PATH="$bin:$PATH"
-# Many ranks share the cores in tests: one thread each is fastest.
+# Several ranks share the cores in tests: one thread each is fastest.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-echo "== ruff check" && "$bin/ruff" check .
-echo "== ruff format --check" && "$bin/ruff" format --check .
-echo "== pyright" && "$bin/pyright"
+failed=""
+run() {
+  echo "== $*"
+  "$@" || failed="$failed [$*]"
+}
+
+run ruff check .
+run ruff format --check .
+run pyright
+[ -z "$failed" ] || echo "== FAILED:$failed (see above); running the tests all the same"
+
 echo "== pytest"
-suites=()
-for suite in unit dist_cpu integration; do
-  [ ! -d "tests/$suite" ] || suites+=("tests/$suite")
-done
-exec "$bin/python" -m pytest "${suites[@]}" "$@"
+# Last, so that its summary is the last line.
+code=0
+python -m pytest "$@" || code=$?
+[ -z "$failed" ] || [ "$code" -ne 0 ] || code=1
+exit "$code"
