@@ -63,6 +63,8 @@ def _layer(part: str) -> int:
 def _may_import(part: str, imported: str) -> bool:
     if part == "__init__":
         return False
+    if imported == "__version__":
+        return True
     return part == imported or _layer(imported) < _layer(part)
 
 
