@@ -21,7 +21,12 @@ from megatron_qlrl.config.load import save_config
 from megatron_qlrl.config.schema import Config, ModelConfig, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape, read_shape
 from megatron_qlrl.curriculum.phases import PhaseSampler
-from megatron_qlrl.data.dataset import load_examples, load_prompts, middle_truncate
+from megatron_qlrl.data.dataset import (
+    check_lengths,
+    load_examples,
+    load_prompts,
+    middle_truncate,
+)
 from megatron_qlrl.errors import CheckpointError, ConfigError, DataError
 from megatron_qlrl.evaluate.benchmarks import evaluate
 from megatron_qlrl.loop import Phase, Trainer, run_phases
@@ -45,7 +50,7 @@ from megatron_qlrl.types import PackedRow, Prompt, ScoredGroup, StepReport, Trai
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights
 from megatron_qlrl.weights.hf_map import hf_shapes
 from megatron_qlrl.weights.release import copy_companions, write_release
-from megatron_qlrl.weights.stream import WeightStream, load_hf
+from megatron_qlrl.weights.stream import WeightStream, load_hf, untied
 
 EVALUATION_STEP = -1
 """Seeds of evaluation are drawn at this step, so that they never meet those of training."""
@@ -209,15 +214,7 @@ class Run:
         """RL prompts; every one must fit the last phase (not collective)."""
         prompts = self._prompts(self.config.data.train_files)
         check_sources(prompts)
-        limit = self.config.max_input_tokens
-        long = [p for p in prompts if p.num_tokens > limit]
-        if long:
-            worst = max(long, key=lambda p: p.num_tokens)
-            raise DataError(
-                f"{len(long)} of {len(prompts)} training prompts are longer than every phase "
-                f"allows ({limit} tokens); the longest is {worst.uid} with {worst.num_tokens}. "
-                "Raise the last phase's max_input_tokens or remove these rows"
-            )
+        check_lengths(prompts, self.config.max_input_tokens)
         return prompts
 
     def benchmarks(self) -> dict[str, list[Prompt]]:
@@ -266,7 +263,7 @@ class Run:
             dtype=_dtype(config),
             max_model_len=min(longest + rollout.max_response_tokens, self.shape.max_positions),
             stop_token_ids=_stop_tokens(Path(config.model.path), self.tokenizer),
-            manifest=hf_shapes(self.shape),
+            manifest=hf_shapes(replace(self.shape, tied=False)),
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             rope=self.shape.rope if config.model.rope_scaling else None,
             seed=config.run.seed,
@@ -284,7 +281,7 @@ class Run:
         engine = self.engine
         share = share_prompts(prompts, engine.num_engines)[engine.engine_index]
         mine = [prompts[i] for i in share]
-        with engine.awake(self.stream) as generate:
+        with engine.awake(untied(self.stream)) as generate:
             found = sample_groups(
                 mine,
                 generate,

@@ -19,7 +19,7 @@ class RunConfig(Section):
     """Name of the run; also the tracker's run name."""
     dir: str = "runs/qlrl"
     """Folder for checkpoints, logs, rollouts and the resolved config."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seeds data order and every sampled token (with step, prompt and sample index)."""
 
 
@@ -180,7 +180,7 @@ class LoggingConfig(Section):
 
 class Config(Section):
     model: ModelConfig
-    run: RunConfig = RunConfig()
+    run: RunConfig = RunConfig()  # pyright: ignore[reportCallIssue]
     data: DataConfig = DataConfig()
     phases: tuple[PhaseConfig, ...] = ()
     rollout: RolloutConfig = RolloutConfig()  # pyright: ignore[reportCallIssue]

@@ -78,7 +78,7 @@ def set_engine_env(*, cpu_kv_cache_gib: int) -> None:
     defaults = {
         # "auto" pins each engine's threads to cores it believes to have for itself.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         # Models are local folders; without these each start asks the hub about them.
         "HF_HUB_OFFLINE": "1",

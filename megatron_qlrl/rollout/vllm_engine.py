@@ -68,7 +68,8 @@ class VllmEngine:
         rope: Mapping[str, Any] | None,
         seed: int,
     ) -> None:
-        """`manifest`: the Hugging Face tensors with shapes that every weight update must bring.
+        """`manifest`: the Hugging Face tensors with shapes that every weight update must bring,
+        the LM head among them also where the model ties it to the embedding.
 
         `set_engine_env` must have run before the first engine of the process is made.
         """
@@ -86,14 +87,16 @@ class VllmEngine:
             dtype=dtype,  # pyright: ignore[reportArgumentType]
             max_model_len=max_model_len,
             gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=not has_gpu(),
-            enable_sleep_mode=has_gpu(),
             enable_prefix_caching=True,
+            **_platform_settings(max_model_len),
             # Nothing from the model folder may change how we sample.
             generation_config="vllm",
             # The default reports log-probs BEFORE temperature, which no trainer can match.
             logprobs_mode="processed_logprobs",
-            hf_overrides={"rope_parameters": dict(rope)} if rope else {},
+            # vLLM's reload leaves a tied LM head at its old weights ("ParallelLMHead: Failed to
+            # load weights"), so the engine never ties: the trainer sends the head by name.
+            hf_overrides={"tie_word_embeddings": False}
+            | ({"rope_parameters": dict(rope)} if rope else {}),
             disable_log_stats=True,
             seed=seed,
         )
@@ -162,6 +165,18 @@ class VllmEngine:
             return []
         found = self._llm.generate(prompts, params, use_tqdm=False)  # pyright: ignore
         return [_completion(request.outputs[0]) for request in found]
+
+
+def _platform_settings(max_model_len: int) -> dict[str, Any]:
+    if has_gpu():
+        return {"enable_sleep_mode": True}
+    # A seeded request whose prefill is cut into chunks fails on CPU ("CPU Generator does not
+    # use offset"): every prompt is computed in one go.
+    return {
+        "enforce_eager": True,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_model_len, 4096),
+    }
 
 
 def _completion(output: Any) -> Completion:

@@ -99,6 +99,7 @@ class WeightStream:
         bucket_bytes: int,
     ) -> None:
         self._shape, self._context = shape, context
+        self.tied = shape.tied
         self._parameters = dict(model.named_parameters())
         width = next(iter(self._parameters.values())).element_size()
         mine = [
@@ -147,6 +148,14 @@ class WeightStream:
         return list(gathered.chunk(tp.size))
 
 
+def untied(stream: WeightStream) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stream with the LM head by name, also where the model ties it to the embedding."""
+    for name, tensor in stream:
+        yield name, tensor
+        if stream.tied and name == "model.embed_tokens.weight":
+            yield "lm_head.weight", tensor
+
+
 def _buckets(plan: list[_Item], *, limit: int) -> list[list[_Item]]:
     buckets: list[list[_Item]] = []
     for item in plan:
@@ -166,7 +175,7 @@ def write_hf(
 
     Returns bytes by file name (empty on other ranks).
     """
-    from safetensors.torch import save_file  # noqa: PLC0415
+    from safetensors.torch import save_file
 
     pending: dict[str, torch.Tensor] = {}
     files: list[tuple[Path, list[str], int]] = []
