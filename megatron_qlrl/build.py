@@ -65,6 +65,7 @@ def run_rl(config: Config) -> None:
         if config.algorithm.reference:
             run.policy.keep_reference()
         state = run.restore()
+        run.evaluate_start(benchmarks, state)
         for sampler, saved in zip(samplers, state.get("samplers", []), strict=False):
             sampler.load_state_dict(saved)
         trainer = run.trainer(_policy_loss(config), total_updates=config.total_rl_steps)
@@ -97,6 +98,7 @@ def run_sft(config: Config) -> None:
             len(examples), batch_size=sft.batch_size, epochs=sft.epochs, max_steps=sft.max_steps
         )
         state = run.restore()
+        run.evaluate_start(benchmarks, state)
         trainer = run.trainer(sft_loss, total_updates=steps, aggregation=sft.aggregation)
         for report in run_sft_steps(
             examples,
@@ -304,6 +306,12 @@ class Run:
         parts = gather_objects(on_all_ranks(score))
         merged = {index: group for part in parts for index, group in part.items()}
         return [merged[i] for i in range(len(prompts))]
+
+    def evaluate_start(
+        self, benchmarks: Mapping[str, list[Prompt]], state: Mapping[str, Any]
+    ) -> None:
+        if self.config.evaluation.before_training and not state:
+            self.evaluate(benchmarks, "start", 0)
 
     def evaluate(self, benchmarks: Mapping[str, list[Prompt]], name: str, step: int) -> None:
         """Scores the held-out files and writes eval/<name>.json and the answers."""

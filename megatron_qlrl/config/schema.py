@@ -158,6 +158,8 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
+    before_training: bool = False
+    """Evaluate the starting weights too, once, when a run starts from the beginning."""
     at_phase_end: bool = True
     """Evaluate data.eval_files after each phase (and after SFT)."""
     temperature: float = Field(0.7, ge=0)
