@@ -21,7 +21,7 @@ from megatron_qlrl.config.load import load_config
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import CheckpointError, ConfigError, QlrlError
 from megatron_qlrl.launch import local
-from megatron_qlrl.platform.env import Ranks, read_ranks
+from megatron_qlrl.platform.env import Ranks, quiet_foreign_warnings, read_ranks
 
 app = typer.Typer(
     help="Long-context reasoning RL on Megatron-core and vLLM.",
@@ -224,6 +224,7 @@ def _on_ranks(
             check(world_size)
     if ranks.world_size == 1 and processes > 1:
         sys.exit(local.launch(argv, processes=processes))
+    quiet_foreign_warnings()
     run()
 
 

@@ -54,7 +54,7 @@ if [ ! -x "$venv/bin/python" ] || [ "$(version_of "$venv/bin/python")" != "3.11"
   "$python" -m venv --clear "$venv"
 fi
 rm -f "$stamp"
-say "installing $(grep -c '==' "$lock") pinned packages (about 4 GB unpacked, a few minutes)"
+say "installing $(grep -c '==' "$lock") pinned packages (about 3 GB unpacked, a few minutes)"
 "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-deps -r "$lock"
 say "installing megatron_qlrl (editable)"
 "$venv/bin/python" -m pip install -qq --disable-pip-version-check \

@@ -6,6 +6,7 @@ torch-free, because everything set here must be in place before torch or vLLM is
 
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -64,6 +65,8 @@ def init_ranks() -> Ranks:
         MASTER_ADDR=address[0],
         MASTER_PORT=address[1],
     )
+    # With sequence parallelism Megatron orders communication before compute by this.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return ranks
 
 
@@ -78,6 +81,7 @@ def set_engine_env(*, cpu_kv_cache_gib: int) -> None:
     defaults = {
         # "auto" pins each engine's threads to cores it believes to have for itself.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # At WARNING every weight update of the CPU engine prints two lines that mean nothing.
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         # Models are local folders; without these each start asks the hub about them.
@@ -87,6 +91,20 @@ def set_engine_env(*, cpu_kv_cache_gib: int) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def quiet_foreign_warnings() -> None:
+    """Hides what other packages warn about on every start and nobody can act on.
+
+    Whether Transformer Engine and Apex are there is for `qlrl check` to say.
+    """
+    for message in (
+        ".*Apex (is|are) not installed",
+        "full scope is deprecated",
+        "`torch.distributed.* is deprecated",
+        "The .grad attribute of a Tensor that is not a leaf Tensor",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def free_port() -> int:

@@ -1,10 +1,18 @@
 import os
 import socket
+import warnings
 
 import pytest
 
 from megatron_qlrl.errors import ConfigError
-from megatron_qlrl.platform.env import Ranks, free_port, init_ranks, read_ranks, set_engine_env
+from megatron_qlrl.platform.env import (
+    Ranks,
+    free_port,
+    init_ranks,
+    quiet_foreign_warnings,
+    read_ranks,
+    set_engine_env,
+)
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4"}
@@ -88,6 +96,16 @@ def test_engine_environment(environ: dict[str, str]) -> None:
     assert environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert environ["VLLM_NO_USAGE_STATS"] == "1"
+
+
+def test_only_the_known_warnings_are_hidden() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        quiet_foreign_warnings()
+        warnings.warn("Transformer Engine and Apex are not installed. Falling", stacklevel=1)
+        warnings.warn("Apex is not installed. Falling back to Torch Norm", stacklevel=1)
+        warnings.warn("the disk is nearly full", stacklevel=1)
+    assert [str(w.message) for w in seen] == ["the disk is nearly full"]
 
 
 def test_free_port_can_be_bound() -> None:
