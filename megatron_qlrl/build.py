@@ -1,11 +1,11 @@
 """Composition root: the only place that sees the whole config and joins the stages.
 
-    run_sft, run_rl, run_eval, run_export, run_import are what the command line calls, once on
-    every rank.
+run_sft, run_rl, run_eval, run_export, run_import are what the command line calls, once on
+every rank.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -35,7 +35,7 @@ from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel, process_group
-from megatron_qlrl.platform.device import device, has_gpu
+from megatron_qlrl.platform.device import has_gpu
 from megatron_qlrl.platform.env import init_ranks, set_engine_env
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.policy.loss import PolicyLoss, sft_loss
@@ -155,9 +155,7 @@ def run_import(hf_folder: Path, out: Path, tp: int, pp: int) -> None:
         policy=PolicyConfig(tp=tp, pp=pp),  # pyright: ignore[reportCallIssue]
     )
     ranks = init_ranks()
-    with process_group(
-        rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size
-    ):
+    with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
         policy = _policy(config, read_shape(hf_folder), temperature=1.0)
         store = CheckpointStore(out / "checkpoints", keep=1, warn=print)
         _save(store, policy, 0, hf_folder, config, {})
@@ -168,9 +166,7 @@ def open_run(config: Config, *, temperature: float) -> Iterator["Run"]:
     """Process group, policy, trackers; the engine follows at its first use."""
     ranks = init_ranks()
     set_engine_env(cpu_kv_cache_gib=config.rollout.cpu_kv_cache_gib)
-    with process_group(
-        rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size
-    ):
+    with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
         run = Run(config, temperature=temperature)
         try:
             yield run
@@ -340,9 +336,7 @@ class Run:
 
     # --- training -----------------------------------------------------------------------
 
-    def trainer(
-        self, loss: Loss, *, total_updates: int, aggregation: Any = None
-    ) -> Trainer:
+    def trainer(self, loss: Loss, *, total_updates: int, aggregation: Any = None) -> Trainer:
         config, policy = self.config, self.policy
         updates = config.algorithm.updates_per_step
 
@@ -373,9 +367,7 @@ class Run:
         path = self.store.newest() if config.checkpoint.resume else None
         state: dict[str, Any] = {}
         if path is not None:
-            state = load_checkpoint(
-                path, model=self.policy.model, optimizer=self.policy.optimizer
-            )
+            state = load_checkpoint(path, model=self.policy.model, optimizer=self.policy.optimizer)
             self.policy.version = state["version"]
             self.scores = state["scores"]
             if self.leads:
@@ -513,9 +505,7 @@ def _phases(config: Config, samplers: Sequence[PhaseSampler]) -> list[Phase]:
 
 def _policy_loss(config: Config) -> PolicyLoss:
     a = config.algorithm
-    return PolicyLoss(
-        a.clip_low, a.clip_high, a.dual_clip, a.kl_coef, a.kl_kind, a.entropy_coef
-    )
+    return PolicyLoss(a.clip_low, a.clip_high, a.dual_clip, a.kl_coef, a.kl_kind, a.entropy_coef)
 
 
 def _row_flops(shape: ModelShape, prompt: int, responses: Sequence[int]) -> float:

@@ -1,11 +1,11 @@
 """The RL loop. One process per device; every rank runs the same code on the same decisions.
 
-    draw prompts ---> awake engine: reshard weights, generate groups, score, exchange
-         ^                                                  |
-         |                                                  v
-    curriculum <-- observe <-- scored groups --> advantages, filter --> packed rows
-                                                                          |
-    checkpoint, evaluation, logs <-- metrics <-- optimizer updates <-- old/reference log-probs
+draw prompts ---> awake engine: reshard weights, generate groups, score, exchange
+     ^                                                  |
+     |                                                  v
+curriculum <-- observe <-- scored groups --> advantages, filter --> packed rows
+                                                                      |
+checkpoint, evaluation, logs <-- metrics <-- optimizer updates <-- old/reference log-probs
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -18,7 +18,9 @@ def evaluate(benchmarks: Mapping[str, Sequence[Prompt]], rollout: Rollout) -> di
         groups = rollout(prompts)
         rollouts = [r for g in groups for r in g.rollouts]
         metrics[f"val/{name}/score"] = float(np.mean([np.nanmean(g.rewards) for g in groups]))
-        metrics[f"val/{name}/response_length"] = float(np.mean([len(r.token_ids) for r in rollouts]))
+        metrics[f"val/{name}/response_length"] = float(
+            np.mean([len(r.token_ids) for r in rollouts])
+        )
         metrics[f"val/{name}/unfinished"] = float(np.mean([not r.finished for r in rollouts]))
     scores = [metrics[f"val/{name}/score"] for name in benchmarks]
     if scores:

@@ -99,7 +99,9 @@ def _predictions(
     for block in row.blocks:
         for start, end in block.responses:
             if start < end:
-                predictors.append(np.concatenate([[block.prompt[1] - 1], np.arange(start, end - 1)]))
+                predictors.append(
+                    np.concatenate([[block.prompt[1] - 1], np.arange(start, end - 1)])
+                )
                 targets.append(row.token_ids[start:end])
     if not predictors:
         none = np.zeros(0, np.int64)

@@ -66,7 +66,7 @@ def megatron_device() -> Iterator[None]:
     replacements: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", lambda: _CPU),
         (torch.cuda, "synchronize", lambda *_, **__: None),
-        (torch.cuda, "manual_seed", lambda seed: torch.manual_seed(seed)),
+        (torch.cuda, "manual_seed", torch.manual_seed),
         (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
         (torch.cuda, "set_rng_state", _set_rng_state),
         (torch.cuda.random, "get_rng_state", lambda *_, **__: torch.get_rng_state()),

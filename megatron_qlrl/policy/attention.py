@@ -84,8 +84,9 @@ def segment_attention(
     return _SegmentAttention.apply(query, key, value, pieces, scale, kernel or _cpu_flash)
 
 
-class _cpu_flash:  # noqa: N801 - a namespace of two functions, one per direction
-    """aten's CPU flash kernel; float32, float64 and bfloat16."""
+class _cpu_flash:
+    """aten's CPU flash kernel; float32, float64 and bfloat16. A namespace of two functions,
+    one per direction."""
 
     @staticmethod
     def forward(
@@ -104,7 +105,7 @@ class _cpu_flash:  # noqa: N801 - a namespace of two functions, one per directio
         )
 
 
-class _cuda_flash:  # noqa: N801
+class _cuda_flash:
     """aten's CUDA flash kernel (bfloat16). Not run on a GPU yet."""
 
     @staticmethod

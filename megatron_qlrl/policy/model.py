@@ -35,9 +35,11 @@ class PolicyModel(GPTModel):
     and context parallelism need nothing else.
     """
 
+    inv_freq: torch.Tensor
+
     def __init__(self, shape: ModelShape, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.rotary_pos_emb = None  # replaced by `_angles`
+        self.rotary_pos_emb = None  # angles come from position_ids
         self.register_buffer("inv_freq", rope_frequencies(shape)[0], persistent=False)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -60,7 +62,9 @@ class PolicyModel(GPTModel):
         """This rank's vocabulary shard of the LM head, [padded_vocab / tp, hidden]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        weight = self.output_layer.weight
+        assert weight is not None, "only the last stage has an LM head"
+        return weight
 
     def predicting_states(self, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Rows `index` of the last stage's output as [M, hidden], gathered from sequence
@@ -176,7 +180,7 @@ def layer_spec(*, transformer_engine: bool, qk_norm: bool) -> ModuleSpec:
                     k_layernorm=norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=_RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
@@ -184,14 +188,14 @@ def layer_spec(*, transformer_engine: bool, qk_norm: bool) -> ModuleSpec:
                     linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
                 ),
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )
 
 
 def _transformer_engine_spec(qk_norm: bool) -> ModuleSpec:
     """Megatron's Transformer Engine spec with our core attention. Not run on a GPU yet."""
-    from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: PLC0415
+    from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
     )
 
@@ -209,7 +213,7 @@ def build_model(
     engine = has_transformer_engine()
     spec = layer_spec(transformer_engine=engine, qk_norm=shape.qk_norm)
     if engine:
-        from megatron.core.extensions.transformer_engine import TENorm  # noqa: PLC0415
+        from megatron.core.extensions.transformer_engine import TENorm
 
         final_norm: Any = TENorm
     else:

@@ -186,8 +186,7 @@ def _training_loss(
     loss: Loss, batch: MicroBatch, logprobs: torch.Tensor, entropy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     columns = {
-        name: torch.from_numpy(values).to(logprobs.device)
-        for name, values in batch.columns.items()
+        name: torch.from_numpy(values).to(logprobs.device) for name, values in batch.columns.items()
     }
     total, sums = loss(logprobs, entropy, columns)
     num_tokens = torch.tensor(len(logprobs))
@@ -201,7 +200,9 @@ def _collect_logprobs(
     return logprobs.sum(), torch.zeros((), dtype=torch.int), {"logprobs": logprobs, "slots": slots}
 
 
-def _means(found: Sequence[Mapping[str, torch.Tensor]], context: ParallelContext) -> dict[str, float]:
+def _means(
+    found: Sequence[Mapping[str, torch.Tensor]], context: ParallelContext
+) -> dict[str, float]:
     """Per-token means over the whole batch, the same on every rank.
 
     Names ending in `_max` are maxima; `actor/pg_loss` is a weighted sum already.

@@ -181,5 +181,8 @@ def _platform_settings(max_model_len: int) -> dict[str, Any]:
 
 def _completion(output: Any) -> Completion:
     ids = np.array(output.token_ids, np.int32)
-    chosen = [position[token].logprob for position, token in zip(output.logprobs, ids.tolist())]
+    chosen = [
+        position[token].logprob
+        for position, token in zip(output.logprobs, ids.tolist(), strict=True)
+    ]
     return Completion(ids, np.array(chosen, np.float32), output.finish_reason == "stop")

@@ -24,9 +24,15 @@ Kind = Literal["vocab", "qkv", "gate_up", "row", "whole"]
 # Reads rows [a, b) (or, with columns=True, columns) of a Hugging Face tensor.
 ReadSlice = Callable[[str, int, int, bool], torch.Tensor]
 
-_LAYER = {
-    "self_attention.linear_qkv.weight": ("qkv", ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"]),
-    "self_attention.linear_qkv.bias": ("qkv", ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"]),
+_LAYER: dict[str, tuple[Kind, list[str]]] = {
+    "self_attention.linear_qkv.weight": (
+        "qkv",
+        ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    ),
+    "self_attention.linear_qkv.bias": (
+        "qkv",
+        ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
+    ),
     "self_attention.linear_proj.weight": ("row", ["self_attn.o_proj.weight"]),
     "self_attention.q_layernorm.weight": ("whole", ["self_attn.q_norm.weight"]),
     "self_attention.k_layernorm.weight": ("whole", ["self_attn.k_norm.weight"]),
@@ -37,8 +43,8 @@ _LAYER = {
     # Transformer Engine fuses these norms into the linear layer that follows.
     "self_attention.linear_qkv.layer_norm_weight": ("whole", ["input_layernorm.weight"]),
     "mlp.linear_fc1.layer_norm_weight": ("whole", ["post_attention_layernorm.weight"]),
-}  # fmt: skip
-_OUTSIDE = {
+}
+_OUTSIDE: dict[str, tuple[Kind, list[str]]] = {
     "embedding.word_embeddings.weight": ("vocab", ["model.embed_tokens.weight"]),
     "decoder.final_layernorm.weight": ("whole", ["model.norm.weight"]),
     "output_layer.weight": ("vocab", ["lm_head.weight"]),
@@ -121,9 +127,7 @@ def local_shard(
         return torch.cat([real, padding])
     if entry.kind == "gate_up":
         height = shape.ffn_size // tp_size
-        return torch.cat(
-            [read(n, tp_rank * height, (tp_rank + 1) * height, False) for n in names]
-        )
+        return torch.cat([read(n, tp_rank * height, (tp_rank + 1) * height, False) for n in names])
     return _interleave(
         [read(n, *_share(sizes[n][0], tp_size, tp_rank), False) for n in names],
         groups=shape.num_kv_heads // tp_size,

@@ -43,7 +43,9 @@ def _load_hf(
                 for path in sorted(folder.glob("*.safetensors"))
             }
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{folder}: a safetensors file cannot be read: {error}") from error
+            raise CheckpointError(
+                f"{folder}: a safetensors file cannot be read: {error}"
+            ) from error
         where = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
         expected = hf_shapes(shape)
         for name, size in expected.items():

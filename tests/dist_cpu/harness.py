@@ -65,9 +65,8 @@ def tiny_hf(folder: Path, kind: str, *, seed: int = 0, **overrides: Any) -> Path
     torch.manual_seed(seed)
     net = model(config(**sizes)).float()
     with torch.no_grad():  # biases and norms start at 0 and 1: make every parameter count
-        for name, parameter in net.named_parameters():
+        for parameter in net.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-        del name
     net.save_pretrained(folder)
     return folder

@@ -59,7 +59,9 @@ def check_case(rank: int, case: tuple[str, Path, tuple[int, int, int], bool, Pat
         else:
             difference = (tensor - expected["weights"][name]).abs().max()
             assert difference < 2e-6, (action, layout, name, float(difference))
-    assert norms == (expected["norms"] if same_layout else pytest.approx(expected["norms"], rel=1e-4))
+    assert norms == (
+        expected["norms"] if same_layout else pytest.approx(expected["norms"], rel=1e-4)
+    )
 
 
 @pytest.mark.parametrize("distributed", [False, True])

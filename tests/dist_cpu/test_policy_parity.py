@@ -144,9 +144,7 @@ def check_layout(
     mean_entropy = np.concatenate(list(expected["entropies"].values())).mean()
     assert abs(metrics["actor/entropy"] - mean_entropy) < 1e-5
 
-    stream = WeightStream(
-        policy.model, shape=policy.shape, context=context, bucket_bytes=20_000
-    )
+    stream = WeightStream(policy.model, shape=policy.shape, context=context, bucket_bytes=20_000)
     stream._parameters = {n: p.main_grad for n, p in policy.model.named_parameters()}
     seen = set()
     for name, grad in stream:
