@@ -1,4 +1,4 @@
-"""Checkpoints: Megatron's dist_checkpointing (torch_dist), written aside, hashed, renamed.
+"""Checkpoints: Megatron's sharded format (torch_dist), written aside, hashed, renamed.
 
     <run.dir>/checkpoints/step_00000012/
         weights/        model and optimizer; loads under another tp, pp, cp or dp
@@ -8,8 +8,12 @@
         manifest.json   sha256 of every other file; a folder whose files do not match is torn
 
 The folder gets its name only when all of it is on disk, so a kill leaves either a good
-checkpoint or a `.tmp` folder. Saving forks writer processes: the program's entry must be
-import-safe.
+checkpoint or a `.tmp` folder, which the next good save removes.
+
+Trust: `weights/common.pt` and the tensors are read with torch's `weights_only`, but
+`weights/.metadata` is a pickle to torch's reader (and so is the extra state that Transformer
+Engine's layers keep). The manifest proves a checkpoint whole, not harmless: load only
+checkpoints of your own runs.
 """
 
 import hashlib
@@ -18,24 +22,29 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from megatron_qlrl.errors import CheckpointError
+from megatron_qlrl.errors import CheckpointError, QlrlError
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 
-# The optimizer state is laid out by model parameter, so that any layout can read it.
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-}
+T = TypeVar("T")
 
 
 class CheckpointStore:
@@ -54,7 +63,7 @@ class CheckpointStore:
         state: Mapping[str, Any],
         companions: Callable[[Path], None] = lambda folder: None,
     ) -> Path:
-        """Writes a checkpoint and removes the oldest ones beyond `keep`; collective.
+        """Writes a checkpoint and removes all but the newest `keep`; collective.
 
         `companions` fills the checkpoint's hf/ folder (called on rank 0).
 
@@ -63,20 +72,27 @@ class CheckpointStore:
         """
         final = self.folder / f"step_{step:08d}"
         temporary = self.folder / f"{final.name}.tmp"
-        weights = temporary / "weights"
-        on_all_ranks(lambda: self._prepare(weights, _local_bytes(model)))
         with megatron_device():
-            sharded = _sharded_state(model, optimizer, is_loading=False)
-            on_all_ranks(lambda: _write(sharded, weights))
-        if dist.get_rank() == 0:
-            companions(temporary / "hf")
-        on_all_ranks(lambda: _finish(temporary, final, state))
-        on_all_ranks(self._remove_old)
+            _complete_adam_state(optimizer)
+            tensors, common = save_preprocess(_sharded_state(model, optimizer, is_loading=False))
+        needed = sum(gather_objects(_local_bytes(tensors)))
+        _on_rank_0(self.folder, lambda: self._prepare(temporary, needed))
+        try:
+            _write(tensors, common, temporary / "weights")
+            _on_rank_0(self.folder, lambda: companions(temporary / "hf"))
+            _on_rank_0(self.folder, lambda: _write_json(temporary / "state.json", state))
+            digests = _digests(temporary)
+            _on_rank_0(self.folder, lambda: _publish(temporary, final, digests))
+            _on_rank_0(self.folder, lambda: self._remove_others(step))
+        except CheckpointError:
+            if dist.get_rank() == 0:  # half a checkpoint only fills the disk
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
         return final
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose files all match its manifest, the same on every rank."""
-        found = on_all_ranks(self._newest if dist.get_rank() == 0 else lambda: None)
+        found = _together(self._newest if dist.get_rank() == 0 else lambda: None)
         return gather_objects(found)[0]
 
     def _newest(self) -> Path | None:
@@ -87,16 +103,10 @@ class CheckpointStore:
             self._warn(f"checkpoint {folder} is passed over: {problem}")
         return None
 
-    def _prepare(self, weights: Path, num_bytes: int) -> None:
-        needed = sum(gather_objects(num_bytes))
-        if dist.get_rank():
-            return
-        try:
-            shutil.rmtree(weights.parent, ignore_errors=True)
-            weights.mkdir(parents=True)
-            free = shutil.disk_usage(weights).free
-        except OSError as error:
-            raise CheckpointError(f"cannot write checkpoints to {self.folder}: {error}") from error
+    def _prepare(self, temporary: Path, needed: int) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "weights").mkdir(parents=True)
+        free = shutil.disk_usage(temporary).free
         if free < needed:
             raise CheckpointError(
                 f"disk full: a checkpoint needs about {needed / 1e9:.2f} GB and {self.folder} has "
@@ -104,9 +114,13 @@ class CheckpointStore:
                 "set run.dir elsewhere, then start again: the run resumes"
             )
 
-    def _remove_old(self) -> None:
-        if dist.get_rank() == 0:
-            for folder in sorted(self.folder.glob("step_????????"))[: -self._keep]:
+    def _remove_others(self, step: int) -> None:
+        """All but the last `keep` up to `step`. What is numbered higher was torn when the run
+        resumed below it; counted in, it would push good checkpoints out."""
+        folders = sorted(self.folder.glob("step_????????"))
+        kept = [f for f in folders if f.name <= f"step_{step:08d}"][-self._keep :]
+        for folder in [*folders, *self.folder.glob("step_????????.tmp")]:
+            if folder not in kept:
                 shutil.rmtree(folder)
 
 
@@ -114,21 +128,25 @@ def load_checkpoint(path: Path, *, model: Any, optimizer: Any) -> dict[str, Any]
     """Fills model and optimizer in place and returns the saved state.
 
     Raises:
-        CheckpointError: the checkpoint does not fit the model (every rank).
+        CheckpointError: the checkpoint does not fit the model, or a rank cannot see it
+            (every rank).
     """
+    state = _together(lambda: _read_state(path))
     with megatron_device():
+        _complete_adam_state(optimizer)
         sharded = _sharded_state(model, optimizer, is_loading=True)
-        loaded = on_all_ranks(lambda: _read(sharded, path))
+        loaded = _together(lambda: _read(sharded, path))
         model.load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
-    return json.loads((path / "state.json").read_text())
+        _load_optimizer(optimizer, loaded["optimizer"])
+    return state
 
 
 def load_weights(path: Path, *, model: Any) -> None:
     """Fills the model alone, for export and evaluation."""
+    _together(lambda: _read_state(path))
     with megatron_device():
-        sharded = {"model": model.sharded_state_dict(metadata=_METADATA)}
-        model.load_state_dict(on_all_ranks(lambda: _read(sharded, path))["model"])
+        sharded = {"model": model.sharded_state_dict(metadata=_metadata())}
+        model.load_state_dict(_together(lambda: _read(sharded, path))["model"])
 
 
 def torn(folder: Path) -> str | None:
@@ -145,46 +163,156 @@ def torn(folder: Path) -> str | None:
     return None
 
 
+def _metadata() -> dict[str, Any]:
+    """How Megatron lays out the optimizer state: by model parameter, so that any layout can
+    read it. A new dict each time: Megatron keeps its process group in the one it is given."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
 def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    weights = model.sharded_state_dict(metadata=_METADATA)
-    moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_METADATA)
+    metadata = _metadata()
+    weights = model.sharded_state_dict(metadata=metadata)
+    moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     return {"model": weights, "optimizer": moments}
 
 
-def _write(sharded: dict[str, Any], weights: Path) -> None:
+def _complete_adam_state(optimizer: Any) -> None:
+    """Gives each parameter of torch's Adam both moments and a `step` of its own.
+
+    Megatron 0.16 does not expect torch's Adam (used where Transformer Engine is missing) to
+    have no state yet: its distributed optimizer reads `step` while it prepares to load, and
+    neither optimizer keeps a state that no update has filled. And its distributed optimizer
+    loads ONE step tensor into all parameters; torch adds 1 to it once for each of them.
+    """
+    part = _only_part(optimizer)
+    if isinstance(part.optimizer, torch.optim.Adam):
+        part.init_state_fn(part.optimizer, part.config)
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
+
+
+def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """`load_state_dict`, with the distributed optimizer's moments apart: Megatron 0.16 looks in
+    them for all that a parameter's state has, and torch's Adam has a `step`, kept elsewhere."""
+    part = _only_part(optimizer)
+    moments = loaded.pop("param_state", None)
+    part.load_state_dict(loaded)
+    if moments is not None:
+        states = part.optimizer.state
+        steps = {p: state.pop("step") for p, state in states.items() if "step" in state}
+        part.load_parameter_state_from_fully_reshardable(moments)
+        for parameter, step in steps.items():
+            states[parameter]["step"] = step
+    _complete_adam_state(optimizer)
+
+
+def _only_part(optimizer: Any) -> Any:
+    """Megatron chains one optimizer for each kind of parameter; a dense model has one kind."""
+    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return part
+
+
+def _write(tensors: Any, common: Any, weights: Path) -> None:
+    """What `dist_checkpointing.save` does, with two differences. Tensors are written by torch's
+    saver in this process, not by Megatron's: that starts three processes for each rank. And no
+    rank is left waiting: Megatron writes some files on rank 0 between collectives, where an
+    error (a full disk) is rank 0's alone."""
+    _on_rank_0(weights, lambda: torch.save(common, weights / "common.pt"))
+    _together(lambda: _write_tensors(tensors, weights))
+    config = CheckpointingConfig("torch_dist", 1)
+    _on_rank_0(weights, lambda: save_config(config, str(weights)))
+
+
+def _write_tensors(tensors: Any, weights: Path) -> None:
+    by_key, *_ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
     try:
-        dist_checkpointing.save(sharded, str(weights))
-    except (OSError, RuntimeError, CheckpointException) as error:
+        save_tensors(
+            mcore_to_pyt_state_dict(by_key),
+            storage_writer=FileSystemWriter(weights),
+            planner=MCoreSavePlanner(flatten_state_dict=False),
+        )
+    except CheckpointException as error:  # on every rank, whichever failed
+        raise _cannot_write(weights, _first_failure(error)) from error
+
+
+def _together(work: Callable[[], T]) -> T:
+    """`on_all_ranks`, with the same kind of error on the ranks that did not fail themselves."""
+    try:
+        return on_all_ranks(work)
+    except QlrlError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _on_rank_0(where: Path, work: Callable[[], Any]) -> None:
+    """Runs `work`, which writes under `where`, on rank 0; its failure is every rank's."""
+    _together(lambda: _guarded(where, work) if dist.get_rank() == 0 else None)
+
+
+def _guarded(where: Path, work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except (OSError, RuntimeError) as error:  # torch's file writer raises RuntimeError
+        raise _cannot_write(where, _first_line(error)) from error
+
+
+def _cannot_write(where: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint could not be written to {where} ({reason}); the last good checkpoint "
+        "is untouched. Mend the disk or set run.dir elsewhere, then start again: the run resumes"
+    )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """state.json; also makes sure that this rank sees the files Megatron opens by itself."""
+    try:
+        for name in ("weights/common.pt", "weights/metadata.json", "weights/.metadata"):
+            (path / name).open("rb").close()
+        return json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"the checkpoint could not be written to {weights} ({_first_line(error)}); the last "
-            "good checkpoint is untouched"
+            f"checkpoint {path} cannot be read ({_first_line(error)}); run.dir must be on a disk "
+            "that all machines of the run share"
         ) from error
 
 
 def _read(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(sharded, str(path / "weights"))
-    except (OSError, RuntimeError, KeyError, CheckpointException) as error:
-        raise CheckpointError(f"{path} does not fit this model: {_first_line(error)}") from error
+        loaded = dist_checkpointing.load(sharded, str(path / "weights"))
+    except CheckpointException as error:  # on every rank, whichever failed
+        raise CheckpointError(f"{path} does not fit this model: {_first_failure(error)}") from error
+    assert isinstance(loaded, dict)
+    return loaded
 
 
-def _finish(temporary: Path, final: Path, state: Mapping[str, Any]) -> None:
-    """Hashes (files shared out over the ranks), manifest, sync, rename."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
-        (temporary / "state.json").write_text(json.dumps(state))
-    dist.barrier()
-    files = sorted(p for p in temporary.rglob("*") if p.is_file())
-    mine = {str(p.relative_to(temporary)): _digest(p) for p in files[rank::world_size]}
-    digests = {name: digest for part in gather_objects(mine) for name, digest in part.items()}
-    if rank == 0:
-        (temporary / "manifest.json").write_text(json.dumps(digests, indent=1))
-        for path in [*files, temporary / "manifest.json", temporary]:
-            _sync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync(final.parent)
+def _digests(folder: Path) -> dict[str, str]:
+    """sha256 by file name, on every rank; the work is shared out over the ranks."""
+    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    names = gather_objects(found)[0]  # one list for all: shared disks show new files late
+    mine = names[dist.get_rank() :: dist.get_world_size()]
+    hashed = _together(lambda: _guarded(folder, lambda: {n: _digest(folder / n) for n in mine}))
+    return {name: digest for part in gather_objects(hashed) for name, digest in part.items()}
+
+
+def _publish(temporary: Path, final: Path, digests: dict[str, str]) -> None:
+    """Manifest, all to disk, and only then the name that makes it a checkpoint."""
+    _write_json(temporary / "manifest.json", digests)
+    for name in [*digests, "manifest.json"]:
+        _sync(temporary / name)
+    for folder in [*temporary.rglob("*/"), temporary]:
+        _sync(folder)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync(final.parent)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1))
 
 
 def _sync(path: Path) -> None:
@@ -200,9 +328,19 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _local_bytes(model: torch.nn.Module) -> int:
-    """This rank's share of a checkpoint, at least: weights and two float32 Adam moments."""
-    return sum(p.numel() * (p.element_size() + 8) for p in model.parameters())
+def _local_bytes(tensors: Any) -> int:
+    """What this rank writes (of a tensor that several ranks hold, one of them writes it)."""
+    shards = [t for t in nested_values(tensors) if isinstance(t, ShardedTensor)]
+    return sum(
+        t.data.nbytes for t in shards if t.data is not None and is_main_replica(t.replica_id)
+    )
+
+
+def _first_failure(error: CheckpointException) -> str:
+    if not error.failures:
+        return "another rank failed"
+    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+    return f"rank {rank}: {_first_line(cause)}"
 
 
 def _first_line(error: BaseException) -> str:
