@@ -119,9 +119,11 @@ def run_sft(config: Config) -> None:
 
 
 def run_eval(config: Config) -> None:
-    """Scores model.path on data.eval_files."""
+    """Scores model.path on data.eval_files; writes eval/eval.json and the answers."""
     with open_run(config, temperature=1.0) as run:
-        run.evaluate(on_all_ranks(run.benchmarks), "start", 0)
+        metrics = run.evaluate(on_all_ranks(run.benchmarks), "eval", 0)
+        if run.leads:
+            print(json.dumps(metrics), flush=True)
 
 
 def run_export(checkpoint: Path, out: Path) -> None:
@@ -309,10 +311,12 @@ class Run:
         if self.config.evaluation.before_training and not state:
             self.evaluate(benchmarks, "start", 0)
 
-    def evaluate(self, benchmarks: Mapping[str, list[Prompt]], name: str, step: int) -> None:
-        """Scores the held-out files and writes eval/<name>.json and the answers."""
+    def evaluate(
+        self, benchmarks: Mapping[str, list[Prompt]], name: str, step: int
+    ) -> dict[str, float]:
+        """Scores the held-out files; writes eval/<name>.json and, in .jsonl, the answers."""
         if not benchmarks:
-            return
+            return {}
         settings = self.config.evaluation
         sampling = Sampling(
             settings.temperature, settings.top_p, self.config.rollout.max_response_tokens
@@ -332,7 +336,13 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.json").write_text(json.dumps(metrics, indent=1))
             with (folder / f"{name}.jsonl").open("w") as out:
-                out.writelines(json.dumps(record) + "\n" for record in _records(answers))
+                for record, rollout in zip(
+                    _records(answers), (r for g in answers for r in g.rollouts), strict=True
+                ):
+                    record["token_ids"] = rollout.token_ids.tolist()
+                    record["logprobs"] = rollout.engine_logprobs.tolist()
+                    out.write(json.dumps(record) + "\n")
+        return metrics
 
     # --- training -----------------------------------------------------------------------
 

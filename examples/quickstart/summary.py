@@ -1,8 +1,9 @@
 """Table of a quickstart run, and a check of its Hugging Face folder with transformers.
 
-The last line is JSON: accuracies, the share of held-out prompts for which transformers' greedy
-answer from the released folder is the one vLLM gave from the trainer's weights, and the largest
-trainer/engine log-prob difference of the RL run.
+The last line is JSON: accuracies; `greedy_match`, the share of held-out prompts for which
+transformers' greedy answer from the released folder is the one vLLM gave from the trainer's
+weights; `max_logprob_diff`, the largest difference between the log-probs that both give the
+tokens of those answers; `train_logprob_diff`, trainer against engine over all sampled tokens.
 """
 
 import argparse
@@ -38,8 +39,8 @@ def main() -> None:
     result = {
         "accuracy": accuracy,
         "hf_folder": str(folder),
-        "greedy_match": greedy_match(args.out, folder),
-        "max_logprob_diff": max_logprob_diff(args.out / "rl/metrics.jsonl"),
+        **compare_with_transformers(args.out, folder),
+        "train_logprob_diff": train_logprob_diff(args.out / "rl/metrics.jsonl"),
         "seconds": round(time.time() - args.started, 1),
     }
     print(json.dumps(result))
@@ -50,27 +51,31 @@ def read_scores(path: Path) -> dict[str, float]:
     return {size: metrics[f"val/eval_{size}/score"] for size in ("short", "long")}
 
 
-def max_logprob_diff(path: Path) -> float:
-    name = "training/rollout_logprobs_diff_max"
+def train_logprob_diff(path: Path) -> dict[str, float]:
     steps = [json.loads(line) for line in path.read_text().splitlines()]
-    return max(step[name] for step in steps if name in step)
+    name = "training/rollout_logprobs_diff_"
+    trained = [step for step in steps if f"{name}max" in step]
+    return {
+        "max": max(step[f"{name}max"] for step in trained),
+        "mean": sum(step[f"{name}mean"] for step in trained) / len(trained),
+    }
 
 
-def greedy_match(out: Path, folder: Path) -> float:
-    """Share of the held-out prompts with the same greedy text from transformers and vLLM."""
-    records = [json.loads(x) for x in (out / "rl/eval/phase2.jsonl").read_text().splitlines()]
-    vllm = {r["uid"]: r["response"] for r in records}
+def compare_with_transformers(out: Path, folder: Path) -> dict[str, float]:
+    lines = (out / "rl/eval/phase2.jsonl").read_text().splitlines()
+    vllm = {record["uid"]: record for record in map(json.loads, lines)}
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    equal = []
+    equal, worst = [], 0.0
     for file in sorted((out / "data").glob("eval_*.parquet")):
         rows = pq.read_table(file).to_pylist()
         for start in range(0, len(rows), BATCH):
-            texts = greedy(tokenizer, model, [r["prompt"] for r in rows[start : start + BATCH]])
-            equal += [
-                vllm[f"{file.stem}:{start + i}"] == text for i, text in enumerate(texts)
-            ]
-    return sum(equal) / len(equal)
+            chats = [row["prompt"] for row in rows[start : start + BATCH]]
+            answers = [vllm[f"{file.stem}:{start + i}"] for i in range(len(chats))]
+            texts = greedy(tokenizer, model, chats)
+            equal += [a["response"] == t for a, t in zip(answers, texts, strict=True)]
+            worst = max(worst, logprob_difference(tokenizer, model, chats, answers))
+    return {"greedy_match": sum(equal) / len(equal), "max_logprob_diff": worst}
 
 
 @torch.no_grad()
@@ -80,6 +85,25 @@ def greedy(tokenizer, model, chats) -> list[str]:
     )
     done = model.generate(**batch, do_sample=False, max_new_tokens=32)
     return tokenizer.batch_decode(done[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def logprob_difference(tokenizer, model, chats, answers) -> float:
+    """Largest difference over the answers' tokens; sequences are padded on the right, where a
+    causal model does not look."""
+    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
+    tokens = [
+        torch.tensor([*prompt, *answer["token_ids"]])
+        for prompt, answer in zip(prompts["input_ids"], answers, strict=True)
+    ]
+    logprobs = model(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)).logits
+    worst = 0.0
+    for row, ids, answer in zip(logprobs, tokens, answers, strict=True):
+        num = len(answer["token_ids"])
+        found = row[len(ids) - num - 1 : len(ids) - 1].log_softmax(-1)
+        found = found.gather(1, ids[-num:, None])[:, 0]
+        worst = max(worst, (found - torch.tensor(answer["logprobs"])).abs().max().item())
+    return worst
 
 
 if __name__ == "__main__":
