@@ -55,7 +55,7 @@ class PolicyLoss:
         if "ref_logprobs" in columns:
             kl = reference_kl(logprobs, columns["ref_logprobs"], self.kl_kind)
             token_loss = token_loss + self.kl_coef * kl
-            sums["actor/ref_kl"] = kl.sum()
+            sums["actor/kl_loss"] = kl.sum()
         if "engine_logprobs" in columns:
             sums |= mismatch(old, columns["engine_logprobs"])
         return (token_loss * weights).sum(), {k: v.detach() for k, v in sums.items()}
@@ -84,6 +84,8 @@ def mismatch(trainer: torch.Tensor, engine: torch.Tensor) -> dict[str, torch.Ten
     return {
         "training/rollout_logprobs_diff_mean": difference.sum(),
         "training/rollout_probs_diff_mean": probability.sum(),
+        "training/rollout_probs_diff_max": probability.max() if len(probability) else
+        trainer.new_zeros(()),
         "training/rollout_logprobs_diff_max": difference.max() if len(difference) else
         trainer.new_zeros(()),
     }  # fmt: skip

@@ -7,6 +7,7 @@ generated with stale weights and the trainer finds its memory free again.
 The GPU part (sleep level 2, wake tags) has not been run on a GPU yet.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class VllmEngine:
 
         self.engine_index, self.num_engines = rank // tp, world_size // tp
         self.leads = rank % tp == 0
+        self._progress = rank == 0 and sys.stderr.isatty()
         self._stop = list(stop_token_ids)
         self._manifest = dict(manifest)
         self._llm = LLM(
@@ -163,7 +165,7 @@ class VllmEngine:
         ]
         if not prompts:
             return []
-        found = self._llm.generate(prompts, params, use_tqdm=False)  # pyright: ignore
+        found = self._llm.generate(prompts, params, use_tqdm=self._progress)  # pyright: ignore
         return [_completion(request.outputs[0]) for request in found]
 
 

@@ -1,17 +1,31 @@
-"""A checkpoint restores weights, optimizer and the next step under other layouts."""
+"""A checkpoint restores weights, optimizer and the next step, also under other layouts; a failed
+save is every rank's failure and leaves the last checkpoint good."""
 
+import errno
 import json
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import run_ranks, tiny_hf
 from test_policy_parity import LOSS, groups_of, make_policy
 
+from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.packing.microbatch import make_rows
-from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, torn
+from megatron_qlrl.weights import checkpoint
+from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights, torn
 from megatron_qlrl.weights.stream import WeightStream
+
+Layout = tuple[int, int, int]
 
 
 def train(policy: Any, context: Any, steps: int) -> list[float]:
@@ -32,45 +46,179 @@ def weights(policy: Any, context: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in stream}
 
 
-def check_case(rank: int, case: tuple[str, Path, tuple[int, int, int], bool, Path]) -> None:
-    action, folder, layout, distributed, out = case
-    policy, context = make_policy(folder, layout, distributed_optimizer=distributed)
+def save_case(rank: int, policy: Any, context: Any, steps: int, out: Path) -> None:
+    """Trains, saves, trains on; what followed the save goes to expected.pt."""
+    train(policy, context, steps)
     store = CheckpointStore(out, keep=1, warn=print)
-    if action == "save":
-        train(policy, context, 2)
-        store.save(2, model=policy.model, optimizer=policy.optimizer, state={"step": 2})
-        saved = weights(policy, context)
-        norms = train(policy, context, 2)
-        final = weights(policy, context)
-        if rank == 0:
-            torch.save({"norms": norms, "saved": saved, "weights": final}, out / "expected.pt")
-        return
-    path = store.newest()
+    store.save(steps, model=policy.model, optimizer=policy.optimizer, state={"step": steps})
+    saved = weights(policy, context)
+    norms = train(policy, context, 2)
+    if rank == 0:
+        after = weights(policy, context)
+        torch.save({"norms": norms, "saved": saved, "weights": after}, out / "expected.pt")
+    else:
+        weights(policy, context)
+
+
+def load_case(policy: Any, context: Any, out: Path, *, bitwise: bool) -> None:
+    """Loads into a fresh policy and compares the weights, now and after two more updates."""
+    path = CheckpointStore(out, keep=1, warn=print).newest()
     assert path is not None and torn(path) is None
-    assert load_checkpoint(path, model=policy.model, optimizer=policy.optimizer) == {"step": 2}
+    state = load_checkpoint(path, model=policy.model, optimizer=policy.optimizer)
+    assert state == {"step": int(path.name[-8:])}
     expected = torch.load(out / "expected.pt", weights_only=True)
     for name, tensor in weights(policy, context).items():
         assert torch.equal(tensor, expected["saved"][name]), name
     norms = train(policy, context, 2)
-    same_layout = action == "same"
     for name, tensor in weights(policy, context).items():
-        if same_layout:
-            assert torch.equal(tensor, expected["weights"][name]), name
-        else:
-            difference = (tensor - expected["weights"][name]).abs().max()
-            assert difference < 2e-6, (action, layout, name, float(difference))
-    assert norms == (
-        expected["norms"] if same_layout else pytest.approx(expected["norms"], rel=1e-4)
-    )
+        difference = float((tensor - expected["weights"][name]).abs().max())
+        assert difference <= (0 if bitwise else 2e-6), (name, difference)
+    assert norms == (expected["norms"] if bitwise else pytest.approx(expected["norms"], rel=1e-4))
+
+
+def check_case(rank: int, case: tuple[str, Layout, Path, bool, Path]) -> None:
+    action, layout, folder, distributed, out = case
+    policy, context = make_policy(folder, layout, distributed_optimizer=distributed)
+    if action.startswith("save"):
+        save_case(rank, policy, context, int(action[-1]), out)
+    else:
+        load_case(policy, context, out, bitwise=action == "same")
 
 
 @pytest.mark.parametrize("distributed", [False, True])
 def test_checkpoint_continues_bitwise_and_reshards(tmp_path: Path, distributed: bool) -> None:
     folder = tiny_hf(tmp_path / "hf", "qwen2")
+    tp2, pp2, dp2 = (2, 1, 1), (1, 2, 1), (1, 1, 1)
+    cases = {
+        "from_tp2": [("save2", tp2), ("same", tp2), ("load", pp2), ("load", dp2)],
+        # Here the distributed optimizer's moments are truly cut over the ranks.
+        "from_dp2": [("save2", dp2), ("same", dp2), ("load", tp2)],
+        "before_any_update": [("save0", dp2), ("same", dp2)],
+    }
+    for name in cases:
+        (tmp_path / name).mkdir()
+    run_ranks(
+        check_case,
+        2,
+        [
+            (action, layout, folder, distributed, tmp_path / name)
+            for name, actions in cases.items()
+            for action, layout in actions
+        ],
+    )
+
+
+@contextmanager
+def writes_fail(after_bytes: int) -> Iterator[None]:
+    """Every file this process writes ends at a size limit, a real error of the system's."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def no_space(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fake_free(num_bytes: int) -> AbstractContextManager[Any]:
+    usage = type(shutil.disk_usage("/"))(10**15, 10**15 - num_bytes, num_bytes)
+    return patch.object(shutil, "disk_usage", lambda _: usage)
+
+
+def failures(rank: int) -> dict[str, AbstractContextManager[Any]]:
+    """What makes a save fail, by a part of the message that all ranks must then give."""
+
+    def only(chosen: int, failure: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
+        return failure if rank == chosen else nullcontext()
+
+    return {
+        "disk full": only(0, fake_free(1000)),
+        "rank 0: the checkpoint could not be written": only(
+            0, patch.object(torch, "save", no_space)
+        ),
+        "rank 1: ": only(1, writes_fail(after_bytes=20_000)),
+        "No space left on device": only(0, patch.object(checkpoint, "_publish", no_space)),
+        "rank 1: the checkpoint could not": only(1, patch.object(checkpoint, "_digest", no_space)),
+    }
+
+
+def check_failures(rank: int, case: tuple[Path, Path, Path | None]) -> None:
+    folder, out, small_disk = case
+    policy, _ = make_policy(folder, (2, 1, 1))
+    mine = {"model": policy.model, "optimizer": policy.optimizer}
+    store = CheckpointStore(out, keep=1, warn=print)
+    good = store.save(1, **mine, state={})
+    for message, failure in failures(rank).items():
+        with failure, pytest.raises(CheckpointError, match=message):
+            store.save(2, **mine, state={})
+        dist.barrier()
+        assert store.newest() == good
+        assert [p.name for p in out.iterdir()] == ["step_00000001"], message
+        dist.barrier()
+    assert store.save(2, **mine, state={}) == store.newest()  # the ranks are still in step
+
+    if small_disk is not None:
+        small = CheckpointStore(small_disk, keep=1, warn=print)
+        with pytest.raises(CheckpointError, match="disk full: a checkpoint needs about 0.00 GB"):
+            small.save(1, **mine, state={})
+        with fake_free(10**12), pytest.raises(CheckpointError, match="could not be written"):
+            small.save(1, **mine, state={})
+        dist.barrier()
+        assert list(small_disk.iterdir()) == []
+
+
+def check_refusals(rank: int, case: tuple[Path, Path, None]) -> None:
+    """Another model than the one that was saved; then files that one rank cannot see."""
+    folder, out, _ = case
+    policy, _ = make_policy(folder, (1, 2, 1))
+    mine = {"model": policy.model, "optimizer": policy.optimizer}
+    path = out / "step_00000002"
+    with pytest.raises(CheckpointError, match="does not fit this model: rank 0: .*shape"):
+        load_checkpoint(path, **mine)
+    with pytest.raises(CheckpointError, match="does not fit this model: rank 0: .*shape"):
+        load_weights(path, model=policy.model)
+    elsewhere = path if rank == 0 else out / "not_shared"
+    with pytest.raises(CheckpointError, match="rank 1: checkpoint .*not_shared cannot be read"):
+        load_checkpoint(elsewhere, **mine)
+
+
+def check_failure_case(rank: int, case: tuple[str, Any]) -> None:
+    {"failures": check_failures, "refusals": check_refusals}[case[0]](rank, case[1])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path | None]:
+    """A disk of 256 KiB, a quarter of the checkpoint; None where we may not mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        yield None
+        return
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_failure_is_every_ranks_and_the_last_checkpoint_stays(
+    tmp_path: Path, small_disk: Path | None
+) -> None:
+    folder = tiny_hf(tmp_path / "hf", "qwen2")
+    other = tiny_hf(tmp_path / "other", "qwen2", num_hidden_layers=4)
     out = tmp_path / "checkpoints"
-    out.mkdir()
-    cases = [("save", (2, 1, 1)), ("same", (2, 1, 1)), ("load", (1, 2, 1)), ("load", (1, 1, 1))]
-    run_ranks(check_case, 2, [(a, folder, layout, distributed, out) for a, layout in cases])
+    cases = [("failures", (folder, out, small_disk)), ("refusals", (other, out, None))]
+    run_ranks(check_failure_case, 2, cases)
+
+
+def test_removal_keeps_the_newest_and_forgets_what_was_torn(tmp_path: Path) -> None:
+    # Step 12 was torn, so the run resumed at 9 and now saved step 11.
+    for name in ["08", "09", "11", "12", "10.tmp"]:
+        (tmp_path / f"step_000000{name}").mkdir()
+    (tmp_path / "notes").mkdir()
+    CheckpointStore(tmp_path, keep=2, warn=print)._remove_others(11)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000009", "step_00000011"]
 
 
 def test_torn_checkpoints_are_recognised(tmp_path: Path) -> None:
