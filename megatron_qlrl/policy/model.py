@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -220,7 +225,7 @@ def build_model(
         final_norm = _RMSNorm
     layers = shape.num_layers // policy.pp
     block = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=final_norm)
-    return PolicyModel(
+    model = PolicyModel(
         shape,
         config=config,
         transformer_layer_spec=block,
@@ -231,6 +236,20 @@ def build_model(
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
     )
+    _mark_shards(model)
+    return model
+
+
+def _mark_shards(model: torch.nn.Module) -> None:
+    """Marks the weights that are cut over tensor parallel ranks. Megatron does so while it
+    initialises them, which we leave out; a shard without the mark counts as a copy, and the
+    gradient norm takes it from tensor parallel rank 0 alone."""
+    cut = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        weight, dim = getattr(module, "weight", None), cut.get(type(module))
+        # Some have no weight of their own (a tied LM head).
+        if weight is not None and dim is not None and not hasattr(weight, "partition_dim"):
+            set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def padded_vocab(vocab_size: int, tp: int) -> int:

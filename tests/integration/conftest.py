@@ -1,0 +1,132 @@
+"""The real command line as a subprocess, the toy data and the shipped toy model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ROOT / "examples" / "quickstart" / "base"
+JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID")
+TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended. `messages` are the errors it showed on stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def messages(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("qlrl: error:")]
+
+    def check(self) -> "Outcome":
+        assert self.code == 0, f"exit code {self.code}\n{self.out}\n{self.err}"
+        return self
+
+
+def start(*argv: str | Path) -> subprocess.Popen[str]:
+    """`qlrl <argv>` in a session of its own, so that all its processes can be ended together."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_qlrl", *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k not in JOB_VARIABLES},
+        start_new_session=True,
+    )
+
+
+def run(*argv: str | Path) -> Outcome:
+    """`qlrl <argv>` to its end."""
+    process = start(*argv)
+    try:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return Outcome(process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def qlrl() -> Callable[..., Outcome]:
+    return run
+
+
+@pytest.fixture(scope="session")
+def start_qlrl() -> Callable[..., subprocess.Popen[str]]:
+    return start
+
+
+@pytest.fixture(scope="session")
+def base_model() -> Path:
+    """The shipped toy model."""
+    return BASE
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the toy task's parquet files."""
+    folder = tmp_path_factory.mktemp("toy")
+    run("data", "toy", folder, "--train", "100", "--eval", "8").check()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_config(toy_data: Path) -> Callable[..., Path]:
+    """Writes a complete config of a tiny run (2 phases of 2 steps); sections given replace
+    single settings of it."""
+
+    def write(folder: Path, **sections: Any) -> Path:
+        config: dict[str, Any] = {
+            "model": {"path": str(BASE)},
+            "run": {"dir": str(folder / "run"), "seed": 3},
+            "data": {"train_files": [str(toy_data / "train.parquet")]},
+            "phases": [
+                {"name": "phase1", "max_input_tokens": 250, "steps": 2},
+                {"name": "phase2", "max_input_tokens": 1000, "steps": 2},
+            ],
+            "rollout": {
+                "prompts_per_step": 4,
+                "group_size": 4,
+                "max_response_tokens": 24,
+                "temperature": 1.0,
+                "top_p": 1.0,
+            },
+            "policy": {"max_tokens_per_row": 2048, "distributed_optimizer": False},
+            # Every group and the entropy count, so that weights move whatever the rewards are.
+            "algorithm": {"filter_groups": False, "entropy_coef": 0.01},
+            "optimizer": {"lr": 5.0e-4},
+            "checkpoint": {"every_steps": 1},
+            "evaluation": {"max_input_tokens": 1000, "temperature": 0},
+        }
+        for name, value in sections.items():
+            config[name] = config.get(name, {}) | value if isinstance(value, dict) else value
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def read_jsonl() -> Callable[[Path], list[dict[str, Any]]]:
+    def read(path: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    return read
