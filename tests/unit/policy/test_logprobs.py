@@ -1,0 +1,168 @@
+"""Chunked log-probs and entropy against torch.log_softmax on the whole logits."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_qlrl.policy.logprobs import token_logprobs
+
+VOCAB, PADDED, HIDDEN, NUM = 23, 32, 6, 17
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dist.ProcessGroup]:
+    """A gloo group of this process alone, met through a file."""
+    path: Path = tmp_path_factory.mktemp("gloo") / "store"
+    dist.init_process_group("gloo", store=dist.FileStore(str(path), 1), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()
+
+
+def inputs(dtype: torch.dtype, num: int = NUM) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(num, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(PADDED, HIDDEN, generator=generator, dtype=torch.float64)
+    weight[VOCAB:] *= 100  # padding that would take all probability if it counted
+    targets = torch.randint(0, VOCAB, (num,), generator=generator)
+    targets[:1], targets[-1:] = 0, VOCAB - 1
+    return hidden.to(dtype), weight.to(dtype), targets
+
+
+def dense(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = hidden @ weight[:VOCAB].t() / TEMPERATURE
+    logp = logits.log_softmax(-1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def results(function: Any, hidden: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+    """Log-probs, entropies and the gradients of both inputs for uneven incoming gradients."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logprobs, entropy = function(hidden, weight)
+    n = len(logprobs)
+    g_logprob, g_entropy = torch.linspace(-1, 2, n), torch.linspace(3, -1, n)
+    total = (logprobs * g_logprob).sum() + (entropy * g_entropy).sum()
+    return [logprobs, entropy, *torch.autograd.grad(total, [hidden, weight])]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, NUM, NUM + 5])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_values_and_gradients_equal_log_softmax(
+    alone: dist.ProcessGroup, chunk: int, dtype: torch.dtype, close: float
+) -> None:
+    hidden, weight, targets = inputs(dtype)
+    found = results(
+        lambda h, w: token_logprobs(
+            h, w, targets, temperature=TEMPERATURE, vocab_size=VOCAB, chunk_tokens=chunk,
+            tp_group=alone,
+        ),
+        hidden,
+        weight,
+    )  # fmt: skip
+    want = results(lambda h, w: dense(h, w, targets), hidden.double(), weight.double())
+    for mine, theirs in zip(found, want, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), theirs, rtol=close, atol=close)
+    assert torch.equal(found[3][VOCAB:], torch.zeros(PADDED - VOCAB, HIDDEN, dtype=dtype))
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_gradient_of_one_output_alone(alone: dist.ProcessGroup, only: int) -> None:
+    """The other output's gradient then arrives as zeros."""
+    hidden, weight, targets = inputs(torch.float64)
+    hidden.requires_grad_()
+    mine = token_logprobs(
+        hidden, weight, targets, temperature=TEMPERATURE, vocab_size=VOCAB, chunk_tokens=4,
+        tp_group=alone,
+    )  # fmt: skip
+    (found,) = torch.autograd.grad(mine[only].sum(), hidden)
+    (want,) = torch.autograd.grad(dense(hidden, weight, targets)[only].sum(), hidden)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
+def test_no_tokens(alone: dist.ProcessGroup) -> None:
+    """A rank that predicts nothing still has (zero) gradients for its collectives."""
+    hidden, weight, targets = inputs(torch.float32, num=0)
+    logprobs, entropy, by_hidden, by_weight = results(
+        lambda h, w: token_logprobs(
+            h, w, targets, temperature=1.0, vocab_size=VOCAB, chunk_tokens=4, tp_group=alone
+        ),
+        hidden,
+        weight,
+    )
+    assert logprobs.shape == entropy.shape == (0,)
+    assert by_hidden.shape == (0, HIDDEN)
+    assert torch.equal(by_weight, torch.zeros(PADDED, HIDDEN))
+
+
+def test_by_hand(alone: dist.ProcessGroup) -> None:
+    """Logits (0, log 3) at temperature 0.5 are (0, 2 log 3): probabilities 1/10 and 9/10."""
+    weight = torch.tensor([[1.0], [3.0]]).log()
+    logprobs, entropy = token_logprobs(
+        torch.ones(2, 1), weight, torch.tensor([0, 1]), temperature=0.5, vocab_size=2,
+        chunk_tokens=8, tp_group=alone,
+    )  # fmt: skip
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.1, 0.9]))
+    want = 0.325083  # -(0.1 log 0.1 + 0.9 log 0.9)
+    torch.testing.assert_close(entropy, torch.full((2,), want))
+
+
+def test_large_logits_stay_finite(alone: dist.ProcessGroup) -> None:
+    """Logits of some 1e5: each position has one certain token, which is its target."""
+    hidden, weight, _ = inputs(torch.float32)
+    targets = (hidden @ weight[:VOCAB].t()).argmax(1)
+    found = results(
+        lambda h, w: token_logprobs(
+            h, w, targets, temperature=TEMPERATURE, vocab_size=VOCAB, chunk_tokens=4,
+            tp_group=alone,
+        ),
+        hidden * 1e4,
+        weight,
+    )  # fmt: skip
+    assert all(value.isfinite().all() for value in found)
+    assert torch.equal(found[0], torch.zeros(NUM))
+    assert torch.equal(found[1], torch.zeros(NUM))
+
+
+class _LargestOutput(TorchDispatchMode):
+    """Records the number of elements of every tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(value, torch.Tensor):
+                self.sizes.append(value.numel())
+        return out
+
+
+def test_tokens_by_vocabulary_never_exists(alone: dist.ProcessGroup) -> None:
+    num, chunk, vocab, width = 96, 8, 512, 4
+    hidden = torch.randn(num, width, requires_grad=True)
+    weight = torch.randn(vocab, width, requires_grad=True)
+    targets = torch.randint(0, vocab, (num,))
+    with _LargestOutput() as forward:
+        logprobs, entropy = token_logprobs(
+            hidden, weight, targets, temperature=1.0, vocab_size=vocab, chunk_tokens=chunk,
+            tp_group=alone,
+        )  # fmt: skip
+        total = (logprobs + entropy).sum()
+    with _LargestOutput() as backward:
+        total.backward()
+    # Equal, not just at most: the recording saw the chunks of both directions.
+    assert max(forward.sizes) == chunk * vocab
+    assert max(backward.sizes) == chunk * vocab

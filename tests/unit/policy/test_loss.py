@@ -1,0 +1,339 @@
+"""Losses against loops written from the paper's formulas (METHOD: Eq. 3-6), one token at a
+time in Python floats; gradients by central differences of those loops."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_qlrl.packing.microbatch import make_rows
+from megatron_qlrl.packing.rows import token_weight
+from megatron_qlrl.policy.loss import PolicyLoss, mismatch, reference_kl, sft_loss
+from megatron_qlrl.types import TrainGroup, TrainResponse
+
+PLAIN = PolicyLoss(
+    clip_low=0.2, clip_high=0.28, dual_clip=None, kl_coef=0.0, kl_kind="k3", entropy_coef=0.0
+)
+MAX_TOKENS = 16
+
+
+@dataclass
+class Token:
+    """One response token as the loops see it."""
+
+    logprob: float
+    old: float
+    ref: float
+    entropy: float
+    advantage: float
+
+
+# groups -> responses -> tokens
+Batch = list[list[list[Token]]]
+
+
+def batch_of(seed: int = 0) -> Batch:
+    """Three groups with responses of 1 to 5 tokens, one of them empty. Log-ratios spread over
+    both clip limits, and far enough beyond the upper one to meet the dual clip."""
+    rng = np.random.default_rng(seed)
+
+    def response(n: int) -> list[Token]:
+        advantage = float(rng.normal())
+        return [
+            Token(
+                logprob=(logprob := float(rng.normal(-2, 0.5))),
+                old=logprob - float(rng.choice([-0.9, -0.1, 0.05, 0.24, 0.4, 1.4])),
+                ref=logprob - float(rng.normal(0, 0.4)),
+                entropy=float(rng.uniform(0, 3)),
+                advantage=advantage,
+            )
+            for _ in range(n)
+        ]
+
+    return [[response(n) for n in lengths] for lengths in ([2, 5, 1], [4, 0, 3], [5, 5])]
+
+
+def tokens_of(batch: Batch) -> list[Token]:
+    return [token for group in batch for response in group for token in response]
+
+
+def objective(token: Token, loss: PolicyLoss) -> float:
+    """What one token adds to the objective that is maximised."""
+    ratio = math.exp(token.logprob - token.old)
+    low, high = 1 - loss.clip_low, 1 + loss.clip_high
+    clipped = low if ratio < low else high if ratio > high else ratio
+    value = min(ratio * token.advantage, clipped * token.advantage)
+    if loss.dual_clip is not None and token.advantage < 0:
+        value = max(value, loss.dual_clip * token.advantage)
+    difference = token.logprob - token.ref
+    # Both estimate KL(policy || reference) from a sample of the policy.
+    kl = difference if loss.kl_kind == "k1" else math.exp(-difference) - 1 + difference
+    return value - loss.kl_coef * kl + loss.entropy_coef * token.entropy
+
+
+def brute_loss(batch: Batch, loss: PolicyLoss, aggregation: str) -> float:
+    responses = [response for group in batch for response in group]
+    sums = [sum(objective(t, loss) for t in response) for response in responses]
+    if aggregation == "sequence_mean":  # GRPO: mean over tokens, then over responses
+        means = [s / len(r) for s, r in zip(sums, responses, strict=True) if r]
+        return -sum(means) / len(responses)
+    if aggregation == "token_mean":  # DAPO: over all tokens of the batch
+        return -sum(sums) / sum(map(len, responses))
+    return -sum(s / MAX_TOKENS for s in sums) / len(responses)  # Dr. GRPO
+
+
+def differences(batch: Batch, field: str, value: Callable[[Batch], float]) -> list[float]:
+    """Central differences of `value` in one field of every token."""
+    slopes = []
+    step = 1e-6
+    for token in tokens_of(batch):
+        at = getattr(token, field)
+        setattr(token, field, at + step)
+        above = value(batch)
+        setattr(token, field, at - step)
+        below = value(batch)
+        setattr(token, field, at)
+        slopes.append((above - below) / (2 * step))
+    return slopes
+
+
+def train_groups(batch: Batch) -> list[TrainGroup]:
+    """The same batch as records; token ids number the tokens from 0 in order."""
+    number = iter(range(1000))
+
+    def response(tokens: list[Token]) -> TrainResponse:
+        ids = np.array([next(number) for _ in tokens], np.int32)
+        return TrainResponse(ids, tokens[0].advantage if tokens else 0.0)
+
+    return [
+        TrainGroup(np.array([1000, 1001, 1002], np.int32), tuple(response(r) for r in group))
+        for group in batch
+    ]
+
+
+def column(tokens: list[Token], field: str) -> torch.Tensor:
+    return torch.tensor([getattr(t, field) for t in tokens], dtype=torch.float64)
+
+
+def weights_of(batch: Batch, aggregation: Any) -> torch.Tensor:
+    per_response = token_weight(train_groups(batch), aggregation, constant_tokens=MAX_TOKENS)
+    return torch.tensor(
+        [
+            weight
+            for group, weights in zip(batch, per_response, strict=True)
+            for response, weight in zip(group, weights, strict=True)
+            for _ in response
+        ],
+        dtype=torch.float64,
+    )
+
+
+def run(
+    loss: PolicyLoss, batch: Batch, aggregation: str, *leave_out: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """(loss, gradient of the log-probs, gradient of the entropies, sums)."""
+    tokens = tokens_of(batch)
+    logprobs = column(tokens, "logprob").requires_grad_()
+    entropy = column(tokens, "entropy").requires_grad_()
+    columns = {
+        "weights": weights_of(batch, aggregation),
+        "advantages": column(tokens, "advantage"),
+        "old_logprobs": column(tokens, "old"),
+        "ref_logprobs": column(tokens, "ref"),
+    }
+    total, sums = loss(logprobs, entropy, {k: v for k, v in columns.items() if k not in leave_out})
+    by_logprob, by_entropy = torch.autograd.grad(total, [logprobs, entropy])
+    return total, by_logprob, by_entropy, sums
+
+
+SETTINGS = {
+    "clip": PLAIN,
+    "symmetric": replace(PLAIN, clip_high=0.2),
+    "dual clip": replace(PLAIN, dual_clip=3.0),
+    "k1": replace(PLAIN, kl_coef=0.3, kl_kind="k1"),
+    "k3": replace(PLAIN, kl_coef=0.3, kl_kind="k3"),
+    "entropy": replace(PLAIN, entropy_coef=0.01),
+    "all": PolicyLoss(0.1, 0.5, 2.0, 0.05, "k3", 0.02),
+}
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_value_and_gradients_equal_the_paper(settings: str, aggregation: str) -> None:
+    loss, batch = SETTINGS[settings], batch_of()
+    total, by_logprob, by_entropy, _ = run(loss, batch, aggregation)
+
+    def value(b: Batch) -> float:
+        return brute_loss(b, loss, aggregation)
+
+    assert total.item() == pytest.approx(value(batch), rel=1e-12)
+    np.testing.assert_allclose(by_logprob, differences(batch, "logprob", value), atol=1e-9)
+    np.testing.assert_allclose(by_entropy, differences(batch, "entropy", value), atol=1e-9)
+
+
+def test_the_batch_meets_every_branch() -> None:
+    """The test above says nothing about a branch that its tokens never take."""
+    seen = set()
+    for token in tokens_of(batch_of()):
+        ratio = math.exp(token.logprob - token.old)
+        place = "low" if ratio < 0.8 else "high" if ratio > 1.28 else "inside"
+        seen.add((place, token.advantage > 0))
+        if ratio > 3 and token.advantage < 0:
+            seen.add(("dual", False))
+    assert len(seen) == 7
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "dual_clip", "loss", "gradient"),
+    [
+        # worked by hand for clip_low 0.2, clip_high 0.28; gradient = d loss / d log-prob
+        (1.5, 2.0, None, -2.56, 0.0),  # above the limit: 1.28 * 2
+        (1.25, 2.0, None, -2.5, -2.5),  # between 1.2 and 1.28: a symmetric clip would cut it
+        (0.5, 2.0, None, -1.0, -1.0),  # min keeps the unclipped side
+        (0.5, -2.0, None, 1.6, 0.0),  # below the limit: 0.8 * 2
+        (1.5, -2.0, None, 3.0, 3.0),
+        (5.0, -2.0, 3.0, 6.0, 0.0),  # dual clip: at most 3 * 2
+        (2.0, -2.0, 3.0, 4.0, 4.0),
+        (5.0, 2.0, 3.0, -2.56, 0.0),  # dual clip leaves positive advantages alone
+    ],
+)
+def test_one_token_by_hand(
+    ratio: float, advantage: float, dual_clip: float | None, loss: float, gradient: float
+) -> None:
+    token = Token(math.log(ratio) - 2.0, -2.0, 0.0, 0.0, advantage)
+    settings = replace(PLAIN, dual_clip=dual_clip)
+    total, by_logprob, _, _ = run(settings, [[[token]]], "token_mean", "ref_logprobs")
+    assert total.item() == pytest.approx(loss)
+    assert by_logprob.item() == pytest.approx(gradient)
+
+
+def test_without_old_logprobs_the_policy_is_its_own_old_policy() -> None:
+    batch = batch_of()
+    total, by_logprob, _, sums = run(PLAIN, batch, "token_mean", "old_logprobs")
+    on_policy = [[[replace(t, old=t.logprob) for t in r] for r in g] for g in batch]
+
+    def value(b: Batch) -> float:
+        return brute_loss(b, PLAIN, "token_mean")
+
+    advantages = [t.advantage for t in tokens_of(batch)]
+    assert total.item() == pytest.approx(-np.mean(advantages))
+    np.testing.assert_allclose(by_logprob, differences(on_policy, "logprob", value), atol=1e-9)
+    assert by_logprob.abs().sum() > 0  # detached, or the ratio would have no gradient
+    assert sums["actor/ppo_kl"] == 0
+    assert sums["actor/pg_clipfrac"] == 0
+
+
+def test_sums_for_the_metrics() -> None:
+    loss, batch = replace(PLAIN, dual_clip=3.0, entropy_coef=0.5, kl_coef=0.5), batch_of()
+    _, _, _, sums = run(loss, batch, "token_mean")
+    tokens = tokens_of(batch)
+    bare = replace(loss, entropy_coef=0.0, kl_coef=0.0)
+    assert sums["actor/pg_loss"].item() == pytest.approx(brute_loss(batch, bare, "token_mean"))
+    assert sums["actor/entropy"].item() == pytest.approx(sum(t.entropy for t in tokens))
+    assert sums["actor/ppo_kl"].item() == pytest.approx(sum(t.old - t.logprob for t in tokens))
+    ratios = [(math.exp(t.logprob - t.old), t.advantage > 0) for t in tokens]
+    clipped = [(r > 1.28 and good) or (r < 0.8 and not good) for r, good in ratios]
+    assert sums["actor/pg_clipfrac"].item() == sum(clipped)
+    assert sums["actor/pg_clipfrac_lower"].item() == sum(r > 3 and not g for r, g in ratios)
+    kl = sum(math.exp(t.ref - t.logprob) - (t.ref - t.logprob) - 1 for t in tokens)
+    assert sums["actor/kl_loss"].item() == pytest.approx(kl)
+    assert not any(value.requires_grad for value in sums.values())
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
+@pytest.mark.parametrize(
+    ("num_ranks", "max_tokens", "share"), [(1, 99, True), (3, 9, True), (2, 8, False), (9, 8, True)]
+)
+def test_any_split_of_the_batch_adds_up_to_the_whole(
+    aggregation: Any, num_ranks: int, max_tokens: int, share: bool
+) -> None:
+    loss, batch = SETTINGS["all"], batch_of()
+    whole, want_grad, _, want_sums = run(loss, batch, aggregation)
+    shares = make_rows(
+        train_groups(batch),
+        num_ranks=num_ranks,
+        max_tokens=max_tokens,
+        share_prompts=share,
+        aggregation=aggregation,
+        constant_tokens=MAX_TOKENS,
+        cost=lambda prompt, responses: prompt + sum(responses),
+    )
+    tokens = tokens_of(batch)
+    table = {f: column(tokens, f) for f in ("logprob", "entropy", "old", "ref")}
+    total, pg_loss = 0.0, 0.0
+    gradient = torch.zeros(len(tokens), dtype=torch.float64)
+    rows = [row for rank in shares for row in rank]
+    for row in rows:
+        ranges = [r for block in row.blocks for r in block.responses]
+        # token ids say which token of the batch lies here
+        ids = torch.cat([torch.from_numpy(row.token_ids[a:b]).long() for a, b in ranges] or
+                        [torch.zeros(0, dtype=torch.long)])  # fmt: skip
+        logprobs = table["logprob"][ids].requires_grad_()
+        columns = {name: torch.from_numpy(v).double() for name, v in row.columns.items()}
+        columns |= {"old_logprobs": table["old"][ids], "ref_logprobs": table["ref"][ids]}
+        part, sums = loss(logprobs, table["entropy"][ids], columns)
+        gradient[ids] += torch.autograd.grad(part, logprobs)[0]
+        total += part.item()
+        pg_loss += sums["actor/pg_loss"].item()
+    # columns are float32 in a row
+    assert total == pytest.approx(whole.item(), rel=1e-6)
+    assert pg_loss == pytest.approx(want_sums["actor/pg_loss"].item(), rel=1e-6)
+    torch.testing.assert_close(gradient, want_grad, rtol=1e-6, atol=1e-9)
+    assert len(rows) >= min(num_ranks, 3)
+
+
+def test_kl_estimators_by_hand() -> None:
+    logprobs = torch.tensor([math.log(0.5), math.log(0.2)])
+    ref = torch.tensor([math.log(0.25), math.log(0.4)])
+    k1 = reference_kl(logprobs, ref, "k1")
+    torch.testing.assert_close(k1, torch.tensor([math.log(2), -math.log(2)]))
+    k3 = reference_kl(logprobs, ref, "k3")
+    torch.testing.assert_close(k3, torch.tensor([0.5 - 1 + math.log(2), 2 - 1 - math.log(2)]))
+
+
+def test_mismatch_of_trainer_and_engine() -> None:
+    trainer = torch.tensor([0.5, 0.25]).log()
+    engine = torch.tensor([0.25, 0.375]).log()
+    found = mismatch(trainer, engine)
+    assert found["training/rollout_probs_diff_mean"].item() == pytest.approx(0.25 + 0.125)
+    logs = (math.log(2), math.log(1.5))
+    assert found["training/rollout_logprobs_diff_mean"].item() == pytest.approx(sum(logs))
+    assert found["training/rollout_logprobs_diff_max"].item() == pytest.approx(max(logs))
+    nothing = mismatch(torch.zeros(0), torch.zeros(0))
+    assert [v.item() for v in nothing.values()] == [0, 0, 0]
+
+
+def test_empty_rank_gives_zero_with_a_gradient() -> None:
+    """A rank without tokens still calls backward."""
+    logprobs = torch.zeros(0, requires_grad=True)
+    columns = {name: torch.zeros(0) for name in ("weights", "advantages")}
+    total, _ = SETTINGS["all"](logprobs, logprobs * 1, columns)
+    total.backward()
+    assert total.item() == 0
+    assert logprobs.grad is not None
+    assert logprobs.grad.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "want"),
+    # responses of 1 and 3 tokens with -log p of 2 and (1, 2, 6)
+    [("sequence_mean", (2 + 3) / 2), ("token_mean", 11 / 4)],
+)
+def test_sft_loss_is_the_mean_negative_log_likelihood(aggregation: Any, want: float) -> None:
+    nll = [[2.0], [1.0, 2.0, 6.0]]
+    groups = [
+        TrainGroup(np.zeros(2, np.int32), (TrainResponse(np.zeros(len(n), np.int32), 1.0),))
+        for n in nll
+    ]
+    weights = token_weight(groups, aggregation, constant_tokens=1)
+    logprobs = torch.tensor([-v for n in nll for v in n], requires_grad=True)
+    flat = torch.tensor([w[0] for w, n in zip(weights, nll, strict=True) for _ in n])
+    total, sums = sft_loss(logprobs, torch.full((4,), 0.5), {"weights": flat})
+    total.backward()
+    assert total.item() == pytest.approx(want)
+    torch.testing.assert_close(logprobs.grad, -flat)
+    assert {k: v.item() for k, v in sums.items()} == {"sft/nll": 11.0, "actor/entropy": 2.0}
