@@ -76,8 +76,8 @@ class CheckpointStore:
             _complete_adam_state(optimizer)
             tensors, common = save_preprocess(_sharded_state(model, optimizer, is_loading=False))
         needed = sum(gather_objects(_local_bytes(tensors)))
-        _on_rank_0(self.folder, lambda: self._prepare(temporary, needed))
         try:
+            _on_rank_0(self.folder, lambda: self._prepare(temporary, needed))
             _write(tensors, common, temporary / "weights")
             _on_rank_0(self.folder, lambda: companions(temporary / "hf"))
             _on_rank_0(self.folder, lambda: _write_json(temporary / "state.json", state))
