@@ -201,6 +201,9 @@ def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
     them for all that a parameter's state has, and torch's Adam has a `step`, kept elsewhere."""
     part = _only_part(optimizer)
     moments = loaded.pop("param_state", None)
+    inner = loaded.get("optimizer", loaded)
+    if isinstance(part.optimizer, torch.optim.Adam) and "state" in inner:
+        inner["state"].setdefault("common_step", torch.tensor(0.0))  # Megatron saves no 0
     part.load_state_dict(loaded)
     if moments is not None:
         states = part.optimizer.state
