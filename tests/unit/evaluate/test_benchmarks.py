@@ -1,0 +1,55 @@
+"""Held-out scores by hand."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from megatron_qlrl.evaluate.benchmarks import evaluate
+from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
+
+
+def prompt(uid: str) -> Prompt:
+    return Prompt(uid, np.zeros(2, np.int32), "docqa", "?", "!")
+
+
+def group(of: Prompt, samples: Sequence[tuple[float | None, int, bool]]) -> ScoredGroup:
+    """Samples are (score, response tokens, finished)."""
+    rollouts = tuple(
+        Rollout(of.uid, i, np.zeros(n, np.int32), np.zeros(n, np.float32), "", finished, 0)
+        for i, (_, n, finished) in enumerate(samples)
+    )
+    return ScoredGroup(of, rollouts, tuple(Score(value, value or 0.0) for value, _, _ in samples))
+
+
+ANSWERS = {
+    "a:0": [(1.0, 4, True), (0.0, 2, True)],
+    "a:1": [(1.0, 6, False), (1.0, 4, True)],
+    "b:0": [(0.0, 1, True), (None, 3, False)],  # no verdict: left out of the score
+}
+
+
+def test_mean_over_samples_then_prompts_then_benchmarks() -> None:
+    asked: list[list[str]] = []
+
+    def rollout(prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+        asked.append([p.uid for p in prompts])
+        return [group(p, ANSWERS[p.uid]) for p in prompts]
+
+    metrics = evaluate({"a": [prompt("a:0"), prompt("a:1")], "b": [prompt("b:0")]}, rollout)
+    assert asked == [["a:0", "a:1"], ["b:0"]]
+    assert metrics == pytest.approx(
+        {
+            "val/a/score": 0.75,
+            "val/a/response_length": 4.0,
+            "val/a/unfinished": 0.25,
+            "val/b/score": 0.0,
+            "val/b/response_length": 2.0,
+            "val/b/unfinished": 0.5,
+            "val/score": 0.375,
+        }
+    )
+
+
+def test_nothing_to_evaluate() -> None:
+    assert evaluate({}, lambda prompts: []) == {}

@@ -1,0 +1,127 @@
+"""The engine's own logic, with a stand-in for vLLM (the real one is in the integration tests)."""
+
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_qlrl.errors import SyncError
+from megatron_qlrl.rollout import vllm_engine
+from megatron_qlrl.rollout.vllm_engine import VllmEngine
+
+MANIFEST = {"a": (2, 3), "b": (4,)}
+A, B = torch.zeros(2, 3), torch.zeros(4)
+
+
+class FakeLLM:
+    """Records the calls; `reload_weights` consumes the weights like the real one."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        worker = SimpleNamespace(reload_weights=self.reload)
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+
+    def reload(self, *, weights_iterator: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.calls.append(("reload", [name for name, _ in weights_iterator]))
+
+    def wake_up(self, *, tags: list[str]) -> None:
+        self.calls.append(("wake", tags))
+
+    def sleep(self, *, level: int) -> None:
+        self.calls.append(("sleep", level))
+
+    def reset_prefix_cache(self) -> None:
+        self.calls.append("reset")
+
+
+def engine_with(llm: FakeLLM) -> VllmEngine:
+    engine = VllmEngine.__new__(VllmEngine)
+    engine._manifest = dict(MANIFEST)
+    engine._llm = llm  # pyright: ignore[reportAttributeAccessIssue]
+    engine._stop = [2]
+    return engine
+
+
+def test_weights_that_fit_the_manifest_pass_in_any_order() -> None:
+    engine = engine_with(FakeLLM())
+    found = list(engine._checked([("b", B), ("a", A)]))
+    assert [name for name, _ in found] == ["b", "a"]
+    assert found[0][1] is B
+    # the check starts anew with every update
+    assert len(list(engine._checked([("a", A), ("b", B)]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([("a", A)], "1 tensors missing, e.g. b"),
+        ([], "2 tensors missing, e.g. a"),
+        ([("a", A), ("c", B), ("b", B)], r"c \(4,\) was not expected; .* no such tensor"),
+        ([("a", A), ("a", A), ("b", B)], r"a \(2, 3\) was not expected"),
+        ([("a", A.t()), ("b", B)], r"a \(3, 2\) was not expected; the model has \(2, 3\)"),
+        ([("a", A), ("b", B[None])], r"b \(1, 4\) was not expected; the model has \(4,\)"),
+    ],
+    ids=["missing", "nothing", "unknown", "doubled", "transposed", "another rank"],
+)
+def test_weights_that_do_not_fit(weights: list[tuple[str, torch.Tensor]], message: str) -> None:
+    with pytest.raises(SyncError, match=message):
+        list(engine_with(FakeLLM())._checked(weights))
+
+
+def test_awake_loads_then_forgets_cached_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "has_gpu", lambda: False)
+    llm = FakeLLM()
+    with engine_with(llm).awake([("a", A), ("b", B)]):
+        assert llm.calls == [("reload", ["a", "b"]), "reset"]
+    assert llm.calls == [("reload", ["a", "b"]), "reset"]
+
+
+def test_on_a_gpu_the_cache_wakes_after_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "has_gpu", lambda: True)
+    llm = FakeLLM()
+    with engine_with(llm).awake([("a", A), ("b", B)]):
+        pass
+    assert llm.calls == [
+        ("wake", ["weights"]),
+        ("reload", ["a", "b"]),
+        ("wake", ["kv_cache"]),
+        "reset",
+        ("sleep", 2),
+    ]
+
+
+@pytest.mark.parametrize("where", ["weights", "generation"])
+def test_engine_sleeps_after_an_error(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setattr(vllm_engine, "has_gpu", lambda: True)
+    llm = FakeLLM()
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", A
+        if where == "weights":
+            raise KeyError(where)
+        yield "b", B
+
+    with pytest.raises(KeyError, match=where), engine_with(llm).awake(weights()):
+        raise KeyError(where)
+    assert llm.calls[-1] == ("sleep", 2)
+
+
+@pytest.mark.parametrize(("reason", "finished"), [("stop", True), ("length", False)])
+def test_completion_takes_the_sampled_tokens_logprob(reason: str, finished: bool) -> None:
+    # vLLM may list more candidates than the sampled one at a position
+    output = SimpleNamespace(
+        token_ids=[7, 5],
+        logprobs=[
+            {7: SimpleNamespace(logprob=-0.5)},
+            {9: SimpleNamespace(logprob=-0.1), 5: SimpleNamespace(logprob=-3.0)},
+        ],
+        finish_reason=reason,
+    )
+    found = vllm_engine._completion(output)
+    assert found.token_ids.tolist() == [7, 5]
+    assert found.logprobs.tolist() == [-0.5, -3.0]
+    assert (found.token_ids.dtype, found.logprobs.dtype) == (np.int32, np.float32)
+    assert found.finished is finished
