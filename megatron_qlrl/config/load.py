@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import ConfigError
+
+# pydantic speaks of Python's types, the user writes YAML.
+_EXPECTED = {
+    "tuple_type": "a list, as in [a, b]",
+    "model_type": "a section, `key: value` lines",
+    "dict_type": "a section, `key: value` lines",
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -25,24 +32,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config file {path} does not exist; pass the path of a YAML file")
     try:
         tree = OmegaConf.load(path)
-        malformed = [o for o in overrides if "=" not in o or o.startswith("-")]
-        if malformed:
-            raise ConfigError(
-                f"override '{malformed[0]}' is not of the form section.key=value "
-                "(example: policy.tp=2)"
-            )
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
-        raw = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        if not isinstance(tree, DictConfig):
+            raise ConfigError(f"{path}: expected sections such as `model:`, found a list")
+        for override in overrides:
+            _apply(tree, override)
+        raw = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read as a config: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected sections such as `model:`, found {type(raw).__name__}")
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
         lines = [f"{path}: {len(error.errors())} problem(s) in the configuration"]
         lines += [f"  {_explain(item)}" for item in error.errors()]
         raise ConfigError("\n".join(lines)) from error
+
+
+def _apply(tree: DictConfig, override: str) -> None:
+    """Sets one `section.key=value`; list elements are reached by number (phases.0.steps=3)."""
+    key, equals, value = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise ConfigError(
+            f"override '{override}' is not of the form section.key=value (example: policy.tp=2)"
+        )
+    try:
+        parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
+        OmegaConf.update(tree, key, parsed, merge=True)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError) as error:
+        # omegaconf lets Python's own errors through where a list meets a name or a number.
+        problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"override '{override}' cannot be applied: {problem}") from error
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -62,6 +80,8 @@ def _explain(item: Any) -> str:
         return f"'{where}' is required; set it in the file or on the command line ({where}=...)"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
+    if item["type"] in _EXPECTED:
+        return f"{where}: expected {_EXPECTED[item['type']]} (got {item['input']!r})"
     return f"{where}: {item['msg']} (got {item['input']!r})"
 
 

@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class RunConfig(Section):
@@ -19,7 +21,7 @@ class RunConfig(Section):
     """Name of the run; also the tracker's run name."""
     dir: str = "runs/qlrl"
     """Folder for checkpoints, logs, rollouts and the resolved config."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seeds data order and every sampled token (with step, prompt and sample index)."""
 
 
@@ -54,23 +56,23 @@ class PhaseConfig(Section):
 
 
 class RolloutConfig(Section):
-    prompts_per_step: int = Field(128, gt=0)
+    prompts_per_step: int = Field(default=128, gt=0)
     """Prompts whose groups make one training batch."""
-    group_size: int = Field(8, gt=0)
+    group_size: int = Field(default=8, gt=0)
     """G: responses sampled for each prompt."""
-    max_response_tokens: int = Field(10_000, gt=0)
+    max_response_tokens: int = Field(default=10_000, gt=0)
     """Longest response; longer ones are cut and count as unfinished."""
-    temperature: float = Field(0.7, gt=0)
+    temperature: float = Field(default=0.7, gt=0)
     """Sampling temperature; part of the policy, so log-probs are taken at it too."""
-    top_p: float = Field(0.95, gt=0, le=1)
+    top_p: float = Field(default=0.95, gt=0, le=1)
     """Nucleus sampling during rollout."""
-    tp: int = Field(1, gt=0)
+    tp: int = Field(default=1, gt=0)
     """Tensor parallel size of the engine; independent of policy.tp."""
-    gpu_memory_utilization: float = Field(0.6, gt=0, lt=1)
+    gpu_memory_utilization: float = Field(default=0.6, gt=0, lt=1)
     """Share of a GPU the engine may use while it is awake (GPU only)."""
-    cpu_kv_cache_gib: int = Field(1, gt=0)
+    cpu_kv_cache_gib: int = Field(default=1, gt=0)
     """Size of the key/value cache of the CPU engine, in GiB (CPU only)."""
-    sync_bucket_mib: int = Field(512, gt=0)
+    sync_bucket_mib: int = Field(default=512, gt=0)
     """Weights are gathered for the engine in buckets of at most this size."""
 
 
@@ -81,43 +83,43 @@ class AlgorithmConfig(Section):
     """How token losses are averaged: over all tokens of the optimizer batch (DAPO), per
     response and then over responses (GRPO), or over a constant number of tokens per response
     (rollout.max_response_tokens, Dr. GRPO)."""
-    clip_low: float = Field(0.2, ge=0, lt=1)
-    clip_high: float = Field(0.28, ge=0)
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    clip_high: float = Field(default=0.28, ge=0)
     """Ratios are clipped to [1 - clip_low, 1 + clip_high]."""
-    dual_clip: float | None = Field(None, gt=1)
+    dual_clip: float | None = Field(default=None, gt=1)
     """Lower bound c of the objective for negative advantages, c * A (dual-clip PPO)."""
-    kl_coef: float = Field(0.0, ge=0)
+    kl_coef: float = Field(default=0.0, ge=0)
     """Coefficient of the KL term to the reference policy in the loss; it is logged at 0 too."""
     kl_kind: Literal["k1", "k3"] = "k3"
     """KL estimator: k1 = log p - log p_ref, k3 = exp(-k1) - 1 + k1."""
     reference: bool = True
     """Keep the starting weights as reference policy (one more forward pass a step)."""
-    entropy_coef: float = Field(0.0, ge=0)
+    entropy_coef: float = Field(default=0.0, ge=0)
     """Coefficient of the entropy bonus."""
     filter_groups: bool = True
     """Leave out groups whose rewards have no spread: they carry no gradient."""
-    updates_per_step: int = Field(1, gt=0)
+    updates_per_step: int = Field(default=1, gt=0)
     """Optimizer updates on one rollout batch (mini-batches of whole groups)."""
 
 
 class PolicyConfig(Section):
-    tp: int = Field(1, gt=0)
+    tp: int = Field(default=1, gt=0)
     """Tensor parallel size of training."""
-    pp: int = Field(1, gt=0)
+    pp: int = Field(default=1, gt=0)
     """Pipeline parallel size."""
-    cp: int = Field(1, gt=0)
+    cp: int = Field(default=1, gt=0)
     """Context parallel size."""
     sequence_parallel: bool = True
     """Shard the norms' activations over tp (has an effect only when tp > 1)."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over data parallel ranks (ZeRO-1)."""
-    max_tokens_per_row: int = Field(72_000, gt=0)
+    max_tokens_per_row: int = Field(default=72_000, gt=0)
     """Token cap of one packed row (one micro-batch). A prompt with one response must fit."""
     share_prompts: bool = True
     """Compute a prompt once for all its responses in a row."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, core attention only, or whole layers."""
-    logprob_chunk_tokens: int = Field(1024, gt=0)
+    logprob_chunk_tokens: int = Field(default=1024, gt=0)
     """Tokens whose logits exist at one time."""
     fp8: Literal["off", "e4m3", "hybrid"] = "off"
     """FP8 format of the linear layers (Transformer Engine, GPU only)."""
@@ -126,32 +128,32 @@ class PolicyConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(2e-6, gt=0)
+    lr: float = Field(default=2e-6, gt=0)
     """AdamW learning rate, constant after warm-up unless min_lr_ratio < 1."""
-    warmup_steps: int = Field(0, ge=0)
-    min_lr_ratio: float = Field(1.0, ge=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    min_lr_ratio: float = Field(default=1.0, ge=0, le=1)
     """The learning rate falls linearly to lr * min_lr_ratio at the last step."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    clip_grad: float = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
 
 
 class SFTConfig(Section):
-    batch_size: int = Field(128, gt=0)
+    batch_size: int = Field(default=128, gt=0)
     """Examples per optimizer step."""
-    epochs: int = Field(3, gt=0)
-    max_steps: int | None = Field(None, gt=0)
+    epochs: int = Field(default=3, gt=0)
+    max_steps: int | None = Field(default=None, gt=0)
     """Stops earlier than the epochs would."""
     aggregation: Literal["token_mean", "sequence_mean"] = "sequence_mean"
     """Mean of the per-example means (the method's warm-up) or over all response tokens."""
 
 
 class CheckpointConfig(Section):
-    every_steps: int = Field(50, gt=0)
+    every_steps: int = Field(default=50, gt=0)
     """Save after every n-th step, and always after the last step of a phase."""
-    keep: int = Field(2, gt=0)
+    keep: int = Field(default=2, gt=0)
     """Newest checkpoints that stay on disk."""
     resume: bool = True
     """Continue from the newest good checkpoint in run.dir."""
@@ -162,12 +164,12 @@ class EvaluationConfig(Section):
     """Evaluate the starting weights too, once, when a run starts from the beginning."""
     at_phase_end: bool = True
     """Evaluate data.eval_files after each phase (and after SFT)."""
-    temperature: float = Field(0.7, ge=0)
+    temperature: float = Field(default=0.7, ge=0)
     """0 is greedy."""
-    top_p: float = Field(0.95, gt=0, le=1)
-    samples: int = Field(1, gt=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    samples: int = Field(default=1, gt=0)
     """Responses per prompt; the score is their mean."""
-    max_input_tokens: int = Field(120_000, gt=0)
+    max_input_tokens: int = Field(default=120_000, gt=0)
     """Longer prompts are cut in the middle."""
 
 
@@ -176,22 +178,22 @@ class LoggingConfig(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     project: str = "megatron_qlrl"
     """wandb project."""
-    rollouts_per_step: int = Field(8, ge=0)
+    rollouts_per_step: int = Field(default=8, ge=0)
     """Groups a step written to the rollout log (JSONL); 0 writes none."""
 
 
 class Config(Section):
     model: ModelConfig
-    run: RunConfig = RunConfig()  # pyright: ignore[reportCallIssue]
+    run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     phases: tuple[PhaseConfig, ...] = ()
-    rollout: RolloutConfig = RolloutConfig()  # pyright: ignore[reportCallIssue]
-    algorithm: AlgorithmConfig = AlgorithmConfig()  # pyright: ignore[reportCallIssue]
-    policy: PolicyConfig = PolicyConfig()  # pyright: ignore[reportCallIssue]
-    optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportCallIssue]
-    sft: SFTConfig = SFTConfig()  # pyright: ignore[reportCallIssue]
-    checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportCallIssue]
-    evaluation: EvaluationConfig = EvaluationConfig()  # pyright: ignore[reportCallIssue]
+    rollout: RolloutConfig = RolloutConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    policy: PolicyConfig = PolicyConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sft: SFTConfig = SFTConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property

@@ -1,0 +1,310 @@
+"""`Run`: the parts of one run joined, with what RL, SFT and evaluation share."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from megatron_qlrl.build.parts import (
+    load_tokenizer,
+    make_policy,
+    model_shape,
+    rollout_records,
+    row_flops,
+    run_facts,
+    save_checkpoint,
+    stop_tokens,
+    weight_dtype,
+)
+from megatron_qlrl.config.load import save_config
+from megatron_qlrl.config.schema import Config
+from megatron_qlrl.data.dataset import (
+    check_lengths,
+    load_examples,
+    load_prompts,
+    middle_truncate,
+)
+from megatron_qlrl.errors import DataError
+from megatron_qlrl.evaluate.benchmarks import evaluate
+from megatron_qlrl.loop import Trainer
+from megatron_qlrl.metrics.sinks import Tracker
+from megatron_qlrl.packing.microbatch import make_rows
+from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
+from megatron_qlrl.parallel.context import process_group
+from megatron_qlrl.platform.env import init_ranks, set_engine_env
+from megatron_qlrl.policy.optimizer import learning_rate
+from megatron_qlrl.policy.step import Loss
+from megatron_qlrl.reward.score import check_sources, score_group
+from megatron_qlrl.rollout.sampler import sample_groups, share_prompts
+from megatron_qlrl.rollout.vllm_engine import Sampling, VllmEngine
+from megatron_qlrl.types import PackedRow, Prompt, ScoredGroup, StepReport, TrainGroup
+from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint
+from megatron_qlrl.weights.hf_map import hf_shapes
+from megatron_qlrl.weights.release import write_release
+from megatron_qlrl.weights.stream import WeightStream, untied
+
+EVALUATION_STEP = -1
+"""Seeds of evaluation are drawn at this step, so that they never meet those of training."""
+
+
+@contextmanager
+def open_run(config: Config, *, temperature: float) -> Iterator["Run"]:
+    """Process group, policy, trackers; the engine follows at its first use."""
+    ranks = init_ranks()
+    set_engine_env(cpu_kv_cache_gib=config.rollout.cpu_kv_cache_gib)
+    with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
+        run = Run(config, temperature=temperature)
+        try:
+            yield run
+        finally:
+            run.close()
+
+
+class Run:
+    """The parts of one run, joined. Methods are collective unless they say otherwise."""
+
+    def __init__(self, config: Config, *, temperature: float) -> None:
+        self.config = config
+        self.folder = Path(config.run.dir)
+        self.shape = model_shape(config)
+        self.policy = make_policy(config, self.shape, temperature=temperature)
+        self.context = self.policy.context
+        self.leads = self.context.rank == 0
+        self.tokenizer = load_tokenizer(Path(config.model.path))
+        self.tracker = Tracker.silent()
+        self.store = CheckpointStore(
+            self.folder / "checkpoints",
+            keep=config.checkpoint.keep,
+            warn=print if self.leads else lambda _: None,
+        )
+        self.stream = WeightStream(
+            self.policy.model,
+            shape=self.shape,
+            context=self.context,
+            bucket_bytes=config.rollout.sync_bucket_mib * 2**20,
+        )
+        self.scores: dict[str, float] = {}
+        if self.leads:
+            save_config(config, self.folder / "config.yaml")
+
+    def close(self) -> None:
+        self.tracker.close()
+        if "engine" in self.__dict__:
+            self.engine.close()
+
+    # --- data ---------------------------------------------------------------------------
+
+    def train_prompts(self) -> list[Prompt]:
+        """RL prompts; every one must fit the last phase (not collective)."""
+        prompts = self._prompts(self.config.data.train_files)
+        check_sources(prompts)
+        check_lengths(prompts, self.config.max_input_tokens)
+        return prompts
+
+    def benchmarks(self) -> dict[str, list[Prompt]]:
+        """Held-out prompts by file stem, cut in the middle to the limit and to what the model's
+        positions leave beside a response (not collective)."""
+        room = self.shape.max_positions - self.config.rollout.max_response_tokens
+        limit = min(self.config.evaluation.max_input_tokens, room)
+        found = {Path(f).stem: self._prompts([f]) for f in self.config.data.eval_files}
+        check_sources([p for prompts in found.values() for p in prompts])
+        return {
+            name: [replace(p, token_ids=middle_truncate(p.token_ids, limit)) for p in prompts]
+            for name, prompts in found.items()
+        }
+
+    def examples(self) -> Any:
+        """SFT rows; every one must fit into a packed row (not collective)."""
+        data = self.config.data
+        examples = load_examples(
+            data.sft_files, tokenizer=self.tokenizer, enable_thinking=data.enable_thinking
+        )
+        limit = self.config.policy.max_tokens_per_row
+        for e in examples:
+            if e.prompt.num_tokens + len(e.response_ids) > limit:
+                raise DataError(
+                    f"SFT row {e.prompt.uid} has {e.prompt.num_tokens + len(e.response_ids)} "
+                    f"tokens, more than policy.max_tokens_per_row={limit}"
+                )
+        return examples
+
+    def _prompts(self, files: Sequence[str]) -> list[Prompt]:
+        return load_prompts(
+            files, tokenizer=self.tokenizer, enable_thinking=self.config.data.enable_thinking
+        )
+
+    # --- rollout ------------------------------------------------------------------------
+
+    @cached_property
+    def engine(self) -> VllmEngine:
+        config, rollout = self.config, self.config.rollout
+        longest = config.max_input_tokens or config.evaluation.max_input_tokens
+        if config.data.eval_files:
+            longest = max(longest, config.evaluation.max_input_tokens)
+        return VllmEngine(
+            Path(config.model.path),
+            tp=rollout.tp,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+            dtype=weight_dtype(config),
+            max_model_len=min(longest + rollout.max_response_tokens, self.shape.max_positions),
+            stop_token_ids=stop_tokens(Path(config.model.path), self.tokenizer),
+            manifest=hf_shapes(replace(self.shape, tied=False)),
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            rope=self.shape.rope if config.model.rope_scaling else None,
+            seed=config.run.seed,
+        )
+
+    def collect(self, prompts: Sequence[Prompt], step: int) -> list[ScoredGroup]:
+        rollout = self.config.rollout
+        sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
+        return self._generate(prompts, step, sampling, rollout.group_size)
+
+    def _generate(
+        self, prompts: Sequence[Prompt], step: int, sampling: Sampling, samples: int
+    ) -> list[ScoredGroup]:
+        """Every engine generates and scores its share; all ranks get all groups, in order."""
+        engine = self.engine
+        share = share_prompts(prompts, engine.num_engines)[engine.engine_index]
+        mine = [prompts[i] for i in share]
+        with engine.awake(untied(self.stream)) as generate:
+            found = sample_groups(
+                mine,
+                generate,
+                group_size=samples,
+                sampling=sampling,
+                run_seed=self.config.run.seed,
+                step=step,
+                weight_version=self.policy.version,
+                decode=partial(self.tokenizer.decode, skip_special_tokens=True),
+            )
+
+        def score() -> dict[int, ScoredGroup]:
+            if not engine.leads:
+                return {}
+            return {
+                index: score_group(prompt, rollouts)
+                for index, prompt, rollouts in zip(share, mine, found, strict=True)
+            }
+
+        parts = gather_objects(on_all_ranks(score))
+        merged = {index: group for part in parts for index, group in part.items()}
+        return [merged[i] for i in range(len(prompts))]
+
+    def evaluate_start(
+        self, benchmarks: Mapping[str, list[Prompt]], state: Mapping[str, Any]
+    ) -> None:
+        if self.config.evaluation.before_training and not state:
+            self.evaluate(benchmarks, "start", 0)
+
+    def evaluate(
+        self, benchmarks: Mapping[str, list[Prompt]], name: str, step: int
+    ) -> dict[str, float]:
+        """Scores the held-out files; writes eval/<name>.json and, in .jsonl, the answers."""
+        if not benchmarks:
+            return {}
+        settings = self.config.evaluation
+        sampling = Sampling(
+            settings.temperature, settings.top_p, self.config.rollout.max_response_tokens
+        )
+        answers: list[ScoredGroup] = []
+
+        def answer(prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+            groups = self._generate(prompts, EVALUATION_STEP, sampling, settings.samples)
+            answers.extend(groups)
+            return groups
+
+        metrics = evaluate(benchmarks, answer)
+        self.scores |= {f"{name}: {k}": v for k, v in metrics.items() if k.endswith("/score")}
+        self.tracker.log(step, metrics)
+        if self.leads:
+            folder = self.folder / "eval"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.json").write_text(json.dumps(metrics, indent=1))
+            with (folder / f"{name}.jsonl").open("w") as out:
+                for record, rollout in zip(
+                    rollout_records(answers), (r for g in answers for r in g.rollouts), strict=True
+                ):
+                    record["token_ids"] = rollout.token_ids.tolist()
+                    record["logprobs"] = rollout.engine_logprobs.tolist()
+                    out.write(json.dumps(record) + "\n")
+        return metrics
+
+    # --- training -----------------------------------------------------------------------
+
+    def trainer(self, loss: Loss, *, total_updates: int, aggregation: Any = None) -> Trainer:
+        config, policy = self.config, self.policy
+        updates = config.algorithm.updates_per_step
+
+        def pack(groups: Sequence[TrainGroup]) -> list[PackedRow]:
+            return make_rows(
+                groups,
+                num_ranks=self.context.dp.size,
+                max_tokens=config.policy.max_tokens_per_row,
+                share_prompts=config.policy.share_prompts,
+                aggregation=aggregation or config.algorithm.aggregation,
+                constant_tokens=config.rollout.max_response_tokens,
+                cost=partial(row_flops, self.shape),
+            )[self.context.dp.rank]
+
+        def update(rows: Sequence[PackedRow], number: int) -> dict[str, float]:
+            total = total_updates if aggregation else total_updates * updates
+            rate = learning_rate(config.optimizer, step=number, total_steps=total)
+            return policy.update(rows, loss, lr=rate)
+
+        keeps = config.algorithm.reference and aggregation is None
+        return Trainer(pack, policy.add_logprobs, policy.as_reference if keeps else None, update)
+
+    # --- record -------------------------------------------------------------------------
+
+    def restore(self) -> dict[str, Any]:
+        """Newest good checkpoint into the policy; its state ({} for a fresh start)."""
+        config = self.config
+        path = self.store.newest() if config.checkpoint.resume else None
+        state: dict[str, Any] = {}
+        if path is not None:
+            state = load_checkpoint(path, model=self.policy.model, optimizer=self.policy.optimizer)
+            self.policy.version = state["version"]
+            self.scores = state["scores"]
+            if self.leads:
+                print(f"resuming from {path} at step {state['step']}", flush=True)
+        self.tracker = on_all_ranks(partial(self._tracker, state.get("tracker")))
+        return state
+
+    def _tracker(self, state: Mapping[str, Any] | None) -> Tracker:
+        if not self.leads:
+            return Tracker.silent()
+        return Tracker(
+            self.folder,
+            config=self.config.logging,
+            run_name=self.config.run.name,
+            resolved=self.config.model_dump(mode="json"),
+            state=state,
+        )
+
+    def log(self, report: StepReport, groups: Sequence[ScoredGroup]) -> None:
+        self.tracker.log(report.step, report.metrics)
+        shown = groups[: self.config.logging.rollouts_per_step]
+        if self.leads and shown:
+            self.tracker.rollouts(report.step, rollout_records(shown))
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        more = {**state, "scores": self.scores, "tracker": self.tracker.state_dict()}
+        save_checkpoint(
+            self.store, self.policy, step, Path(self.config.model.path), self.config, more
+        )
+
+    def release(self) -> None:
+        """The final weights as a Hugging Face folder at <run.dir>/hf."""
+        write_release(
+            self.stream,
+            self.folder / "hf",
+            companions=Path(self.config.model.path),
+            facts=run_facts(self.config) | {k: f"{v:.4f}" for k, v in self.scores.items()},
+            writer=self.leads,
+            dtype=weight_dtype(self.config),
+            rope=self.shape.rope if self.config.model.rope_scaling else None,
+        )
