@@ -1,0 +1,139 @@
+"""What the command line calls, once on every rank: the table of contents of each command."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_qlrl.advantage.filters import has_spread
+from megatron_qlrl.advantage.group import group_advantages
+from megatron_qlrl.build.parts import (
+    make_phases,
+    make_policy,
+    make_samplers,
+    policy_loss,
+    save_checkpoint,
+)
+from megatron_qlrl.build.run import open_run
+from megatron_qlrl.config.schema import Config, ModelConfig, PolicyConfig
+from megatron_qlrl.config.shape import read_shape
+from megatron_qlrl.errors import CheckpointError
+from megatron_qlrl.loop import run_phases
+from megatron_qlrl.parallel.collectives import on_all_ranks
+from megatron_qlrl.parallel.context import init_parallel, process_group
+from megatron_qlrl.platform.env import init_ranks
+from megatron_qlrl.platform.megatron_cpu import megatron_device
+from megatron_qlrl.policy.loss import sft_loss
+from megatron_qlrl.policy.model import build_model
+from megatron_qlrl.sft import num_sft_steps, run_sft_steps
+from megatron_qlrl.weights.checkpoint import CheckpointStore, load_weights
+from megatron_qlrl.weights.release import write_release
+from megatron_qlrl.weights.stream import WeightStream
+
+
+def run_rl(config: Config) -> None:
+    """All phases of RL, from the newest checkpoint on; ends with a Hugging Face folder."""
+    with open_run(config, temperature=config.rollout.temperature) as run:
+        prompts = on_all_ranks(run.train_prompts)
+        benchmarks = on_all_ranks(run.benchmarks)
+        samplers = on_all_ranks(partial(make_samplers, config, prompts))
+        if config.algorithm.reference:
+            run.policy.keep_reference()
+        state = run.restore()
+        run.evaluate_start(benchmarks, state)
+        for sampler, saved in zip(samplers, state.get("samplers", []), strict=False):
+            sampler.load_state_dict(saved)
+        trainer = run.trainer(policy_loss(config), total_updates=config.total_rl_steps)
+        for phase, report, groups in run_phases(
+            make_phases(config, samplers),
+            first_step=state.get("step", 0),
+            prompts_per_step=config.rollout.prompts_per_step,
+            updates_per_step=config.algorithm.updates_per_step,
+            collect=run.collect,
+            advantages=partial(group_advantages, kind=config.algorithm.advantage),
+            keep=has_spread if config.algorithm.filter_groups else lambda rewards: True,
+            trainer=trainer,
+        ):
+            run.log(report, groups)
+            last = report.step == phase.end_step - 1
+            if last and config.evaluation.at_phase_end:
+                run.evaluate(benchmarks, phase.name, report.step)
+            if last or (report.step + 1) % config.checkpoint.every_steps == 0:
+                run.save(report.step + 1, {"samplers": [s.state_dict() for s in samplers]})
+        run.release()
+
+
+def run_sft(config: Config) -> None:
+    """Warm-up SFT, from the newest checkpoint on; ends with a Hugging Face folder."""
+    sft = config.sft
+    with open_run(config, temperature=1.0) as run:
+        examples = on_all_ranks(run.examples)
+        benchmarks = on_all_ranks(run.benchmarks)
+        steps = num_sft_steps(
+            len(examples), batch_size=sft.batch_size, epochs=sft.epochs, max_steps=sft.max_steps
+        )
+        state = run.restore()
+        run.evaluate_start(benchmarks, state)
+        trainer = run.trainer(sft_loss, total_updates=steps, aggregation=sft.aggregation)
+        for report in run_sft_steps(
+            examples,
+            first_step=state.get("step", 0),
+            num_steps=steps,
+            batch_size=sft.batch_size,
+            seed=config.run.seed,
+            pack=trainer.pack,
+            update=trainer.update,
+        ):
+            run.log(report, [])
+            last = report.step == steps - 1
+            if last and config.evaluation.at_phase_end:
+                run.evaluate(benchmarks, "sft", report.step)
+            if last or (report.step + 1) % config.checkpoint.every_steps == 0:
+                run.save(report.step + 1, {})
+        run.release()
+
+
+def run_eval(config: Config) -> None:
+    """Scores model.path on data.eval_files; writes eval/eval.json and the answers."""
+    with open_run(config, temperature=1.0) as run:
+        metrics = run.evaluate(on_all_ranks(run.benchmarks), "eval", 0)
+        if run.leads:
+            print(json.dumps(metrics), flush=True)
+
+
+def run_export(checkpoint: Path, out: Path) -> None:
+    """A checkpoint (or the newest one of a run's folder) as a Hugging Face folder."""
+    ranks = init_ranks()
+    with process_group(rank=0, local_rank=ranks.local_rank, world_size=1):
+        source = checkpoint
+        if not (source / "state.json").is_file():
+            newest = CheckpointStore(checkpoint / "checkpoints", keep=1, warn=print).newest()
+            if newest is None:
+                raise CheckpointError(f"{checkpoint} is no checkpoint and has none in checkpoints/")
+            source = newest
+        state = json.loads((source / "state.json").read_text())
+        context = init_parallel(tp=1, pp=1, cp=1, seed=0)
+        shape = read_shape(source / "hf")
+        dtype = getattr(torch, state["dtype"])
+        with megatron_device():
+            model = build_model(shape, PolicyConfig(), dtype=dtype, context=context)  # pyright: ignore[reportCallIssue]
+        load_weights(source, model=model)
+        stream = WeightStream(model, shape=shape, context=context, bucket_bytes=2**29)
+        write_release(
+            stream, out, companions=source / "hf", facts=state["facts"], writer=True,
+            dtype=state["dtype"],
+        )  # fmt: skip
+
+
+def run_import(hf_folder: Path, out: Path, tp: int, pp: int) -> None:
+    """A Hugging Face folder as a Megatron checkpoint that any layout can load."""
+    config = Config(
+        model=ModelConfig(path=str(hf_folder)),
+        policy=PolicyConfig(tp=tp, pp=pp),  # pyright: ignore[reportCallIssue]
+    )
+    ranks = init_ranks()
+    with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
+        policy = make_policy(config, read_shape(hf_folder), temperature=1.0)
+        store = CheckpointStore(out / "checkpoints", keep=1, warn=print)
+        save_checkpoint(store, policy, 0, hf_folder, config, {})

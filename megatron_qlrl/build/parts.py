@@ -1,0 +1,173 @@
+"""The stages as one config describes them: model, samplers, phases, tokenizer, facts."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_qlrl import __version__
+from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.shape import ModelShape, read_shape
+from megatron_qlrl.curriculum.phases import PhaseSampler
+from megatron_qlrl.errors import ConfigError
+from megatron_qlrl.loop import Phase
+from megatron_qlrl.packing.shard import shard_row
+from megatron_qlrl.parallel.context import ParallelContext, init_parallel
+from megatron_qlrl.platform.device import has_gpu
+from megatron_qlrl.policy.loss import PolicyLoss
+from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.types import Prompt, ScoredGroup
+from megatron_qlrl.weights.checkpoint import CheckpointStore
+from megatron_qlrl.weights.release import copy_companions
+from megatron_qlrl.weights.stream import load_hf
+
+
+def model_shape(config: Config) -> ModelShape:
+    shape = read_shape(config.model.path)
+    if config.model.rope_scaling is None:
+        return shape
+    return replace(shape, rope={**shape.rope, **config.model.rope_scaling})
+
+
+def weight_dtype(config: Config) -> str:
+    """bfloat16 kernels are slow and rare on CPUs: without a GPU everything is float32."""
+    return config.model.dtype if has_gpu() else "float32"
+
+
+def make_policy(config: Config, shape: ModelShape, *, temperature: float) -> Policy:
+    layout = config.policy
+    context: ParallelContext = init_parallel(
+        tp=layout.tp, pp=layout.pp, cp=layout.cp, seed=config.run.seed
+    )
+    folder = Path(config.model.path)
+    return Policy(
+        shape,
+        policy=layout,
+        optimizer=config.optimizer,
+        dtype=getattr(torch, weight_dtype(config)),
+        temperature=temperature,
+        context=context,
+        shard=partial(
+            shard_row,
+            cp_size=layout.cp,
+            cp_rank=context.cp.rank,
+            multiple_of=layout.tp if layout.sequence_parallel else 1,
+        ),
+        load=lambda model: load_hf(folder, model, shape=shape, context=context),
+    )
+
+
+def save_checkpoint(
+    store: CheckpointStore,
+    policy: Policy,
+    step: int,
+    model_folder: Path,
+    config: Config,
+    state: Mapping[str, Any],
+) -> None:
+    store.save(
+        step,
+        model=policy.model,
+        optimizer=policy.optimizer,
+        state={
+            **state,
+            "step": step,
+            "version": policy.version,
+            "dtype": weight_dtype(config),
+            "facts": run_facts(config) | {"optimizer updates": policy.version},
+        },
+        companions=partial(copy_companions, model_folder),
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+
+
+def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
+    """The tokenizer's end token and all of generation_config.json's."""
+    stops = {tokenizer.eos_token_id}
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        more = json.loads(generation.read_text()).get("eos_token_id") or []
+        stops |= {more} if isinstance(more, int) else set(more)
+    return sorted(s for s in stops if s is not None)
+
+
+def make_samplers(config: Config, prompts: Sequence[Prompt]) -> list[PhaseSampler]:
+    limits = [0, *(p.max_input_tokens for p in config.phases)]
+    return [
+        PhaseSampler(
+            prompts, phase=k, min_tokens=limits[k], max_tokens=limits[k + 1], seed=config.run.seed
+        )
+        for k in range(len(config.phases))
+    ]
+
+
+def make_phases(config: Config, samplers: Sequence[PhaseSampler]) -> list[Phase]:
+    phases, first = [], 0
+    for index, (phase, sampler) in enumerate(zip(config.phases, samplers, strict=True)):
+        end = first + phase.steps
+        phases.append(
+            Phase(index, phase.name, first, end, sampler.draw, sampler.observe, sampler.metrics)
+        )
+        first = end
+    return phases
+
+
+def policy_loss(config: Config) -> PolicyLoss:
+    a = config.algorithm
+    return PolicyLoss(a.clip_low, a.clip_high, a.dual_clip, a.kl_coef, a.kl_kind, a.entropy_coef)
+
+
+def row_flops(shape: ModelShape, prompt: int, responses: Sequence[int]) -> float:
+    """Forward FLOPs of one prompt block: linear layers on every token, causal attention of the
+    prompt and of each response, responses on the prompt, LM head on responses only."""
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    linear = 2 * (shape.hidden_size * (2 * q + 2 * kv) + 3 * shape.hidden_size * shape.ffn_size)
+    total = sum(responses)
+    pairs = prompt**2 / 2 + sum(r * r / 2 + r * prompt for r in responses)
+    return (
+        shape.num_layers * (linear * (prompt + total) + 4 * q * pairs)
+        + 2 * shape.hidden_size * shape.vocab_size * total
+    )
+
+
+def run_facts(config: Config) -> dict[str, Any]:
+    return {
+        "base model": Path(config.model.path).name,
+        "software": f"megatron_qlrl {__version__}",
+        "phases": ", ".join(f"{p.name} (<= {p.max_input_tokens})" for p in config.phases) or "none",
+        "seed": config.run.seed,
+    }
+
+
+def rollout_records(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
+    """Rollouts as they go into the log, one record per response."""
+    return [
+        {
+            "uid": group.prompt.uid,
+            "data_source": group.prompt.data_source,
+            "sample": rollout.sample,
+            "question": group.prompt.question,
+            "ground_truth": group.prompt.ground_truth,
+            "response": rollout.text,
+            "num_tokens": len(rollout.token_ids),
+            "finished": rollout.finished,
+            "weight_version": rollout.weight_version,
+            "score": score.value,
+            "matched": score.matched,
+            "prediction": score.prediction,
+        }
+        for group in groups
+        for rollout, score in zip(group.rollouts, group.scores, strict=True)
+    ]
