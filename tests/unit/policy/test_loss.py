@@ -303,8 +303,9 @@ def test_mismatch_of_trainer_and_engine() -> None:
     logs = (math.log(2), math.log(1.5))
     assert found["training/rollout_logprobs_diff_mean"].item() == pytest.approx(sum(logs))
     assert found["training/rollout_logprobs_diff_max"].item() == pytest.approx(max(logs))
+    assert found["training/rollout_probs_diff_max"].item() == pytest.approx(0.25)
     nothing = mismatch(torch.zeros(0), torch.zeros(0))
-    assert [v.item() for v in nothing.values()] == [0, 0, 0]
+    assert [v.item() for v in nothing.values()] == [0, 0, 0, 0]
 
 
 def test_empty_rank_gives_zero_with_a_gradient() -> None:

@@ -1,0 +1,65 @@
+"""Vocabulary padding by hand; rotary frequencies against transformers."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.policy.model import padded_vocab, rope_frequencies
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tp", "want"),
+    [(152064, 1, 152064), (152064, 8, 152064), (157, 1, 160), (157, 4, 160), (161, 4, 192),
+     (1, 2, 16)],
+)  # fmt: skip
+def test_vocabulary_divides_into_shards_of_eights(vocab: int, tp: int, want: int) -> None:
+    assert padded_vocab(vocab, tp) == want
+
+
+HF: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 100,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def test_default_frequencies_by_hand() -> None:
+    shape = ModelShape.from_hf(HF | {"head_dim": 4, "rope_theta": 100.0})
+    frequencies, factor = rope_frequencies(shape)
+    torch.testing.assert_close(frequencies, torch.tensor([1.0, 0.1]))
+    assert factor == 1.0
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
+         "original_max_position_embeddings": 1024},
+        {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+         "high_freq_factor": 4.0, "original_max_position_embeddings": 512},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_frequencies_are_those_of_transformers(rope: dict[str, Any]) -> None:
+    shape = ModelShape.from_hf(HF | {"rope_parameters": rope})
+    frequencies, factor = rope_frequencies(shape)
+    names = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings")
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**{n: HF[n] for n in names}, rope_parameters=rope))
+    torch.testing.assert_close(frequencies, theirs.inv_freq)
+    assert factor == pytest.approx(theirs.attention_scaling)
+    if rope["rope_type"] == "yarn":
+        assert factor == pytest.approx(0.1 * math.log(4.0) + 1)
