@@ -198,6 +198,7 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
         # Under torchrun and srun the job may span machines: their ranks here are not counted.
         here = world_size if read_ranks().world_size == 1 else 1
         checks.check_machine(config, processes=here, num_gpus=local.num_gpus())
+        checks.check_run_dir(config)
 
     def run() -> None:
         from megatron_qlrl import build

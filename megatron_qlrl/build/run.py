@@ -1,7 +1,7 @@
 """`Run`: the parts of one run joined, with what RL, SFT and evaluation share."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -27,7 +27,7 @@ from megatron_qlrl.data.dataset import (
     load_prompts,
     middle_truncate,
 )
-from megatron_qlrl.errors import DataError
+from megatron_qlrl.errors import ConfigError, DataError
 from megatron_qlrl.evaluate.benchmarks import evaluate
 from megatron_qlrl.loop import Trainer
 from megatron_qlrl.metrics.sinks import Tracker
@@ -87,8 +87,7 @@ class Run:
             bucket_bytes=config.rollout.sync_bucket_mib * 2**20,
         )
         self.scores: dict[str, float] = {}
-        if self.leads:
-            save_config(config, self.folder / "config.yaml")
+        self._on_disk(lambda: save_config(config, self.folder / "config.yaml"))
 
     def close(self) -> None:
         self.tracker.close()
@@ -219,19 +218,26 @@ class Run:
 
         metrics = evaluate(benchmarks, answer)
         self.scores |= {f"{name}: {k}": v for k, v in metrics.items() if k.endswith("/score")}
-        self.tracker.log(step, metrics)
-        if self.leads:
-            folder = self.folder / "eval"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.json").write_text(json.dumps(metrics, indent=1))
-            with (folder / f"{name}.jsonl").open("w") as out:
-                for record, rollout in zip(
-                    rollout_records(answers), (r for g in answers for r in g.rollouts), strict=True
-                ):
-                    record["token_ids"] = rollout.token_ids.tolist()
-                    record["logprobs"] = rollout.engine_logprobs.tolist()
-                    out.write(json.dumps(record) + "\n")
+
+        def write() -> None:
+            self.tracker.log(step, metrics)
+            self._write_answers(name, metrics, answers)
+
+        self._on_disk(write)
         return metrics
+
+    def _write_answers(
+        self, name: str, metrics: Mapping[str, float], answers: Sequence[ScoredGroup]
+    ) -> None:
+        folder = self.folder / "eval"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(metrics, indent=1))
+        rollouts = (r for g in answers for r in g.rollouts)
+        with (folder / f"{name}.jsonl").open("w") as out:
+            for record, rollout in zip(rollout_records(answers), rollouts, strict=True):
+                record["token_ids"] = rollout.token_ids.tolist()
+                record["logprobs"] = rollout.engine_logprobs.tolist()
+                out.write(json.dumps(record) + "\n")
 
     # --- training -----------------------------------------------------------------------
 
@@ -286,10 +292,29 @@ class Run:
         )
 
     def log(self, report: StepReport, groups: Sequence[ScoredGroup]) -> None:
-        self.tracker.log(report.step, report.metrics)
         shown = groups[: self.config.logging.rollouts_per_step]
-        if self.leads and shown:
+
+        def write() -> None:
+            self.tracker.log(report.step, report.metrics)
             self.tracker.rollouts(report.step, rollout_records(shown))
+
+        self._on_disk(write)
+
+    def _on_disk(self, write: Callable[[], object]) -> None:
+        """Runs `write` on rank 0; a disk that refuses stops every rank with the reason."""
+
+        def guarded() -> None:
+            if not self.leads:
+                return
+            try:
+                write()
+            except OSError as error:
+                raise ConfigError(
+                    f"run.dir {self.folder} cannot be written ({error}); free space or set run.dir "
+                    "elsewhere, then start again: the run resumes"
+                ) from error
+
+        on_all_ranks(guarded)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         more = {**state, "scores": self.scores, "tracker": self.tracker.state_dict()}

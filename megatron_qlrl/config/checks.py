@@ -6,6 +6,7 @@ mistake costs a second.
 
 import json
 import struct
+import tempfile
 from collections.abc import Mapping
 from math import gcd
 from pathlib import Path
@@ -139,6 +140,24 @@ def check_machine(config: Config, *, processes: int, num_gpus: int) -> None:
             f"policy.fp8={config.policy.fp8} needs a GPU and this machine has none; set "
             "policy.fp8=off"
         )
+
+
+def check_run_dir(config: Config) -> None:
+    """Makes run.dir and tries a file in it.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    folder = Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir {folder} cannot be written ({error.strerror}); free space there or set "
+            "run.dir to a folder that can be written"
+        ) from error
 
 
 def smallest_world_size(config: Config) -> int:

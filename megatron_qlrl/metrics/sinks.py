@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -137,7 +138,9 @@ class JsonlSink:
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        self._stream.close()
+        # A line that a full disk refused is tried again here; `log` has raised for it already.
+        with suppress(OSError):
+            self._stream.close()
 
 
 class TensorBoardSink:
