@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron_qlrl import errors
 from megatron_qlrl.errors import QlrlError
 
 T = TypeVar("T")
@@ -44,7 +45,8 @@ def gather_objects(value: T) -> list[T]:
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:
-    """Runs `work` here; if it fails on any rank with a user's error, every rank raises that.
+    """Runs `work` here; if it fails on any rank with a user's error, every rank raises the
+    first such rank's, of the same type.
 
     Use it around everything that can fail on one rank alone (reading, writing, scoring):
     a rank that went on would wait for ever in its next collective.
@@ -62,8 +64,8 @@ def on_all_ranks(work: Callable[[], T]) -> T:
         for name, message in [found]
     ]
     if failures:
-        rank, _, message = failures[0]
-        kind = type(error) if error is not None else QlrlError
+        rank, name, message = failures[0]
+        kind = getattr(errors, name)
         same = len({m for _, _, m in failures}) == 1 and len(failures) == dist.get_world_size()
         raise kind(message if same else f"rank {rank}: {message}") from error
     return result

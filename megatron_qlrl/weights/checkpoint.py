@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from megatron_qlrl.errors import CheckpointError, QlrlError
+from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 
@@ -92,7 +92,7 @@ class CheckpointStore:
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose files all match its manifest, the same on every rank."""
-        found = _together(self._newest if dist.get_rank() == 0 else lambda: None)
+        found = on_all_ranks(self._newest if dist.get_rank() == 0 else lambda: None)
         return gather_objects(found)[0]
 
     def _newest(self) -> Path | None:
@@ -131,11 +131,11 @@ def load_checkpoint(path: Path, *, model: Any, optimizer: Any) -> dict[str, Any]
         CheckpointError: the checkpoint does not fit the model, or a rank cannot see it
             (every rank).
     """
-    state = _together(lambda: _read_state(path))
+    state = on_all_ranks(lambda: _read_state(path))
     with megatron_device():
         _complete_adam_state(optimizer)
         sharded = _sharded_state(model, optimizer, is_loading=True)
-        loaded = _together(lambda: _read(sharded, path))
+        loaded = on_all_ranks(lambda: _read(sharded, path))
         model.load_state_dict(loaded["model"])
         _load_optimizer(optimizer, loaded["optimizer"])
     return state
@@ -143,10 +143,10 @@ def load_checkpoint(path: Path, *, model: Any, optimizer: Any) -> dict[str, Any]
 
 def load_weights(path: Path, *, model: Any) -> None:
     """Fills the model alone, for export and evaluation."""
-    _together(lambda: _read_state(path))
+    on_all_ranks(lambda: _read_state(path))
     with megatron_device():
         sharded = {"model": model.sharded_state_dict(metadata=_metadata())}
-        model.load_state_dict(_together(lambda: _read(sharded, path))["model"])
+        model.load_state_dict(on_all_ranks(lambda: _read(sharded, path))["model"])
 
 
 def torn(folder: Path) -> str | None:
@@ -226,7 +226,7 @@ def _write(tensors: Any, common: Any, weights: Path) -> None:
     rank is left waiting: Megatron writes some files on rank 0 between collectives, where an
     error (a full disk) is rank 0's alone."""
     _on_rank_0(weights, lambda: torch.save(common, weights / "common.pt"))
-    _together(lambda: _write_tensors(tensors, weights))
+    on_all_ranks(lambda: _write_tensors(tensors, weights))
     config = CheckpointingConfig("torch_dist", 1)
     _on_rank_0(weights, lambda: save_config(config, str(weights)))
 
@@ -243,17 +243,9 @@ def _write_tensors(tensors: Any, weights: Path) -> None:
         raise _cannot_write(weights, _first_failure(error)) from error
 
 
-def _together(work: Callable[[], T]) -> T:
-    """`on_all_ranks`, with the same kind of error on the ranks that did not fail themselves."""
-    try:
-        return on_all_ranks(work)
-    except QlrlError as error:
-        raise CheckpointError(str(error)) from error
-
-
 def _on_rank_0(where: Path, work: Callable[[], Any]) -> None:
     """Runs `work`, which writes under `where`, on rank 0; its failure is every rank's."""
-    _together(lambda: _guarded(where, work) if dist.get_rank() == 0 else None)
+    on_all_ranks(lambda: _guarded(where, work) if dist.get_rank() == 0 else None)
 
 
 def _guarded(where: Path, work: Callable[[], Any]) -> Any:
@@ -297,7 +289,7 @@ def _digests(folder: Path) -> dict[str, str]:
     found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     names = gather_objects(found)[0]  # one list for all: shared disks show new files late
     mine = names[dist.get_rank() :: dist.get_world_size()]
-    hashed = _together(lambda: _guarded(folder, lambda: {n: _digest(folder / n) for n in mine}))
+    hashed = on_all_ranks(lambda: _guarded(folder, lambda: {n: _digest(folder / n) for n in mine}))
     return {name: digest for part in gather_objects(hashed) for name, digest in part.items()}
 
 
