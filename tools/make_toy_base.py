@@ -2,12 +2,14 @@
 
     python tools/make_toy_base.py --out examples/quickstart/base --seed 0
 
-The model is a Qwen2 of about 0.2M parameters. Its "pre-training" is the toy task itself on tiny
-documents (2-4 facts, growing to `MAX_FACTS`), cut off early: the result knows the vocabulary, the
-categories and the answer format, and is weak at the task. It never meets a long document.
+The model is a Qwen2 of about 0.2M parameters. Its "pre-training" is the toy look-up on tiny
+documents (2-4 facts, growing to --max-facts), cut off early, and at the end most responses stop
+before the closing sentence. So it knows the vocabulary and the categories, is weak at the task and
+seldom closes as the reward wants, which is what SFT is for. It never meets a long document.
 """
 
 import argparse
+import json
 import platform
 import shlex
 import sys
@@ -18,7 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from megatron_qlrl.data.builders.toy import ITEMS, ROLES, TOWNS, ToyRecord, make_record, toy_corpus
 from megatron_qlrl.data.template import render
@@ -31,6 +39,11 @@ CHAT_TEMPLATE = (
 )
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IGNORE = -100
+# In the last steps few responses show the closing sentence that the reward reads, so the base
+# ends without it and SFT has something to teach. Leaving it out from the start slows the look-up:
+# repeating the item is a second signal for it.
+PLAIN_STEPS = 80
+CLOSING_SHARE = 0.1
 
 
 @dataclass
@@ -105,20 +118,24 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, record: ToyRecord) -> tuple[list[int], list[int]]:
-    """Prompt and response token ids, as the SFT stage would build them."""
+def encode(
+    tokenizer: PreTrainedTokenizerFast, record: ToyRecord, closing: bool
+) -> tuple[list[int], list[int]]:
+    """Prompt and response token ids; without `closing` the response ends with the reasoning."""
     prompt = render(tokenizer, [{"role": "user", "content": record.message}], None).tolist()
-    return prompt, tokenizer.encode(record.response + END)
+    response = record.response if closing else record.response.split("\n</think>")[0]
+    return prompt, tokenizer.encode(response + END)
 
 
 def batch_of(
-    tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, low: int, high: int, size: int
+    tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, facts: range, closing_share: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded token ids and labels [size, T]; labels are IGNORE outside the response."""
-    pairs = [
-        encode(tokenizer, make_record(rng, "needle", int(rng.integers(low, high + 1))))
-        for _ in range(size)
-    ]
+    size = 32
+    pairs = []
+    for _ in range(size):
+        record = make_record(rng, "needle", int(rng.choice(facts)))
+        pairs.append(encode(tokenizer, record, bool(rng.random() < closing_share)))
     width = max(len(p) + len(r) for p, r in pairs)
     ids = torch.full((size, width), int(tokenizer.pad_token_id))  # type: ignore[arg-type]
     labels = torch.full((size, width), IGNORE)
@@ -145,7 +162,9 @@ def pretrain(
     item_ids = {tokenizer.encode(f" {x}")[0] for group in ITEMS.values() for x in group}
     curriculum = Curriculum(args.max_facts)
     for step in range(args.steps):
-        ids, labels = batch_of(tokenizer, rng, curriculum.low, curriculum.high, 32)
+        facts = range(curriculum.low, curriculum.high + 1)
+        share = 1.0 if step < args.steps - PLAIN_STEPS else CLOSING_SHARE
+        ids, labels = batch_of(tokenizer, rng, facts, share)
         logits = model(input_ids=ids).logits[:, :-1]
         targets = labels[:, 1:]
         loss = torch.nn.functional.cross_entropy(
@@ -162,8 +181,7 @@ def pretrain(
         accuracy = right[torch.arange(len(first)), torch.tensor(first)].float().mean().item()
         curriculum.observe(accuracy)
         if step % 20 == 19:
-            facts = f"{curriculum.low}-{curriculum.high}"
-            print(f"step {step + 1:4d} facts {facts:5s} loss {loss:.3f} item {accuracy:.2f}")
+            print(f"step {step + 1} facts {[*facts]} loss {loss:.3f} item accuracy {accuracy:.2f}")
 
 
 def save(
@@ -174,6 +192,16 @@ def save(
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    # The name that transformers 4 and 5 both know.
+    settings = out / "tokenizer_config.json"
+    content = json.loads(settings.read_text())
+    content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.write_text(json.dumps(content, indent=2) + "\n")
+    (out / "model.safetensors").chmod(0o644)
+    # AutoTokenizer puts the Qwen2 way of splitting words in place of ours: on this text they agree.
+    loaded = AutoTokenizer.from_pretrained(out, local_files_only=True)
+    texts = toy_corpus(1, 300)
+    assert [loaded.encode(t) for t in texts] == [tokenizer.encode(t) for t in texts]
     (out / "README.md").write_text(notes)
 
 
@@ -181,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=560)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--max-facts", type=int, default=6, help="most facts in a document")
     args = parser.parse_args()
@@ -206,10 +234,11 @@ A Qwen2 of {model.num_parameters():,} parameters for the quickstart, made by
 (seed {args.seed}, {args.steps} steps of 32 documents, {cpu_s:.0f} CPU seconds on one thread,
 torch {torch.__version__}, Python {platform.python_version()}).
 
-It was trained on the toy task ("Which fish does the text mention?") with documents of at most
-{args.max_facts} facts, and stopped early on purpose: it knows the words, the categories and the
-answer format, and is weak at the task. Longer documents are new to it. It is of no use outside
-the quickstart and the tests.
+It was trained on the toy look-up ("Which fish does the text mention?") with documents of at most
+{args.max_facts} facts, and stopped early on purpose. In the last {PLAIN_STEPS} steps only
+{CLOSING_SHARE:.0%} of the responses had the closing sentence that the reward reads, so warm-up SFT
+has something to teach. Longer documents are new to it. It is of no use outside the quickstart and
+the tests.
 """
 
 
