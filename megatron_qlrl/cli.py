@@ -72,7 +72,7 @@ def rl(config: ConfigPath, overrides: Overrides = None, processes: Processes = N
 
 @app.command("eval")
 def evaluate(config: ConfigPath, overrides: Overrides = None, processes: Processes = None) -> None:
-    """Score the model (or its newest checkpoint) on data.eval_files."""
+    """Score model.path on data.eval_files."""
     _train("eval", config, overrides or [], processes)
 
 

@@ -107,6 +107,11 @@ class Run:
         """Held-out prompts by file stem, cut in the middle to the limit and to what the model's
         positions leave beside a response (not collective)."""
         room = self.shape.max_positions - self.config.rollout.max_response_tokens
+        if room <= 0 and self.config.data.eval_files:
+            raise ConfigError(
+                f"rollout.max_response_tokens={self.config.rollout.max_response_tokens} leaves no "
+                f"room for a prompt in the model's {self.shape.max_positions} positions; lower it"
+            )
         limit = min(self.config.evaluation.max_input_tokens, room)
         found = {Path(f).stem: self._prompts([f]) for f in self.config.data.eval_files}
         check_sources([p for prompts in found.values() for p in prompts])
