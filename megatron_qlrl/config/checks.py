@@ -143,20 +143,21 @@ def check_machine(config: Config, *, processes: int, num_gpus: int) -> None:
 
 
 def check_run_dir(config: Config) -> None:
-    """Makes run.dir and tries a file in it.
+    """Whether run.dir, or the folder it will be made in, takes a file.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it does not.
     """
     folder = Path(config.run.dir)
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
+        with tempfile.TemporaryFile(dir=place) as probe:
             probe.write(bytes(4096))
+            probe.flush()
     except OSError as error:
         raise ConfigError(
-            f"run.dir {folder} cannot be written ({error.strerror}); free space there or set "
-            "run.dir to a folder that can be written"
+            f"run.dir {folder} cannot be written ({place}: {error.strerror}); free space there or "
+            "set run.dir to a folder that can be written"
         ) from error
 
 
