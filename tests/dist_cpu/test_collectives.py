@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 
-from megatron_qlrl.errors import DataError, QlrlError
+from megatron_qlrl.errors import DataError
 from megatron_qlrl.parallel.collectives import GatherTokens, gather_objects, on_all_ranks
 
 
@@ -29,7 +29,7 @@ def check_errors(rank: int, _: None) -> None:
             raise DataError("row 7 is empty")
         return "fine"
 
-    with pytest.raises(QlrlError, match="^rank 1: row 7 is empty$"):
+    with pytest.raises(DataError, match="^rank 1: row 7 is empty$"):
         on_all_ranks(fails_on_one)
 
     def fails_on_all() -> None:
