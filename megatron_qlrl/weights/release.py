@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from megatron_qlrl.errors import CheckpointError
+from megatron_qlrl.parallel.collectives import on_all_ranks
 from megatron_qlrl.weights.stream import WeightStream, write_hf
 
 # What a model folder holds beside its weights.
@@ -55,16 +56,21 @@ def write_release(
         rope: RoPE parameters that the run trained with, when they differ from the model's.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written (every rank).
     """
-    try:
-        if writer:
+
+    def prepare() -> None:
+        if not writer:
+            return
+        try:
             copy_companions(companions, out)
             _write_config(out / "config.json", dtype=dtype, rope=rope)
             (out / "README.md").write_text(str(_card(facts)))
-        write_hf(stream, out, shard_bytes=shard_bytes, writer=writer)
-    except OSError as error:
-        raise CheckpointError(f"cannot write the model folder {out}: {error}") from error
+        except OSError as error:
+            raise CheckpointError(f"cannot write the model folder {out}: {error}") from error
+
+    on_all_ranks(prepare)
+    on_all_ranks(lambda: write_hf(stream, out, shard_bytes=shard_bytes, writer=writer))
 
 
 def _write_config(path: Path, *, dtype: str, rope: Mapping[str, Any] | None) -> None:

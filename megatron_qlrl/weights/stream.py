@@ -170,22 +170,29 @@ def _buckets(plan: list[_Item], *, limit: int) -> list[list[_Item]]:
     return buckets
 
 
-def write_hf(
-    stream: WeightStream, folder: Path, *, shard_bytes: int, writer: bool
-) -> dict[str, int]:
+def write_hf(stream: WeightStream, folder: Path, *, shard_bytes: int, writer: bool) -> None:
     """Writes the stream as safetensors shards with an index; only the `writer` rank writes.
 
-    Returns bytes by file name (empty on other ranks).
+    The writer keeps reading the stream after a failed write, which is collective.
+
+    Raises:
+        CheckpointError: the folder cannot be written (on the writer).
     """
     from safetensors.torch import save_file
 
     pending: dict[str, torch.Tensor] = {}
     files: list[tuple[Path, list[str], int]] = []
+    failure: Exception | None = None
 
     def flush() -> None:
+        nonlocal failure
         path = folder / f"part-{len(files):05d}.safetensors"
-        save_file(pending, path, metadata={"format": "pt"})
-        files.append((path, list(pending), sum(t.nbytes for t in pending.values())))
+        try:
+            if failure is None:
+                save_file(pending, path, metadata={"format": "pt"})
+                files.append((path, list(pending), sum(t.nbytes for t in pending.values())))
+        except (OSError, SafetensorError) as error:
+            failure = error
         pending.clear()
 
     for name, tensor in stream:
@@ -195,22 +202,27 @@ def write_hf(
             flush()
         pending[name] = tensor.cpu()
     if not writer:
-        return {}
+        return
     flush()
-    return _name_shards(folder, files)
+    try:
+        if failure is None:
+            _name_shards(folder, files)
+    except OSError as error:
+        failure = error
+    if failure is not None:
+        raise CheckpointError(f"cannot write the model folder {folder}: {failure}") from failure
 
 
-def _name_shards(folder: Path, files: list[tuple[Path, list[str], int]]) -> dict[str, int]:
+def _name_shards(folder: Path, files: list[tuple[Path, list[str], int]]) -> None:
     """Hugging Face's file names, known only when the number of shards is."""
     if len(files) == 1:
         files[0][0].rename(folder / "model.safetensors")
-        return {"model.safetensors": files[0][2]}
-    weight_map, sizes = {}, {}
-    for number, (path, names, size) in enumerate(files, start=1):
+        return
+    weight_map: dict[str, str] = {}
+    for number, (path, names, _) in enumerate(files, start=1):
         final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         path.rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
-        sizes[final] = size
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    total = sum(size for _, _, size in files)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    return sizes
