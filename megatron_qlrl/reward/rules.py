@@ -20,7 +20,7 @@ from megatron_qlrl.reward.extract import (
     unwrap,
 )
 
-RuleName = Literal["qa", "numeric", "choice"]
+RuleName = Literal["qa", "numeric", "choice", "exact"]
 
 RULE_OF_SOURCE: dict[str, RuleName] = {
     "multihoprag": "qa",
@@ -32,6 +32,7 @@ RULE_OF_SOURCE: dict[str, RuleName] = {
     "frames": "qa",
     "docmath": "numeric",
     "long_toc_choices": "choice",
+    "toy_docqa": "exact",
 }
 """Substring of `data_source` (any case) -> rule; the first that fits."""
 
@@ -101,7 +102,7 @@ def _numeric(prediction: str, gold: str) -> bool:
     word by word."""
     wanted = parse_number(gold)
     if wanted is None:
-        return normalize(prediction) == normalize(gold) != ""
+        return _exact(prediction, gold)
     given = parse_number(prediction)
     if given is None:
         return False
@@ -124,14 +125,21 @@ def _choice(prediction: str, gold: str) -> bool:
     """The same letter. A gold without a letter must be met word by word."""
     wanted = parse_choice(gold)
     if wanted is None:
-        return normalize(prediction) == normalize(gold) != ""
+        return _exact(prediction, gold)
     return parse_choice(prediction) == wanted
+
+
+def _exact(prediction: str, gold: str) -> bool:
+    """The normal forms are the same. For one-word golds: RL on the toy task found containment's
+    loophole within 15 steps ("lemonade. in the cocoa" names two drinks, one of them right)."""
+    return normalize(prediction) == normalize(gold) != ""
 
 
 _RULES: dict[RuleName, Callable[[str, str], bool]] = {
     "qa": _qa,
     "numeric": _numeric,
     "choice": _choice,
+    "exact": _exact,
 }
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")

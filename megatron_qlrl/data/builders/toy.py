@@ -170,7 +170,7 @@ def _row(
 ) -> dict[str, Any]:
     return {
         # The rule of the reward is chosen by substring: `musique` means question answering.
-        "data_source": f"toy_musique_{kind}",
+        "data_source": f"toy_docqa_{kind}",
         "prompt": [{"role": "user", "content": record.message}],
         "ability": "retrieval",
         "reward_model": {"style": "rule", "ground_truth": record.answer},

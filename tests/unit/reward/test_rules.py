@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.reward.extract import Answer
 from megatron_qlrl.reward.rules import apply_rule, normalize, rule_of
+from megatron_qlrl.reward.score import score_response
 
 
 def verdict(rule, gold, prediction):
@@ -18,7 +19,7 @@ def verdict(rule, gold, prediction):
         ("DocMath", "numeric"),
         ("long_toc_choices_40000_plus", "choice"),
         ("multihoprag_0_20000", "qa"),
-        ("toy_musique", "qa"),
+        ("toy_docqa_needle", "exact"),
         ("2wikimultihopqa", "qa"),
         ("narrativeqa", "qa"),
         ("hotpotqa", "qa"),
@@ -194,3 +195,15 @@ def test_any_gold_and_any_prediction_give_a_verdict(rule, gold, prediction):
 def test_an_empty_prediction_is_never_right(gold):
     for rule in ("qa", "numeric", "choice"):
         assert not verdict(rule, gold, "")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "right"),
+    [("cocoa", True), ("The Cocoa.", True), ("lemonade. in the cocoa", False), ("", False)],
+)
+def test_exact_takes_no_second_word(prediction: str, right: bool) -> None:
+    response = f"I looked.\n</think>\n\nTherefore, the answer is {prediction}"
+    score = score_response(
+        data_source="toy_docqa_needle", ground_truth="cocoa", response_text=response
+    )
+    assert score.value == float(right)

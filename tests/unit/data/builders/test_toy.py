@@ -101,7 +101,7 @@ def test_rows_have_verls_columns_and_agree_with_themselves(tmp_path, kind):
         table = pq.read_table(path)
         assert table.column_names == base + (["response"] if name == "sft" else [])
         for index, row in enumerate(table.to_pylist()):
-            assert row["data_source"] == f"toy_musique_{kind}"
+            assert row["data_source"] == f"toy_docqa_{kind}"
             assert row["reward_model"]["style"] == "rule"
             assert [message["role"] for message in row["prompt"]] == ["user"]
             assert row["document"] in row["prompt"][0]["content"]
