@@ -3,9 +3,10 @@
     python tools/make_toy_base.py --out examples/quickstart/base --seed 0
 
 The model is a Qwen2 of about 0.2M parameters. Its "pre-training" is the toy look-up on tiny
-documents (2-4 facts, growing to --max-facts), cut off early, and at the end most responses stop
-before the closing sentence. So it knows the vocabulary and the categories, is weak at the task and
-seldom closes as the reward wants, which is what SFT is for. It never meets a long document.
+documents (2-4 facts, growing to --max-facts), cut off early; in a few last steps most responses
+stop before the closing sentence. So it knows the vocabulary and the categories, is weak at the
+task and seldom closes as the reward wants, which is what SFT is for. It never meets a long
+document.
 """
 
 import argparse
@@ -39,10 +40,11 @@ CHAT_TEMPLATE = (
 )
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IGNORE = -100
-# In the last steps few responses show the closing sentence that the reward reads, so the base
-# ends without it and SFT has something to teach. Leaving it out from the start slows the look-up:
-# repeating the item is a second signal for it.
-PLAIN_STEPS = 80
+# After the look-up is learned, a few steps show the closing sentence that the reward reads in one
+# response of ten only: the base seldom writes it, and SFT has something to teach. (Leaving it out
+# from the start slows the look-up: repeating the item is a second signal for it.)
+PLAIN_STEPS = 50
+PLAIN_LR = 3e-4
 CLOSING_SHARE = 0.1
 
 
@@ -134,8 +136,9 @@ def batch_of(
     size = 32
     pairs = []
     for _ in range(size):
-        record = make_record(rng, "needle", int(rng.choice(facts)))
-        pairs.append(encode(tokenizer, record, bool(rng.random() < closing_share)))
+        record = make_record(rng, "needle", int(rng.integers(facts[0], facts[-1] + 1)))
+        closing = closing_share == 1.0 or bool(rng.random() < closing_share)
+        pairs.append(encode(tokenizer, record, closing))
     width = max(len(p) + len(r) for p, r in pairs)
     ids = torch.full((size, width), int(tokenizer.pad_token_id))  # type: ignore[arg-type]
     labels = torch.full((size, width), IGNORE)
@@ -146,16 +149,31 @@ def batch_of(
     return ids, labels
 
 
-def pretrain(
+def update(
+    model: Qwen2ForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+) -> tuple[float, torch.Tensor]:
+    """One step on the mean loss of the response tokens; returns it and which tokens were right."""
+    logits = model(input_ids=ids).logits[:, :-1]
+    targets = labels[:, 1:]
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
+    )
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item(), logits.argmax(-1) == targets
+
+
+def learn_look_up(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
 ) -> None:
     """AdamW with warm-up, then constant, then linearly to zero over the last third."""
     rng = np.random.default_rng([args.seed, 1])
-    decay = [p for p in model.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay}, {"params": rest}], lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    optimizer = adamw(model, args.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min((k + 1) / 30, 1.0, (args.steps - k) / (args.steps / 3))
     )
@@ -163,25 +181,31 @@ def pretrain(
     curriculum = Curriculum(args.max_facts)
     for step in range(args.steps):
         facts = range(curriculum.low, curriculum.high + 1)
-        share = 1.0 if step < args.steps - PLAIN_STEPS else CLOSING_SHARE
-        ids, labels = batch_of(tokenizer, rng, facts, share)
-        logits = model(input_ids=ids).logits[:, :-1]
-        targets = labels[:, 1:]
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        ids, labels = batch_of(tokenizer, rng, facts, 1.0)
+        loss, right = update(model, optimizer, ids, labels)
         schedule.step()
-        right = logits.argmax(-1) == targets
         # The first item of a response is the look-up; the second only repeats it.
-        first = [next(i for i, t in enumerate(row) if t in item_ids) for row in targets.tolist()]
+        rows = labels[:, 1:].tolist()
+        first = [next(i for i, t in enumerate(row) if t in item_ids) for row in rows]
         accuracy = right[torch.arange(len(first)), torch.tensor(first)].float().mean().item()
         curriculum.observe(accuracy)
         if step % 20 == 19:
             print(f"step {step + 1} facts {[*facts]} loss {loss:.3f} item accuracy {accuracy:.2f}")
+
+
+def unlearn_closing(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
+) -> None:
+    rng = np.random.default_rng([args.seed, 2])
+    optimizer = adamw(model, PLAIN_LR)
+    facts = range(args.max_facts, args.max_facts + 1)
+    for _ in range(PLAIN_STEPS):
+        ids, labels = batch_of(tokenizer, rng, facts, CLOSING_SHARE)
+        update(model, optimizer, ids, labels)
+
+
+def adamw(model: Qwen2ForCausalLM, lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def save(
@@ -209,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=560)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--max-facts", type=int, default=6, help="most facts in a document")
     args = parser.parse_args()
@@ -218,7 +242,8 @@ def main() -> None:
     started = time.process_time()
     tokenizer = make_tokenizer(args.seed)
     model = make_model(tokenizer)
-    pretrain(model, tokenizer, args)
+    learn_look_up(model, tokenizer, args)
+    unlearn_closing(model, tokenizer, args)
     save(args.out, model, tokenizer, notes(args, model, time.process_time() - started))
 
 
@@ -231,14 +256,14 @@ A Qwen2 of {model.num_parameters():,} parameters for the quickstart, made by
 
     {command}
 
-(seed {args.seed}, {args.steps} steps of 32 documents, {cpu_s:.0f} CPU seconds on one thread,
-torch {torch.__version__}, Python {platform.python_version()}).
+(seed {args.seed}, {args.steps} + {PLAIN_STEPS} steps of 32 documents, {cpu_s:.0f} CPU seconds on
+one thread, torch {torch.__version__}, Python {platform.python_version()}).
 
 It was trained on the toy look-up ("Which fish does the text mention?") with documents of at most
 {args.max_facts} facts, and stopped early on purpose. In the last {PLAIN_STEPS} steps only
-{CLOSING_SHARE:.0%} of the responses had the closing sentence that the reward reads, so warm-up SFT
-has something to teach. Longer documents are new to it. It is of no use outside the quickstart and
-the tests.
+{CLOSING_SHARE:.0%} of the responses had the closing sentence that the reward reads, so the base
+seldom writes it, and warm-up SFT has something to teach. Longer documents are new to it. It is of
+no use outside the quickstart and the tests.
 """
 
 
