@@ -24,7 +24,7 @@ files=("data.train_files=[$out/data/train.parquet]" "data.sft_files=[$out/data/s
 
 echo "== warm-up SFT"
 qlrl sft "$here/config.yaml" "${files[@]}" run.dir="$out/sft" evaluation.before_training=true \
-  optimizer.lr=1.0e-3 "$@"
+  optimizer.lr=1.0e-3 optimizer.min_lr_ratio=0.1 "$@"
 echo "== RL: phase 1 (short documents), phase 2 (long documents)"
 qlrl rl "$here/config.yaml" "${files[@]}" run.dir="$out/rl" model.path="$out/sft/hf" "$@"
 
