@@ -95,7 +95,10 @@ def write_config(toy_data: Path) -> Callable[..., Path]:
         config: dict[str, Any] = {
             "model": {"path": str(BASE)},
             "run": {"dir": str(folder / "run"), "seed": 3},
-            "data": {"train_files": [str(toy_data / "train.parquet")]},
+            "data": {
+                "train_files": [str(toy_data / "train.parquet")],
+                "eval_files": [str(toy_data / f"eval_{n}.parquet") for n in ("short", "long")],
+            },
             "phases": [
                 {"name": "phase1", "max_input_tokens": 250, "steps": 2},
                 {"name": "phase2", "max_input_tokens": 1000, "steps": 2},
@@ -107,7 +110,7 @@ def write_config(toy_data: Path) -> Callable[..., Path]:
                 "temperature": 1.0,
                 "top_p": 1.0,
             },
-            "policy": {"max_tokens_per_row": 2048, "distributed_optimizer": False},
+            "policy": {"max_tokens_per_row": 2048},
             # Every group and the entropy count, so that weights move whatever the rewards are.
             "algorithm": {"filter_groups": False, "entropy_coef": 0.01},
             "optimizer": {"lr": 5.0e-4},
@@ -122,6 +125,18 @@ def write_config(toy_data: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    qlrl: Callable[..., Outcome],
+    write_config: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """run.dir of a whole RL run; copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("finished")
+    qlrl("rl", write_config(folder)).check()
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,152 @@
+"""Real texts that nobody wrote for us: the licences every Debian system carries, joined to
+documents of about 2K, 8K and 30K tokens, through `qlrl data docs` and two phases of RL."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+LICENCES = Path("/usr/share/common-licenses")
+# Characters of each document; the toy tokenizer needs about 0.57 tokens for one.
+DOCUMENTS = {
+    "short.txt": (["BSD", "Artistic"], 4_000),
+    "middle.txt": (["GPL-1", "Apache-2.0"], 14_000),
+    "long.txt": (["GPL-3", "LGPL-2.1"], 53_000),
+}
+QUESTIONS = [
+    ("short.txt", "qa", "Which university's Regents hold the copyright?", "California"),
+    ("short.txt", "choice", "May the name of the University be used to endorse products without "
+     "permission? (A) Yes (B) No", "B"),
+    ("middle.txt", "qa", "Which foundation published the GNU General Public License?",
+     "Free Software Foundation"),
+    ("middle.txt", "math", "Which version of the GNU General Public License is this?", "1"),
+    ("middle.txt", "choice", "Does the program come with a warranty? (A) Yes (B) No", "B"),
+    ("long.txt", "qa", "What is the propagation of a work that lets others make or receive copies "
+     "called?", "convey"),
+    ("long.txt", "math", "How many days after receipt of the first notice may a violation be cured "
+     "to reinstate the license?", "30"),
+    ("long.txt", "choice", "What does the license call an Installation Information product? (A) "
+     "User Product (B) Secret Product", "A"),
+]  # fmt: skip
+LIMITS = (10_000, 34_000)
+RESPONSE_TOKENS = 8
+
+pytestmark = pytest.mark.skipif(
+    not (LICENCES / "GPL-3").is_file(), reason=f"{LICENCES} is not on this system"
+)
+
+
+@pytest.fixture(scope="module")
+def parquet(qlrl: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("documents")
+    for name, (parts, characters) in DOCUMENTS.items():
+        text = "\n\n".join((LICENCES / p).read_text(encoding="utf-8") for p in parts)
+        (folder / name).write_text(text[:characters], encoding="utf-8")
+    lines = [
+        json.dumps({"document": document, "kind": kind, "question": question, "answer": answer})
+        for document, kind, question, answer in QUESTIONS
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    out = folder / "licences.parquet"
+    done = qlrl("data", "docs", folder, folder / "questions.jsonl", out).check()
+    assert "8 rows" in done.out
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 of 40,960 positions with the toy tokenizer (byte-level: it encodes all)."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=40_960,
+        initializer_range=0.2,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(qlrl: Any, write_config: Any, parquet: Path, model: Path, tmp_path_factory: Any) -> Path:
+    folder = tmp_path_factory.mktemp("real")
+    config = write_config(
+        folder,
+        model={"path": str(model)},
+        data={"train_files": [str(parquet)], "eval_files": []},
+        phases=[
+            {"name": "short", "max_input_tokens": LIMITS[0], "steps": 1},
+            {"name": "long", "max_input_tokens": LIMITS[1], "steps": 1},
+        ],
+        rollout={
+            "prompts_per_step": 2,
+            "group_size": 2,
+            "max_response_tokens": RESPONSE_TOKENS,
+        },
+        policy={"max_tokens_per_row": 36_000},
+    )
+    qlrl("rl", config).check()
+    return folder / "run"
+
+
+def test_prompts_of_each_phase_have_its_lengths(run: Path, read_jsonl: Any) -> None:
+    first, second = read_jsonl(run / "metrics.jsonl")
+    assert (first["step"], second["step"]) == (0, 1)
+    assert 1_500 < first["prompt_length/mean"] <= first["prompt_length/max"] <= LIMITS[0]
+    assert first["curriculum/pool_prompts"] == 5
+    assert 25_000 < second["prompt_length/mean"] <= second["prompt_length/max"] <= LIMITS[1]
+    assert second["curriculum/pool_prompts"] == 3
+
+
+def test_updates_happen_on_real_gradients(run: Path, model: Path, read_jsonl: Any) -> None:
+    for line in read_jsonl(run / "metrics.jsonl"):
+        assert line["actor/grad_norm"] is not None and line["actor/grad_norm"] > 0
+        assert line["batch/kept_groups"] == 2
+    start, end = (load_file(f / "model.safetensors") for f in (model, run / "hf"))
+    assert start.keys() == end.keys()
+    for name, tensor in end.items():
+        assert torch.isfinite(tensor).all(), name
+    assert not torch.equal(start["lm_head.weight"], end["lm_head.weight"])
+
+
+def test_trainer_and_engine_agree_at_every_length(run: Path, read_jsonl: Any) -> None:
+    for line in read_jsonl(run / "metrics.jsonl"):
+        print(
+            line["training/rollout_logprobs_diff_mean"], line["training/rollout_logprobs_diff_max"]
+        )
+        assert line["training/rollout_logprobs_diff_mean"] < 1e-5
+        assert line["training/rollout_logprobs_diff_max"] < 1e-4
+
+
+def test_rollouts_are_logged_with_their_questions(run: Path, read_jsonl: Any) -> None:
+    asked = {question: (document, answer) for document, _, question, answer in QUESTIONS}
+    for step, documents in enumerate([{"short.txt", "middle.txt"}, {"long.txt"}]):
+        records = read_jsonl(run / "rollouts" / f"step_{step:06d}.jsonl")
+        assert [r["sample"] for r in records] == [0, 1, 0, 1]
+        for record in records:
+            document, answer = asked[record["question"]]
+            assert document in documents
+            assert record["ground_truth"] == answer
+            assert record["weight_version"] == step
+            assert 1 <= record["num_tokens"] <= RESPONSE_TOKENS
+
+
+def test_checkpoint_and_model_folder_at_the_end(run: Path) -> None:
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    state = json.loads((newest / "state.json").read_text())
+    assert (newest.name, state["step"], state["version"]) == ("step_00000002", 2, 2)
+    config = json.loads((run / "hf" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 40_960
+    assert (run / "hf" / "tokenizer.json").is_file()
