@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,17 @@ def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests start as a job of one process, even when they run under srun."""
     for name in LAUNCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def lone_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A gloo process group of this process alone, met through a file."""
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(tmp_path_factory.mktemp("gloo") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 @pytest.fixture

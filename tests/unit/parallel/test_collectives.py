@@ -1,7 +1,5 @@
 """Collectives of a single rank; several ranks are in tests/dist_cpu."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,13 +7,7 @@ import torch.distributed as dist
 from megatron_qlrl.errors import CheckpointError, DataError
 from megatron_qlrl.parallel.collectives import GatherTokens, gather_objects, on_all_ranks
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    path = tmp_path_factory.mktemp("gloo") / "store"
-    dist.init_process_group("gloo", store=dist.FileStore(str(path), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("lone_group")
 
 
 def test_gather_of_one_rank_is_the_identity_both_ways() -> None:

@@ -1,7 +1,5 @@
 """Chunked log-probs and entropy against torch.log_softmax on the whole logits."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +11,6 @@ from megatron_qlrl.policy.logprobs import token_logprobs
 
 VOCAB, PADDED, HIDDEN, NUM = 23, 32, 6, 17
 TEMPERATURE = 0.7
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dist.ProcessGroup]:
-    """A gloo group of this process alone, met through a file."""
-    path: Path = tmp_path_factory.mktemp("gloo") / "store"
-    dist.init_process_group("gloo", store=dist.FileStore(str(path), 1), rank=0, world_size=1)
-    group = dist.group.WORLD
-    assert group is not None
-    yield group
-    dist.destroy_process_group()
 
 
 def inputs(dtype: torch.dtype, num: int = NUM) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,13 +44,13 @@ def results(function: Any, hidden: torch.Tensor, weight: torch.Tensor) -> list[t
 @pytest.mark.parametrize("chunk", [1, 7, NUM, NUM + 5])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_values_and_gradients_equal_log_softmax(
-    alone: dist.ProcessGroup, chunk: int, dtype: torch.dtype, close: float
+    lone_group: dist.ProcessGroup, chunk: int, dtype: torch.dtype, close: float
 ) -> None:
     hidden, weight, targets = inputs(dtype)
     found = results(
         lambda h, w: token_logprobs(
             h, w, targets, temperature=TEMPERATURE, vocab_size=VOCAB, chunk_tokens=chunk,
-            tp_group=alone,
+            tp_group=lone_group,
         ),
         hidden,
         weight,
@@ -76,25 +63,25 @@ def test_values_and_gradients_equal_log_softmax(
 
 
 @pytest.mark.parametrize("only", [0, 1])
-def test_gradient_of_one_output_alone(alone: dist.ProcessGroup, only: int) -> None:
+def test_gradient_of_one_output_alone(lone_group: dist.ProcessGroup, only: int) -> None:
     """The other output's gradient then arrives as zeros."""
     hidden, weight, targets = inputs(torch.float64)
     hidden.requires_grad_()
     mine = token_logprobs(
         hidden, weight, targets, temperature=TEMPERATURE, vocab_size=VOCAB, chunk_tokens=4,
-        tp_group=alone,
+        tp_group=lone_group,
     )  # fmt: skip
     (found,) = torch.autograd.grad(mine[only].sum(), hidden)
     (want,) = torch.autograd.grad(dense(hidden, weight, targets)[only].sum(), hidden)
     torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
 
 
-def test_no_tokens(alone: dist.ProcessGroup) -> None:
+def test_no_tokens(lone_group: dist.ProcessGroup) -> None:
     """A rank that predicts nothing still has (zero) gradients for its collectives."""
     hidden, weight, targets = inputs(torch.float32, num=0)
     logprobs, entropy, by_hidden, by_weight = results(
         lambda h, w: token_logprobs(
-            h, w, targets, temperature=1.0, vocab_size=VOCAB, chunk_tokens=4, tp_group=alone
+            h, w, targets, temperature=1.0, vocab_size=VOCAB, chunk_tokens=4, tp_group=lone_group
         ),
         hidden,
         weight,
@@ -104,26 +91,26 @@ def test_no_tokens(alone: dist.ProcessGroup) -> None:
     assert torch.equal(by_weight, torch.zeros(PADDED, HIDDEN))
 
 
-def test_by_hand(alone: dist.ProcessGroup) -> None:
+def test_by_hand(lone_group: dist.ProcessGroup) -> None:
     """Logits (0, log 3) at temperature 0.5 are (0, 2 log 3): probabilities 1/10 and 9/10."""
     weight = torch.tensor([[1.0], [3.0]]).log()
     logprobs, entropy = token_logprobs(
         torch.ones(2, 1), weight, torch.tensor([0, 1]), temperature=0.5, vocab_size=2,
-        chunk_tokens=8, tp_group=alone,
+        chunk_tokens=8, tp_group=lone_group,
     )  # fmt: skip
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.1, 0.9]))
     want = 0.325083  # -(0.1 log 0.1 + 0.9 log 0.9)
     torch.testing.assert_close(entropy, torch.full((2,), want))
 
 
-def test_large_logits_stay_finite(alone: dist.ProcessGroup) -> None:
+def test_large_logits_stay_finite(lone_group: dist.ProcessGroup) -> None:
     """Logits of some 1e5: each position has one certain token, which is its target."""
     hidden, weight, _ = inputs(torch.float32)
     targets = (hidden @ weight[:VOCAB].t()).argmax(1)
     found = results(
         lambda h, w: token_logprobs(
             h, w, targets, temperature=TEMPERATURE, vocab_size=VOCAB, chunk_tokens=4,
-            tp_group=alone,
+            tp_group=lone_group,
         ),
         hidden * 1e4,
         weight,
@@ -150,7 +137,7 @@ class _LargestOutput(TorchDispatchMode):
         return out
 
 
-def test_tokens_by_vocabulary_never_exists(alone: dist.ProcessGroup) -> None:
+def test_tokens_by_vocabulary_never_exists(lone_group: dist.ProcessGroup) -> None:
     num, chunk, vocab, width = 96, 8, 512, 4
     hidden = torch.randn(num, width, requires_grad=True)
     weight = torch.randn(vocab, width, requires_grad=True)
@@ -158,7 +145,7 @@ def test_tokens_by_vocabulary_never_exists(alone: dist.ProcessGroup) -> None:
     with _LargestOutput() as forward:
         logprobs, entropy = token_logprobs(
             hidden, weight, targets, temperature=1.0, vocab_size=vocab, chunk_tokens=chunk,
-            tp_group=alone,
+            tp_group=lone_group,
         )  # fmt: skip
         total = (logprobs + entropy).sum()
     with _LargestOutput() as backward:

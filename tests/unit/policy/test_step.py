@@ -1,23 +1,15 @@
 """How the sums of micro-batches become the metrics of a step. (The step itself runs in
 tests/dist_cpu, against transformers.)"""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_qlrl.policy.step import _means
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    path = tmp_path_factory.mktemp("gloo") / "store"
-    dist.init_process_group("gloo", store=dist.FileStore(str(path), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("lone_group")
 
 
 def context(*, last_stage: bool = True, tp_rank: int = 0) -> Any:

@@ -1,17 +1,18 @@
 """The released folder: which files, and what config.json and the model card say."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.weights.release import copy_companions, write_release
+
+pytestmark = pytest.mark.usefixtures("lone_group")
+
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -21,15 +22,6 @@ CONFIG = {
     "vocab_size": 3,
 }
 WEIGHTS = {"model.norm.weight": torch.tensor([1.0, 2.0])}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Failures are agreed on over the process group: one of this process alone."""
-    path = tmp_path_factory.mktemp("gloo") / "store"
-    dist.init_process_group("gloo", store=dist.FileStore(str(path), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def base(folder: Path) -> Path:

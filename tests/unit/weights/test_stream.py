@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron_qlrl.config.shape import ModelShape
@@ -114,13 +113,10 @@ def test_a_failing_writer_reads_on(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def alone(lone_group: Any) -> Any:
     """The context of a single rank in a gloo group of its own."""
-    path = tmp_path_factory.mktemp("gloo") / "store"
-    dist.init_process_group("gloo", store=dist.FileStore(str(path), 1), rank=0, world_size=1)
-    axis = SimpleNamespace(size=1, rank=0, group=dist.group.WORLD)
-    yield SimpleNamespace(tp=axis, pp=axis)
-    dist.destroy_process_group()
+    axis = SimpleNamespace(size=1, rank=0, group=lone_group)
+    return SimpleNamespace(tp=axis, pp=axis)
 
 
 class Norm(torch.nn.Module):
