@@ -51,6 +51,7 @@ Processes = Annotated[
 
 def main() -> None:
     """Entry point of the console script."""
+    quiet_foreign_warnings()
     try:
         app()
     except QlrlError as error:
@@ -225,7 +226,6 @@ def _on_ranks(
             check(world_size)
     if ranks.world_size == 1 and processes > 1:
         sys.exit(local.launch(argv, processes=processes))
-    quiet_foreign_warnings()
     run()
 
 
