@@ -101,6 +101,7 @@ def quiet_foreign_warnings() -> None:
     for message in (
         ".*Apex (is|are) not installed",
         "full scope is deprecated",
+        "`load_state_dict` is deprecated and will be removed",
         "Please use DTensor instead and we are deprecating ShardedTensor",
         "`torch.distributed.* is deprecated",
         "The .grad attribute of a Tensor that is not a leaf Tensor",
