@@ -18,7 +18,7 @@ bash tools/setup_env.sh
 export PATH="$PWD/.venv/bin:$PATH"
 started="$(date +%s)"
 
-[ -f "$out/data/eval_long.parquet" ] || qlrl data toy "$out/data" --train 2000 --eval 256
+[ -f "$out/data/eval_long.parquet" ] || qlrl data toy "$out/data" --train 10000 --eval 256
 files=("data.train_files=[$out/data/train.parquet]" "data.sft_files=[$out/data/sft.parquet]"
   "data.eval_files=[$out/data/eval_short.parquet,$out/data/eval_long.parquet]")
 
