@@ -28,8 +28,8 @@ QUESTIONS = [
      "called?", "convey"),
     ("long.txt", "math", "How many days after receipt of the first notice may a violation be cured "
      "to reinstate the license?", "30"),
-    ("long.txt", "choice", "What does the license call an Installation Information product? (A) "
-     "User Product (B) Secret Product", "A"),
+    ("long.txt", "choice", "With which products must Installation Information be conveyed? (A) "
+     "User Products (B) steam engines", "A"),
 ]  # fmt: skip
 LIMITS = (10_000, 34_000)
 RESPONSE_TOKENS = 8
@@ -72,7 +72,7 @@ def model(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=40_960,
-        initializer_range=0.2,
+        initializer_range=0.1,
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -87,7 +87,7 @@ def run(qlrl: Any, write_config: Any, parquet: Path, model: Path, tmp_path_facto
         model={"path": str(model)},
         data={"train_files": [str(parquet)], "eval_files": []},
         phases=[
-            {"name": "short", "max_input_tokens": LIMITS[0], "steps": 1},
+            {"name": "short", "max_input_tokens": LIMITS[0], "steps": 2},
             {"name": "long", "max_input_tokens": LIMITS[1], "steps": 1},
         ],
         rollout={
@@ -102,12 +102,13 @@ def run(qlrl: Any, write_config: Any, parquet: Path, model: Path, tmp_path_facto
 
 
 def test_prompts_of_each_phase_have_its_lengths(run: Path, read_jsonl: Any) -> None:
-    first, second = read_jsonl(run / "metrics.jsonl")
-    assert (first["step"], second["step"]) == (0, 1)
-    assert 1_500 < first["prompt_length/mean"] <= first["prompt_length/max"] <= LIMITS[0]
-    assert first["curriculum/pool_prompts"] == 5
-    assert 25_000 < second["prompt_length/mean"] <= second["prompt_length/max"] <= LIMITS[1]
-    assert second["curriculum/pool_prompts"] == 3
+    *short, long = read_jsonl(run / "metrics.jsonl")
+    assert [line["step"] for line in (*short, long)] == [0, 1, 2]
+    for line in short:
+        assert 1_500 < line["prompt_length/mean"] <= line["prompt_length/max"] <= LIMITS[0]
+        assert line["curriculum/pool_prompts"] == 5
+    assert 25_000 < long["prompt_length/mean"] <= long["prompt_length/max"] <= LIMITS[1]
+    assert long["curriculum/pool_prompts"] == 3
 
 
 def test_updates_happen_on_real_gradients(run: Path, model: Path, read_jsonl: Any) -> None:
@@ -123,30 +124,31 @@ def test_updates_happen_on_real_gradients(run: Path, model: Path, read_jsonl: An
 
 def test_trainer_and_engine_agree_at_every_length(run: Path, read_jsonl: Any) -> None:
     for line in read_jsonl(run / "metrics.jsonl"):
-        print(
-            line["training/rollout_logprobs_diff_mean"], line["training/rollout_logprobs_diff_max"]
-        )
         assert line["training/rollout_logprobs_diff_mean"] < 1e-5
         assert line["training/rollout_logprobs_diff_max"] < 1e-4
 
 
 def test_rollouts_are_logged_with_their_questions(run: Path, read_jsonl: Any) -> None:
     asked = {question: (document, answer) for document, _, question, answer in QUESTIONS}
-    for step, documents in enumerate([{"short.txt", "middle.txt"}, {"long.txt"}]):
+    phase1 = {"short.txt", "middle.txt"}
+    seen = set()
+    for step, documents in enumerate([phase1, phase1, {"long.txt"}]):
         records = read_jsonl(run / "rollouts" / f"step_{step:06d}.jsonl")
         assert [r["sample"] for r in records] == [0, 1, 0, 1]
         for record in records:
             document, answer = asked[record["question"]]
             assert document in documents
+            seen.add(document)
             assert record["ground_truth"] == answer
             assert record["weight_version"] == step
             assert 1 <= record["num_tokens"] <= RESPONSE_TOKENS
+    assert seen == set(DOCUMENTS)
 
 
 def test_checkpoint_and_model_folder_at_the_end(run: Path) -> None:
     newest = sorted((run / "checkpoints").iterdir())[-1]
     state = json.loads((newest / "state.json").read_text())
-    assert (newest.name, state["step"], state["version"]) == ("step_00000002", 2, 2)
+    assert (newest.name, state["step"], state["version"]) == ("step_00000003", 3, 3)
     config = json.loads((run / "hf" / "config.json").read_text())
     assert config["max_position_embeddings"] == 40_960
     assert (run / "hf" / "tokenizer.json").is_file()
