@@ -1,0 +1,92 @@
+"""The gradient norm, and so the clipping, is the same for every layout."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import run_ranks, tiny_hf
+
+from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
+from megatron_qlrl.config.shape import read_shape
+from megatron_qlrl.packing.microbatch import make_rows
+from megatron_qlrl.packing.shard import shard_row
+from megatron_qlrl.parallel.context import init_parallel
+from megatron_qlrl.policy.loss import sft_loss
+from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.types import TrainGroup, TrainResponse
+from megatron_qlrl.weights.stream import load_hf
+
+# (tp, pp, cp); data parallelism takes the rest of the ranks.
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)]
+VOCAB = 157
+
+
+def groups() -> list[TrainGroup]:
+    rng = np.random.default_rng(5)
+
+    def tokens(n: int) -> np.ndarray:
+        return rng.integers(0, VOCAB, n).astype(np.int32)
+
+    return [TrainGroup(tokens(9 + i), (TrainResponse(tokens(4 + i), 1.0),)) for i in range(4)]
+
+
+def reference_norm(folder: Path) -> float:
+    """transformers' gradient of the mean negative log-probability of the response tokens."""
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    losses = []
+    for group in groups():
+        response = torch.from_numpy(np.asarray(group.responses[0].token_ids)).long()
+        ids = torch.cat([torch.from_numpy(np.asarray(group.prompt_ids)).long(), response])
+        logits = net(ids[None]).logits[0, -len(response) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, response, reduction="none"))
+    torch.cat(losses).mean().backward()
+    return float(torch.stack([p.grad.norm() for p in net.parameters()]).norm())
+
+
+def check_case(rank: int, case: tuple[Path, tuple[int, int, int], bool, float]) -> None:
+    folder, (tp, pp, cp), distributed, expected = case
+    context = init_parallel(tp=tp, pp=pp, cp=cp, seed=1)
+    shape = read_shape(folder)
+    settings: dict[str, Any] = {"tp": tp, "pp": pp, "cp": cp}
+    policy = Policy(
+        shape,
+        policy=PolicyConfig.model_validate(settings | {"distributed_optimizer": distributed}),
+        optimizer=OptimizerConfig.model_validate({}),
+        dtype=torch.float32,
+        temperature=1.0,
+        context=context,
+        shard=lambda row: shard_row(
+            row, cp_size=cp, cp_rank=context.cp.rank, multiple_of=tp if tp > 1 else 1
+        ),
+        load=lambda model: load_hf(folder, model, shape=shape, context=context),
+    )
+    rows = make_rows(
+        groups(),
+        num_ranks=context.dp.size,
+        max_tokens=64,
+        share_prompts=True,
+        aggregation="token_mean",
+        constant_tokens=1,
+        cost=lambda prompt, responses: prompt + sum(responses),
+    )[context.dp.rank]
+    found = policy.update(rows, sft_loss, lr=1e-3)["actor/grad_norm"]
+    assert found == pytest.approx(expected, rel=1e-4), (folder.name, tp, pp, cp, distributed)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gradient_norm_equals_transformers(tmp_path: Path, world_size: int) -> None:
+    cases = []
+    for name, tied in (("untied", False), ("tied", True)):
+        folder = tiny_hf(tmp_path / name, "qwen2", tie_word_embeddings=tied)
+        expected = reference_norm(folder)
+        cases += [
+            (folder, layout, distributed, expected)
+            for layout in LAYOUTS
+            for distributed in (False, True)
+            if world_size % int(np.prod(layout)) == 0
+        ]
+    run_ranks(check_case, world_size, cases)
