@@ -153,6 +153,8 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     prompts = np.array([g.prompt.num_tokens for g in groups])
     metrics: dict[str, Any] = {
         "critic/rewards/mean": verdicts.mean() if verdicts.size else np.nan,
+        "critic/rewards/max": verdicts.max() if verdicts.size else np.nan,
+        "critic/rewards/min": verdicts.min() if verdicts.size else np.nan,
         "critic/rewards/masked": float(np.isnan(rewards).sum()),
         "response_length/mean": lengths.mean(),
         "response_length/max": lengths.max(),

@@ -9,6 +9,7 @@ import torch
 from megatron_qlrl.advantage.filters import has_spread
 from megatron_qlrl.advantage.group import group_advantages
 from megatron_qlrl.build.parts import (
+    make_context,
     make_phases,
     make_policy,
     make_samplers,
@@ -134,6 +135,7 @@ def run_import(hf_folder: Path, out: Path, tp: int, pp: int) -> None:
     )
     ranks = init_ranks()
     with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
-        policy = make_policy(config, read_shape(hf_folder), temperature=1.0)
+        context = make_context(config)
+        policy = make_policy(config, read_shape(hf_folder), context, temperature=1.0)
         store = CheckpointStore(out / "checkpoints", keep=1, warn=print)
         save_checkpoint(store, policy, 0, hf_folder, config, {})

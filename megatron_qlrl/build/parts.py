@@ -38,11 +38,20 @@ def weight_dtype(config: Config) -> str:
     return config.model.dtype if has_gpu() else "float32"
 
 
-def make_policy(config: Config, shape: ModelShape, *, temperature: float) -> Policy:
+def changed_rope(config: Config) -> Mapping[str, Any] | None:
+    """RoPE parameters of the run where model.rope_scaling changes the model's."""
+    return model_shape(config).rope if config.model.rope_scaling else None
+
+
+def make_context(config: Config) -> ParallelContext:
     layout = config.policy
-    context: ParallelContext = init_parallel(
-        tp=layout.tp, pp=layout.pp, cp=layout.cp, seed=config.run.seed
-    )
+    return init_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, seed=config.run.seed)
+
+
+def make_policy(
+    config: Config, shape: ModelShape, context: ParallelContext, *, temperature: float
+) -> Policy:
+    layout = config.policy
     folder = Path(config.model.path)
     return Policy(
         shape,
@@ -80,7 +89,12 @@ def save_checkpoint(
             "dtype": weight_dtype(config),
             "facts": run_facts(config) | {"optimizer updates": policy.version},
         },
-        companions=partial(copy_companions, model_folder),
+        companions=partial(
+            copy_companions,
+            model_folder,
+            dtype=weight_dtype(config),
+            rope=changed_rope(config),
+        ),
     )
 
 

@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_qlrl.build.parts import (
+    changed_rope,
     load_tokenizer,
+    make_context,
     make_policy,
     model_shape,
     rollout_records,
@@ -36,7 +38,7 @@ from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.platform.env import init_ranks, set_engine_env
 from megatron_qlrl.policy.optimizer import learning_rate
-from megatron_qlrl.policy.step import Loss
+from megatron_qlrl.policy.step import Loss, Policy
 from megatron_qlrl.reward.score import check_sources, score_group
 from megatron_qlrl.rollout.sampler import sample_groups, share_prompts
 from megatron_qlrl.rollout.vllm_engine import Sampling, VllmEngine
@@ -45,6 +47,8 @@ from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint
 from megatron_qlrl.weights.hf_map import hf_shapes
 from megatron_qlrl.weights.release import write_release
 from megatron_qlrl.weights.stream import WeightStream, untied
+
+T = TypeVar("T")
 
 EVALUATION_STEP = -1
 """Seeds of evaluation are drawn at this step, so that they never meet those of training."""
@@ -70,8 +74,8 @@ class Run:
         self.config = config
         self.folder = Path(config.run.dir)
         self.shape = model_shape(config)
-        self.policy = make_policy(config, self.shape, temperature=temperature)
-        self.context = self.policy.context
+        self.context = make_context(config)
+        self._temperature = temperature
         self.leads = self.context.rank == 0
         self.tokenizer = load_tokenizer(Path(config.model.path))
         self.tracker = Tracker.silent()
@@ -80,12 +84,6 @@ class Run:
             keep=config.checkpoint.keep,
             warn=print if self.leads else lambda _: None,
         )
-        self.stream = WeightStream(
-            self.policy.model,
-            shape=self.shape,
-            context=self.context,
-            bucket_bytes=config.rollout.sync_bucket_mib * 2**20,
-        )
         self.scores: dict[str, float] = {}
         self._on_disk(lambda: save_config(config, self.folder / "config.yaml"))
 
@@ -93,6 +91,21 @@ class Run:
         self.tracker.close()
         if "engine" in self.__dict__:
             self.engine.close()
+
+    # Made at first use, so that bad data is found before minutes of loading weights.
+
+    @cached_property
+    def policy(self) -> Policy:
+        return make_policy(self.config, self.shape, self.context, temperature=self._temperature)
+
+    @cached_property
+    def stream(self) -> WeightStream:
+        return WeightStream(
+            self.policy.model,
+            shape=self.shape,
+            context=self.context,
+            bucket_bytes=self.config.rollout.sync_bucket_mib * 2**20,
+        )
 
     # --- data ---------------------------------------------------------------------------
 
@@ -158,7 +171,7 @@ class Run:
             stop_token_ids=stop_tokens(Path(config.model.path), self.tokenizer),
             manifest=hf_shapes(replace(self.shape, tied=False)),
             gpu_memory_utilization=rollout.gpu_memory_utilization,
-            rope=self.shape.rope if config.model.rope_scaling else None,
+            rope=changed_rope(config),
             seed=config.run.seed,
         )
 
@@ -282,12 +295,11 @@ class Run:
             self.scores = state["scores"]
             if self.leads:
                 print(f"resuming from {path} at step {state['step']}", flush=True)
-        self.tracker = on_all_ranks(partial(self._tracker, state.get("tracker")))
+        opened = self._on_disk(partial(self._open_tracker, state.get("tracker")))
+        self.tracker = opened or self.tracker
         return state
 
-    def _tracker(self, state: Mapping[str, Any] | None) -> Tracker:
-        if not self.leads:
-            return Tracker.silent()
+    def _open_tracker(self, state: Mapping[str, Any] | None) -> Tracker:
         return Tracker(
             self.folder,
             config=self.config.logging,
@@ -305,21 +317,21 @@ class Run:
 
         self._on_disk(write)
 
-    def _on_disk(self, write: Callable[[], object]) -> None:
+    def _on_disk(self, write: Callable[[], T]) -> T | None:
         """Runs `write` on rank 0; a disk that refuses stops every rank with the reason."""
 
-        def guarded() -> None:
+        def guarded() -> T | None:
             if not self.leads:
-                return
+                return None
             try:
-                write()
+                return write()
             except OSError as error:
                 raise ConfigError(
                     f"run.dir {self.folder} cannot be written ({error}); free space or set run.dir "
                     "elsewhere, then start again: the run resumes"
                 ) from error
 
-        on_all_ranks(guarded)
+        return on_all_ranks(guarded)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         more = {**state, "scores": self.scores, "tracker": self.tracker.state_dict()}
@@ -336,5 +348,5 @@ class Run:
             facts=run_facts(self.config) | {k: f"{v:.4f}" for k, v in self.scores.items()},
             writer=self.leads,
             dtype=weight_dtype(self.config),
-            rope=self.shape.rope if self.config.model.rope_scaling else None,
+            rope=changed_rope(self.config),
         )

@@ -37,6 +37,7 @@ class PhaseSampler:
             raise DataError(_empty_pool(prompts, phase, min_tokens, max_tokens))
         self._uids = list(self._pool)
         self._seed, self._phase = seed, phase
+        self._lengths = [min_tokens, max_tokens]
         self._epoch = -1
         self._queue: list[str] = []
         self._attempts: dict[str, int] = {}
@@ -93,6 +94,7 @@ class PhaseSampler:
         return {
             "seed": self._seed,
             "phase": self._phase,
+            "lengths": self._lengths,
             "num_prompts": len(self),
             "epoch": self._epoch,
             "queue": list(self._queue),
@@ -106,7 +108,12 @@ class PhaseSampler:
         Raises:
             CheckpointError: the state belongs to another seed, phase or set of prompts.
         """
-        here = {"seed": self._seed, "phase": self._phase, "num_prompts": len(self)}
+        here = {
+            "seed": self._seed,
+            "phase": self._phase,
+            "lengths": self._lengths,
+            "num_prompts": len(self),
+        }
         there = {key: state[key] for key in here}
         unknown = ({*state["queue"], *state["attempts"]}) - self._pool.keys()
         if here != there or unknown:

@@ -13,13 +13,29 @@ from megatron_qlrl.config.schema import OptimizerConfig
 def wrap_data_parallel(model: Any, *, distributed_optimizer: bool) -> DistributedDataParallel:
     """Megatron's DDP: gradients of data and context parallel ranks are SUMMED (the loss is a
     weighted sum), in float32."""
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         config=model.config,
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer
         ),
         module=model,
     )
+    _keep_padding(wrapped)
+    return wrapped
+
+
+def _keep_padding(wrapped: DistributedDataParallel) -> None:
+    """Makes the optimizer state that is saved keep the padding between buckets.
+
+    Megatron 0.16.1 leaves it out of the saved buffer but cuts parameters out of that buffer at
+    their padded places. With several buckets (a tied embedding under pipeline parallelism has
+    one of its own) all state behind the first would be shifted ("param range exceeds unpadded
+    buffer"). Condition for removal: that warning's TODO is gone.
+    """
+    for buffer in wrapped.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def build_optimizer(model: Any, config: OptimizerConfig, *, distributed: bool) -> Any:

@@ -28,12 +28,18 @@ COMPANIONS = (
 )
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies config and tokenizer files, those of `COMPANIONS` that `source` has."""
+def copy_companions(
+    source: Path, target: Path, *, dtype: str, rope: Mapping[str, Any] | None = None
+) -> None:
+    """Copies config and tokenizer files, those of `COMPANIONS` that `source` has.
+
+    config.json gets the weights' `dtype`, and `rope` where the run changed the parameters.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    _write_config(target / "config.json", dtype=dtype, rope=rope)
 
 
 def write_release(
@@ -63,8 +69,7 @@ def write_release(
         if not writer:
             return
         try:
-            copy_companions(companions, out)
-            _write_config(out / "config.json", dtype=dtype, rope=rope)
+            copy_companions(companions, out, dtype=dtype, rope=rope)
             (out / "README.md").write_text(str(_card(facts)))
         except OSError as error:
             raise CheckpointError(f"cannot write the model folder {out}: {error}") from error

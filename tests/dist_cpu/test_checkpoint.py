@@ -108,6 +108,15 @@ def test_checkpoint_continues_bitwise_and_reshards(tmp_path: Path, distributed: 
     )
 
 
+def test_tied_embedding_in_a_bucket_of_its_own(tmp_path: Path) -> None:
+    """Under pipeline parallelism it has one, behind padding at these sizes: see _keep_padding in
+    policy/optimizer.py."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    folder = tiny_hf(tmp_path / "hf", "qwen2", tie_word_embeddings=True, **sizes)
+    cases = [("save2", (1, 2, 1)), ("same", (1, 2, 1)), ("load", (1, 1, 1))]
+    run_ranks(check_case, 2, [(action, layout, folder, True, tmp_path) for action, layout in cases])
+
+
 @contextmanager
 def writes_fail(after_bytes: int) -> Iterator[None]:
     """Every file this process writes ends at a size limit, a real error of the system's."""

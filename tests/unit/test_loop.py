@@ -271,6 +271,8 @@ def test_rollout_metrics_by_hand() -> None:
     assert rollout_metrics(groups) == pytest.approx(
         {
             "critic/rewards/mean": 0.5,
+            "critic/rewards/max": 1.0,
+            "critic/rewards/min": 0.0,
             "critic/rewards/masked": 1.0,
             "response_length/mean": 4 / 3,  # 1, 2, 1 tokens
             "response_length/max": 2.0,

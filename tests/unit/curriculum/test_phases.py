@@ -16,9 +16,9 @@ def make_prompt(uid, num_tokens=5):
     return Prompt(uid, np.zeros(num_tokens, np.int32), "toy_musique", "q", "a")
 
 
-def make_sampler(size, *, seed=0, phase=1):
+def make_sampler(size, *, seed=0, phase=1, max_tokens=9):
     prompts = [make_prompt(f"f:{i}") for i in range(size)]
-    return PhaseSampler(prompts, phase=phase, min_tokens=0, max_tokens=9, seed=seed)
+    return PhaseSampler(prompts, phase=phase, min_tokens=0, max_tokens=max_tokens, seed=seed)
 
 
 def make_group(uid, values):
@@ -151,7 +151,7 @@ def test_metrics_before_any_reward_hold_no_mean():
     assert "curriculum/seen_rewards/mean" not in sampler.metrics()
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"phase": 0}, {"size": 5}])
+@pytest.mark.parametrize("other", [{"seed": 1}, {"phase": 0}, {"size": 5}, {"max_tokens": 99}])
 def test_a_state_of_another_run_is_refused(other):
     state = make_sampler(4).state_dict()
     with pytest.raises(CheckpointError, match="resume with the same data files"):

@@ -82,6 +82,6 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_companions_leave_weights_and_other_files(tmp_path: Path) -> None:
-    copy_companions(base(tmp_path / "base"), tmp_path / "a/b")
+    copy_companions(base(tmp_path / "base"), tmp_path / "a/b", dtype="float32")
     names = {p.name for p in (tmp_path / "a/b").iterdir()}
     assert names == {"config.json", "tokenizer.json", "chat_template.jinja"}
