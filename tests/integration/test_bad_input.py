@@ -140,10 +140,10 @@ def test_sft_file_without_responses(qlrl: Any, config: Path, toy_data: Path) -> 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 5 MB: room for two checkpoints of the toy model, not for three."""
+    """A file system of 6 MB: room for two checkpoints (2.5 MB each) of the toy model, not three."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system is not permitted here")
     yield folder
