@@ -157,6 +157,7 @@ class Run:
 
     @cached_property
     def engine(self) -> VllmEngine:
+        assert self.policy  # Megatron's part first: the order that is tested
         config, rollout = self.config, self.config.rollout
         longest = config.max_input_tokens or config.evaluation.max_input_tokens
         if config.data.eval_files:

@@ -142,6 +142,7 @@ def test_released_model_answers_as_the_engine_did(
         logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1)
         chosen = logprobs.gather(1, tokens[:, None])[:, 0]
         assert (logprobs.max(-1).values - chosen).max() < 1e-4, answer["uid"]
+        assert (chosen - torch.tensor(answer["logprobs"])).abs().max() < 5e-5, answer["uid"]
         assert answer["finished"] == (answer["token_ids"][-1] == tokenizer.eos_token_id)
 
 
