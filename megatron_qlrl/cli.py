@@ -86,7 +86,7 @@ def export(
     if not checkpoint.is_dir():
         raise CheckpointError(f"checkpoint folder {checkpoint} does not exist")
     _must_be_new(out)
-    from megatron_qlrl.build import run_export
+    from megatron_qlrl.compose import run_export
 
     run_export(checkpoint, out)
 
@@ -106,7 +106,7 @@ def import_model(
         _must_be_new(out)
 
     def run() -> None:
-        from megatron_qlrl.build import run_import
+        from megatron_qlrl.compose import run_import
 
         run_import(hf_folder, out, tp, pp)
 
@@ -202,12 +202,12 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
         checks.check_run_dir(config)
 
     def run() -> None:
-        from megatron_qlrl import build
+        from megatron_qlrl import compose
 
         runs: dict[str, Callable[[Config], None]] = {
-            "sft": build.run_sft,
-            "rl": build.run_rl,
-            "eval": build.run_eval,
+            "sft": compose.run_sft,
+            "rl": compose.run_rl,
+            "eval": compose.run_eval,
         }
         runs[command](config)
 

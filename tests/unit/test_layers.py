@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "curriculum", "rollout", "reward", "advantage", "packing", "policy", "weights"),
     ("evaluate", "plan", "report"),
     ("loop", "sft", "distill"),
-    ("build",),
+    ("compose",),
     ("launch",),
     ("cli",),
     ("__main__",),
@@ -133,7 +133,11 @@ def test_every_part_has_a_layer() -> None:
             "import megatron_qlrl.loop",
             "config must not import megatron_qlrl.loop",
         ),
-        ("sft.py", "from megatron_qlrl import build", "sft must not import megatron_qlrl.build"),
+        (
+            "sft.py",
+            "from megatron_qlrl import compose",
+            "sft must not import megatron_qlrl.compose",
+        ),
         ("policy/step.py", "from ..weights import hf_map", "must not import megatron_qlrl.weights"),
         (
             "metrics/meter.py",
@@ -142,7 +146,11 @@ def test_every_part_has_a_layer() -> None:
         ),
         ("parallel/collectives.py", "import megatron.core", "must not import megatron"),
         ("loop.py", "def f():\n    from vllm import LLM", "loop.py:2: must not import vllm"),
-        ("build.py", "import importlib\nimportlib.import_module('wandb')", "must not import wandb"),
+        (
+            "compose.py",
+            "import importlib\nimportlib.import_module('wandb')",
+            "must not import wandb",
+        ),
         ("cli.py", "import os\nx = os.environ['A']", "cli.py:2: must not read the environment"),
         ("cli.py", "import os\nos.getenv('A')", "must not read the environment"),
         ("data/dataset.py", "from os import environ as e", "must not read the environment"),
@@ -163,7 +171,7 @@ def test_violations_are_found(file: str, source: str, message: str) -> None:
         ("launch/slurm.py", "import os\nos.environ"),
         (
             "cli.py",
-            "from megatron_qlrl.launch.local import launch\nfrom megatron_qlrl import build",
+            "from megatron_qlrl.launch.local import launch\nfrom megatron_qlrl import compose",
         ),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 
 from megatron_qlrl.advantage.filters import has_spread
 from megatron_qlrl.advantage.group import group_advantages
-from megatron_qlrl.build.parts import (
+from megatron_qlrl.compose.parts import (
     make_context,
     make_phases,
     make_policy,
@@ -16,7 +16,7 @@ from megatron_qlrl.build.parts import (
     policy_loss,
     save_checkpoint,
 )
-from megatron_qlrl.build.run import open_run
+from megatron_qlrl.compose.run import open_run
 from megatron_qlrl.config.schema import Config, ModelConfig, PolicyConfig
 from megatron_qlrl.config.shape import read_shape
 from megatron_qlrl.errors import CheckpointError

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_qlrl.build.parts import (
+from megatron_qlrl.compose.parts import (
     changed_rope,
     load_tokenizer,
     make_context,
