@@ -143,19 +143,6 @@ def policy_loss(config: Config) -> PolicyLoss:
     return PolicyLoss(a.clip_low, a.clip_high, a.dual_clip, a.kl_coef, a.kl_kind, a.entropy_coef)
 
 
-def row_flops(shape: ModelShape, prompt: int, responses: Sequence[int]) -> float:
-    """Forward FLOPs of one prompt block: linear layers on every token, causal attention of the
-    prompt and of each response, responses on the prompt, LM head on responses only."""
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    linear = 2 * (shape.hidden_size * (2 * q + 2 * kv) + 3 * shape.hidden_size * shape.ffn_size)
-    total = sum(responses)
-    pairs = prompt**2 / 2 + sum(r * r / 2 + r * prompt for r in responses)
-    return (
-        shape.num_layers * (linear * (prompt + total) + 4 * q * pairs)
-        + 2 * shape.hidden_size * shape.vocab_size * total
-    )
-
-
 def run_facts(config: Config) -> dict[str, Any]:
     return {
         "base model": Path(config.model.path).name,

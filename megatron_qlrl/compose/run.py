@@ -15,7 +15,6 @@ from megatron_qlrl.compose.parts import (
     make_policy,
     model_shape,
     rollout_records,
-    row_flops,
     run_facts,
     save_checkpoint,
     stop_tokens,
@@ -36,6 +35,7 @@ from megatron_qlrl.metrics.sinks import Tracker
 from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import process_group
+from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.platform.env import init_ranks, set_engine_env
 from megatron_qlrl.policy.optimizer import learning_rate
 from megatron_qlrl.policy.step import Loss, Policy
@@ -272,7 +272,7 @@ class Run:
                 share_prompts=config.policy.share_prompts,
                 aggregation=aggregation or config.algorithm.aggregation,
                 constant_tokens=config.rollout.max_response_tokens,
-                cost=partial(row_flops, self.shape),
+                cost=partial(block_flops, self.shape),
             )[self.context.dp.rank]
 
         def update(rows: Sequence[PackedRow], number: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "curriculum", "rollout", "reward", "advantage", "packing", "policy", "weights"),
     ("evaluate", "plan", "report"),
     ("loop", "sft", "distill"),
-    ("compose",),
+    ("compose", "bench"),
     ("launch",),
     ("cli",),
     ("__main__",),

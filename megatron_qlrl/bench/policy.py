@@ -1,0 +1,89 @@
+"""A policy with random weights, alone in its process: the real model, schedule and optimizer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
+from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.packing.shard import shard_row
+from megatron_qlrl.parallel.context import init_parallel, process_group
+from megatron_qlrl.platform.device import has_gpu
+from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.types import TrainGroup, TrainResponse
+
+
+def make_shape(
+    *, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, positions: int
+) -> ModelShape:
+    """A Qwen2-style shape: untied, biases on queries, keys and values."""
+    return ModelShape(
+        architecture="Qwen2ForCausalLM",
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_size=ffn,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        vocab_size=vocab,
+        max_positions=positions,
+        rms_eps=1e-6,
+        tied=False,
+        qkv_bias=True,
+        qk_norm=False,
+        rope={"rope_type": "default", "rope_theta": 1e6},
+    )
+
+
+@contextmanager
+def lone_policy(shape: ModelShape) -> Iterator[Policy]:
+    """A policy in a process group of one, float32 on CPU and bfloat16 on a GPU; it ends with
+    the context."""
+    with (
+        TemporaryDirectory() as folder,
+        process_group(
+            rank=0, local_rank=0, world_size=1, init_method=f"file://{Path(folder)}/meet"
+        ),
+    ):
+        yield Policy(
+            shape,
+            policy=PolicyConfig(distributed_optimizer=False),  # pyright: ignore[reportCallIssue]
+            # Gradients are compared after the step: it must not scale them down.
+            optimizer=OptimizerConfig(clip_grad=1e9),  # pyright: ignore[reportCallIssue]
+            dtype=torch.bfloat16 if has_gpu() else torch.float32,
+            temperature=0.7,
+            context=init_parallel(tp=1, pp=1, cp=1, seed=0),
+            shard=partial(shard_row, cp_size=1, cp_rank=0),
+            load=_randomize,
+        )
+
+
+def make_group(
+    *, vocab: int, prompt_tokens: int, response_tokens: int, group: int, seed: int = 0
+) -> TrainGroup:
+    """A group of random tokens with advantages that sum to about zero."""
+    rng = np.random.default_rng(seed)
+
+    def tokens(num: int) -> np.ndarray:
+        return rng.integers(0, vocab, num).astype(np.int32)
+
+    return TrainGroup(
+        tokens(prompt_tokens),
+        tuple(TrainResponse(tokens(response_tokens), float(rng.normal())) for _ in range(group)),
+    )
+
+
+def _randomize(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0 if "norm" in name else 0.0)
+            else:
+                noise = torch.empty(parameter.shape).normal_(0, 0.02, generator=generator)
+                parameter.copy_(noise)

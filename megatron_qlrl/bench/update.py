@@ -1,0 +1,104 @@
+"""One optimizer update: the prompt once for all responses against once for each.
+
+Both sides are the same code on the same tokens, and their gradients must agree. The separate
+side is our own packed path with its best micro-batch size.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_qlrl.bench.measure import compare, measure, report
+from megatron_qlrl.bench.policy import lone_policy, make_group
+from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.packing.microbatch import make_rows
+from megatron_qlrl.plan.flops import block_flops, separate_flops
+from megatron_qlrl.policy.loss import PolicyLoss
+from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.types import PackedRow, TrainGroup
+
+_LOSS = PolicyLoss(
+    clip_low=0.2, clip_high=0.28, dual_clip=None, kl_coef=0.0, kl_kind="k3", entropy_coef=0.0
+)
+
+
+def bench_update(
+    shape: ModelShape,
+    *,
+    prompt_tokens: int,
+    response_tokens: int,
+    group: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """Medians of both sides, `speedup`, `flop_ratio`, `max_grad_rel_error`, `peak_memory_ratio`.
+
+    max_grad_rel_error is the largest norm of the difference over the norm of the gradient of
+    any parameter; grad_rel_error is that of all parameters together.
+    """
+    made = make_group(
+        vocab=shape.vocab_size,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+        group=group,
+    )
+    each = prompt_tokens + response_tokens
+    shared = _rows(shape, made, max_tokens=each + response_tokens * (group - 1), share=True)
+    separate = {
+        n: _rows(shape, made, max_tokens=n * each, share=False) for n in (1, 2, 4) if n <= group
+    }
+    with lone_policy(shape) as policy:
+        # At a rate of 0 the weights stay, and all rounds compute the same.
+        update = partial(policy.update, loss=_LOSS, lr=0.0)
+        update(shared)  # warm-up
+        best = min(separate, key=lambda n: measure(partial(update, separate[n])).work_s)
+        sides = {"shared": partial(update, shared), "separate": partial(update, separate[best])}
+        costs = compare(sides, rounds=rounds)
+        error, largest = _difference(policy, *sides.values())
+    lengths = [response_tokens] * group
+    ratio = separate_flops(shape, prompt_tokens, lengths) / block_flops(
+        shape, prompt_tokens, lengths
+    )
+    speedup = costs["separate"].work_s / costs["shared"].work_s
+    return {
+        "bench": "update",
+        "speedup": speedup,
+        "flop_ratio": ratio,
+        "speedup_over_flop_ratio": speedup / ratio,
+        "max_grad_rel_error": largest,
+        "grad_rel_error": error,
+        "peak_memory_ratio": costs["separate"].peak_bytes / costs["shared"].peak_bytes,
+        "separate_responses_per_row": best,
+        **report(costs),
+    }
+
+
+def _rows(shape: ModelShape, group: TrainGroup, *, max_tokens: int, share: bool) -> list[PackedRow]:
+    (rows,) = make_rows(
+        [group],
+        num_ranks=1,
+        max_tokens=max_tokens,
+        share_prompts=share,
+        aggregation="token_mean",
+        constant_tokens=1,
+        cost=partial(block_flops, shape),
+    )
+    return rows
+
+
+def _difference(
+    policy: Policy, left: Callable[[], Any], right: Callable[[], Any]
+) -> tuple[float, float]:
+    """Relative difference of the gradients of two updates: of all together, and the largest of
+    any parameter."""
+
+    def gradients(update: Callable[[], Any]) -> dict[str, torch.Tensor]:
+        update()
+        return {n: p.main_grad.double() for n, p in policy.model.named_parameters()}  # pyright: ignore
+
+    ours, theirs = gradients(left), gradients(right)
+    apart = {name: float((ours[name] - theirs[name]).norm()) for name in ours}
+    norms = {name: float(theirs[name].norm()) for name in ours}
+    total = sum(d**2 for d in apart.values()) ** 0.5 / sum(n**2 for n in norms.values()) ** 0.5
+    return total, max(apart[name] / norms[name] for name in ours)

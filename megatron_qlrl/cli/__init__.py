@@ -1,0 +1,40 @@
+"""`qlrl`: checks the input, starts the ranks, runs the command. torch is loaded by ranks only.
+
+    qlrl rl CONFIG -> config, files, model and layout are checked -> ranks start -> run_rl
+
+Bad input ends here with one line on stderr and exit code 2.
+"""
+
+import sys
+
+import typer
+
+from megatron_qlrl.cli import bench, convert, data, train
+from megatron_qlrl.cli.ranks import show
+from megatron_qlrl.errors import QlrlError
+from megatron_qlrl.platform.env import quiet_foreign_warnings
+
+app = typer.Typer(
+    help="Long-context reasoning RL on Megatron-core and vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(train.sft)
+app.command()(train.rl)
+app.command("eval")(train.evaluate)
+app.command()(convert.export)
+app.command("import")(convert.import_model)
+app.command()(train.check)
+app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    quiet_foreign_warnings()
+    try:
+        app()
+    except QlrlError as error:
+        show(error)
+        sys.exit(2)

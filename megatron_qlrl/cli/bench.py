@@ -1,0 +1,44 @@
+"""`qlrl bench`: figures as JSON on stdout, both sides of each comparison in one process."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Measure; JSON on stdout.", no_args_is_help=True)
+
+
+@app.command()
+def update(
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 2048,
+    response_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    group: Annotated[int, typer.Option(min=1, help="Responses to the prompt.")] = 8,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    hidden: Annotated[int, typer.Option(min=1)] = 512,
+    heads: Annotated[int, typer.Option(min=1)] = 8,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 2,
+    ffn: Annotated[int, typer.Option(min=1)] = 1536,
+    vocab: Annotated[int, typer.Option(min=2)] = 32_768,
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 3,
+) -> None:
+    """One update with the prompt computed once, against once for each response."""
+    from megatron_qlrl.bench.policy import make_shape
+    from megatron_qlrl.bench.update import bench_update
+
+    shape = make_shape(
+        layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab,
+        positions=prompt_tokens + response_tokens,
+    )  # fmt: skip
+    _print(
+        bench_update(
+            shape,
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
+            group=group,
+            rounds=rounds,
+        )
+    )
+
+
+def _print(found: dict[str, Any]) -> None:
+    typer.echo(json.dumps(found, indent=1))

