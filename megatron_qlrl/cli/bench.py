@@ -40,5 +40,18 @@ def update(
     )
 
 
+@app.command()
+def logprob(
+    vocab: Annotated[int, typer.Option(min=2)] = 151_936,
+    tokens: Annotated[int, typer.Option(min=4)] = 4096,
+    hidden: Annotated[int, typer.Option(min=1)] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 3,
+) -> None:
+    """Log-probs and entropy in blocks, against full logits."""
+    from megatron_qlrl.bench.logprob import bench_logprob
+
+    _print(bench_logprob(vocab=vocab, hidden=hidden, tokens=tokens, rounds=rounds))
+
+
 def _print(found: dict[str, Any]) -> None:
     typer.echo(json.dumps(found, indent=1))

@@ -120,8 +120,6 @@ class PolicyConfig(Section):
     """Compute a prompt once for all its responses in a row."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none, core attention only, or whole layers."""
-    logprob_chunk_tokens: int = Field(default=1024, gt=0)
-    """Tokens whose logits exist at one time."""
     fp8: Literal["off", "e4m3", "hybrid"] = "off"
     """FP8 format of the linear layers (Transformer Engine, GPU only)."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "blockwise"

@@ -44,7 +44,9 @@ class PolicyLoss:
         if self.dual_clip is not None:
             floor = torch.maximum(objective, self.dual_clip * advantages)
             lower = torch.where(advantages < 0, floor, objective)
-        token_loss = -lower - self.entropy_coef * entropy
+        token_loss = -lower
+        if self.entropy_coef:  # without a gradient the log-probs' backward pass is shorter
+            token_loss = token_loss - self.entropy_coef * entropy
         sums = {
             "actor/pg_loss": (-lower * weights).sum(),
             "actor/entropy": entropy.sum(),

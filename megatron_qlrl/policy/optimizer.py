@@ -8,6 +8,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 
 from megatron_qlrl.config.schema import OptimizerConfig
+from megatron_qlrl.platform.device import has_gpu
 
 
 def wrap_data_parallel(model: Any, *, distributed_optimizer: bool) -> DistributedDataParallel:
@@ -40,7 +41,7 @@ def _keep_padding(wrapped: DistributedDataParallel) -> None:
 
 def build_optimizer(model: Any, config: OptimizerConfig, *, distributed: bool) -> Any:
     dtype = model.config.params_dtype
-    return get_megatron_optimizer(
+    built = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -55,6 +56,12 @@ def build_optimizer(model: Any, config: OptimizerConfig, *, distributed: bool) -
         ),
         [model],
     )
+    if not has_gpu():
+        # torch's fused AdamW, one pass over each parameter in place of a dozen. Megatron does not
+        # pass the choice on; on GPUs it takes Transformer Engine's or Apex's fused one by itself.
+        for group in built.param_groups:
+            group["fused"] = True
+    return built
 
 
 def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> float:

@@ -59,7 +59,7 @@ class Policy:
     ) -> None:
         """`load` fills the fresh model's weights, before the optimizer copies them."""
         self.context, self.shape = context, shape
-        self.temperature, self.chunk_tokens = temperature, policy.logprob_chunk_tokens
+        self.temperature = temperature
         self.version = 0
         self._shard = shard
         self._reference: list[torch.Tensor] | None = None
@@ -176,7 +176,6 @@ class Policy:
             torch.from_numpy(batch.target_ids).to(where),
             temperature=self.temperature,
             vocab_size=self.shape.vocab_size,
-            chunk_tokens=self.chunk_tokens,
             tp_group=self.context.tp.group,
         )
         return finish(batch, logprobs, entropy)

@@ -30,7 +30,7 @@ def check_shards(rank: int, case: tuple[int, int]) -> None:
     here = slice(rank * rows, (rank + 1) * rows)
     mine = [hidden.clone().requires_grad_(), weight[here].clone().requires_grad_()]
     logprobs, entropy = token_logprobs(
-        mine[0], mine[1], targets, temperature=TEMPERATURE, vocab_size=vocab, chunk_tokens=5,
+        mine[0], mine[1], targets, temperature=TEMPERATURE, vocab_size=vocab, block=(5, 3),
         tp_group=world,
     )  # fmt: skip
     total = (logprobs * g_logprob).sum() + (entropy * g_entropy).sum()

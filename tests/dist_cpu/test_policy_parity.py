@@ -81,7 +81,7 @@ def make_policy(folder: Path, layout: tuple[int, int, int], **settings: Any) -> 
     tp, pp, cp = layout
     context = init_parallel(tp=tp, pp=pp, cp=cp, seed=1)
     shape = read_shape(folder)
-    settings = {"distributed_optimizer": False, "logprob_chunk_tokens": 7} | settings
+    settings = {"distributed_optimizer": False} | settings
     config = PolicyConfig(tp=tp, pp=pp, cp=cp, **settings)
     policy = Policy(
         shape,

@@ -41,15 +41,15 @@ def results(function: Any, hidden: torch.Tensor, weight: torch.Tensor) -> list[t
     return [logprobs, entropy, *torch.autograd.grad(total, [hidden, weight])]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, NUM, NUM + 5])
+@pytest.mark.parametrize("block", [(1, 1), (7, 5), (NUM, VOCAB), (NUM + 5, 100), (4, 100), None])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_values_and_gradients_equal_log_softmax(
-    lone_group: dist.ProcessGroup, chunk: int, dtype: torch.dtype, close: float
+    lone_group: dist.ProcessGroup, block: tuple[int, int] | None, dtype: torch.dtype, close: float
 ) -> None:
     hidden, weight, targets = inputs(dtype)
     found = results(
         lambda h, w: token_logprobs(
-            h, w, targets, temperature=TEMPERATURE, vocab_size=VOCAB, chunk_tokens=chunk,
+            h, w, targets, temperature=TEMPERATURE, vocab_size=VOCAB, block=block,
             tp_group=lone_group,
         ),
         hidden,
@@ -64,11 +64,11 @@ def test_values_and_gradients_equal_log_softmax(
 
 @pytest.mark.parametrize("only", [0, 1])
 def test_gradient_of_one_output_alone(lone_group: dist.ProcessGroup, only: int) -> None:
-    """The other output's gradient then arrives as zeros."""
+    """The other output then has no gradient at all."""
     hidden, weight, targets = inputs(torch.float64)
     hidden.requires_grad_()
     mine = token_logprobs(
-        hidden, weight, targets, temperature=TEMPERATURE, vocab_size=VOCAB, chunk_tokens=4,
+        hidden, weight, targets, temperature=TEMPERATURE, vocab_size=VOCAB, block=(4, 9),
         tp_group=lone_group,
     )  # fmt: skip
     (found,) = torch.autograd.grad(mine[only].sum(), hidden)
@@ -81,7 +81,7 @@ def test_no_tokens(lone_group: dist.ProcessGroup) -> None:
     hidden, weight, targets = inputs(torch.float32, num=0)
     logprobs, entropy, by_hidden, by_weight = results(
         lambda h, w: token_logprobs(
-            h, w, targets, temperature=1.0, vocab_size=VOCAB, chunk_tokens=4, tp_group=lone_group
+            h, w, targets, temperature=1.0, vocab_size=VOCAB, block=(4, 9), tp_group=lone_group
         ),
         hidden,
         weight,
@@ -96,7 +96,7 @@ def test_by_hand(lone_group: dist.ProcessGroup) -> None:
     weight = torch.tensor([[1.0], [3.0]]).log()
     logprobs, entropy = token_logprobs(
         torch.ones(2, 1), weight, torch.tensor([0, 1]), temperature=0.5, vocab_size=2,
-        chunk_tokens=8, tp_group=lone_group,
+        block=(8, 8), tp_group=lone_group,
     )  # fmt: skip
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.1, 0.9]))
     want = 0.325083  # -(0.1 log 0.1 + 0.9 log 0.9)
@@ -109,7 +109,7 @@ def test_large_logits_stay_finite(lone_group: dist.ProcessGroup) -> None:
     targets = (hidden @ weight[:VOCAB].t()).argmax(1)
     found = results(
         lambda h, w: token_logprobs(
-            h, w, targets, temperature=TEMPERATURE, vocab_size=VOCAB, chunk_tokens=4,
+            h, w, targets, temperature=TEMPERATURE, vocab_size=VOCAB, block=(4, 9),
             tp_group=lone_group,
         ),
         hidden * 1e4,
@@ -138,18 +138,19 @@ class _LargestOutput(TorchDispatchMode):
 
 
 def test_tokens_by_vocabulary_never_exists(lone_group: dist.ProcessGroup) -> None:
-    num, chunk, vocab, width = 96, 8, 512, 4
+    num, block, vocab, width = 96, (32, 128), 512, 4
     hidden = torch.randn(num, width, requires_grad=True)
     weight = torch.randn(vocab, width, requires_grad=True)
     targets = torch.randint(0, vocab, (num,))
     with _LargestOutput() as forward:
         logprobs, entropy = token_logprobs(
-            hidden, weight, targets, temperature=1.0, vocab_size=vocab, chunk_tokens=chunk,
+            hidden, weight, targets, temperature=1.0, vocab_size=vocab, block=block,
             tp_group=lone_group,
         )  # fmt: skip
         total = (logprobs + entropy).sum()
     with _LargestOutput() as backward:
         total.backward()
-    # Equal, not just at most: the recording saw the chunks of both directions.
-    assert max(forward.sizes) == chunk * vocab
-    assert max(backward.sizes) == chunk * vocab
+    # Equal, not just at most: the recording saw the blocks of both directions. (The
+    # weight itself has 2,048 elements.)
+    assert max(forward.sizes) == 32 * 128
+    assert max(backward.sizes) == 32 * 128

@@ -146,7 +146,7 @@ def run(
         "ref_logprobs": column(tokens, "ref"),
     }
     total, sums = loss(logprobs, entropy, {k: v for k, v in columns.items() if k not in leave_out})
-    by_logprob, by_entropy = torch.autograd.grad(total, [logprobs, entropy])
+    by_logprob, by_entropy = torch.autograd.grad(total, [logprobs, entropy], materialize_grads=True)
     return total, by_logprob, by_entropy, sums
 
 
