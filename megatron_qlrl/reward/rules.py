@@ -8,6 +8,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_qlrl.errors import DataError
@@ -22,32 +23,44 @@ from megatron_qlrl.reward.extract import (
 
 RuleName = Literal["qa", "numeric", "choice", "exact"]
 
-RULE_OF_SOURCE: dict[str, RuleName] = {
-    "multihoprag": "qa",
-    "musique": "qa",
-    "hotpotqa": "qa",
-    "2wikimultihopqa": "qa",
-    "narrativeqa": "qa",
-    "qasper": "qa",
-    "frames": "qa",
-    "docmath": "numeric",
-    "long_toc_choices": "choice",
-    "toy_docqa": "exact",
+
+@dataclass(frozen=True)
+class SourceRule:
+    """How a data source is scored: its rule, and whether an LLM judge may mend the rule's 0."""
+
+    rule: RuleName
+    judged: bool
+
+
+_QA = SourceRule("qa", judged=True)
+
+RULE_OF_SOURCE: dict[str, SourceRule] = {
+    "multihoprag": _QA,
+    "musique": _QA,
+    "hotpotqa": _QA,
+    "2wikimultihopqa": _QA,
+    "narrativeqa": _QA,
+    "qasper": _QA,
+    "frames": _QA,
+    "docmath": SourceRule("numeric", judged=True),
+    "long_toc_choices": SourceRule("choice", judged=False),
+    "toy_docqa": SourceRule("exact", judged=False),
 }
-"""Substring of `data_source` (any case) -> rule; the first that fits."""
+"""Substring of `data_source` (any case) -> how it is scored; the first that fits."""
 
 RELATIVE_TOLERANCE = 0.0015
 
 
-def rule_of(data_source: str) -> RuleName:
-    """The rule of a data source.
+def rule_of(data_source: str) -> SourceRule:
+    """How a data source is scored.
 
     Raises:
         DataError: no known name is part of `data_source`.
     """
-    for name, rule in RULE_OF_SOURCE.items():
-        if name in data_source.lower():
-            return rule
+    lowered = data_source.lower()
+    for name, source_rule in RULE_OF_SOURCE.items():
+        if name in lowered:
+            return source_rule
     raise DataError(
         f"data_source {data_source!r} has no rule; its name must contain one of: "
         f"{', '.join(RULE_OF_SOURCE)}"

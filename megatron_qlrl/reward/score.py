@@ -19,7 +19,7 @@ def score_response(*, data_source: str, ground_truth: str, response_text: str) -
     Raises:
         DataError: the data source has no rule (`check_sources` finds it before training).
     """
-    rule = rule_of(data_source)
+    rule = rule_of(data_source).rule
     final = final_text(response_text)
     answer = find_answer(final) if final is not None else None
     if answer is None:

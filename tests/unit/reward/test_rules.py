@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.reward.extract import Answer
-from megatron_qlrl.reward.rules import apply_rule, normalize, rule_of
+from megatron_qlrl.reward.rules import SourceRule, apply_rule, normalize, rule_of
 from megatron_qlrl.reward.score import score_response
 
 
@@ -13,22 +13,23 @@ def verdict(rule, gold, prediction):
 
 
 @pytest.mark.parametrize(
-    ("source", "rule"),
+    ("source", "rule", "judged"),
     [
-        ("docmath_0_20000", "numeric"),
-        ("DocMath", "numeric"),
-        ("long_toc_choices_40000_plus", "choice"),
-        ("multihoprag_0_20000", "qa"),
-        ("toy_docqa_needle", "exact"),
-        ("2wikimultihopqa", "qa"),
-        ("narrativeqa", "qa"),
-        ("hotpotqa", "qa"),
-        ("qasper", "qa"),
-        ("frames", "qa"),
+        ("docmath_0_20000", "numeric", True),
+        ("DocMath", "numeric", True),
+        ("long_toc_choices_40000_plus", "choice", False),
+        ("multihoprag_0_20000", "qa", True),
+        ("musique_20000_40000", "qa", True),
+        ("toy_docqa_needle", "exact", False),
+        ("2wikimultihopqa", "qa", True),
+        ("narrativeqa", "qa", True),
+        ("hotpotqa", "qa", True),
+        ("qasper", "qa", True),
+        ("frames", "qa", True),
     ],
 )
-def test_source_selects_the_rule(source, rule):
-    assert rule_of(source) == rule
+def test_source_selects_the_rule_and_whether_a_judge_may_be_asked(source, rule, judged):
+    assert rule_of(source) == SourceRule(rule, judged)
 
 
 def test_unknown_source_lists_the_valid_names():
