@@ -15,6 +15,7 @@ from megatron_qlrl.config.load import load_config
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.launch import local
 from megatron_qlrl.platform.env import read_ranks
+from megatron_qlrl.platform.machine import attention_kernel
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
 Overrides = Annotated[
@@ -76,6 +77,7 @@ def check(
 def machine_report() -> dict[str, str]:
     """Versions and devices, read without loading any of the packages."""
     gpus = local.num_gpus()
+    kernel = attention_kernel(gpu=bool(gpus))
     return {
         "python": platform.python_version(),
         "torch": _version("torch"),
@@ -83,6 +85,7 @@ def machine_report() -> dict[str, str]:
         "megatron-core": _version("megatron-core"),
         "transformers": _version("transformers"),
         "device": f"{gpus} GPU(s)" if gpus else "CPU (no GPU found)",
+        "attention kernel": f"{kernel.name} ({kernel.why})",
         "transformer-engine": _version("transformer-engine"),
         "apex": "present" if find_spec("apex") else "absent",
         "megatron_qlrl": _version("megatron_qlrl"),

@@ -18,6 +18,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_qlrl.parallel.collectives import GatherTokens
+from megatron_qlrl.platform.device import has_gpu
+from megatron_qlrl.platform.machine import attention_kernel
+from megatron_qlrl.policy.kernels import KERNELS, Kernel
 from megatron_qlrl.types import Piece
 
 
@@ -43,7 +46,7 @@ class SegmentAttention(MegatronModule):
         super().__init__(config=config)
         self.scale = softmax_scale or config.kv_channels**-0.5
         self.cp_group = pg_collection.cp
-        self.kernel = _cuda_flash if torch.cuda.is_available() else _cpu_flash
+        self.kernel = KERNELS[attention_kernel(gpu=has_gpu()).name]
 
     def forward(
         self,
@@ -75,64 +78,16 @@ def segment_attention(
     value: torch.Tensor,
     pieces: tuple[Piece, ...],
     scale: float,
-    kernel: "type[_cpu_flash] | type[_cuda_flash] | None" = None,
+    kernel: Kernel = KERNELS["aten_cpu"],
 ) -> torch.Tensor:
     """Attention of [L, heads, d] on [T, kv_heads, d] by `pieces` -> [L, heads, d].
 
     Queries that no piece mentions (padding) get zeros. heads must be a multiple of kv_heads.
     """
-    return _SegmentAttention.apply(query, key, value, pieces, scale, kernel or _cpu_flash)
-
-
-class _cpu_flash:
-    """aten's CPU flash kernel; float32, float64 and bfloat16. A namespace of two functions,
-    one per direction."""
-
-    @staticmethod
-    def forward(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, scale=scale
-        )
-
-    @staticmethod
-    def backward(
-        grads: tuple[torch.Tensor, ...], causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *grads, 0.0, causal, scale=scale
-        )
-
-
-class _cuda_flash:
-    """aten's CUDA flash kernel (bfloat16). Not run on a GPU yet."""
-
-    @staticmethod
-    def forward(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        found = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, causal, scale=scale
-        )
-        return found[0], found[1]
-
-    @staticmethod
-    def backward(
-        grads: tuple[torch.Tensor, ...], causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k = grads[1], grads[2]
-        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            *grads, None, None, q.shape[2], k.shape[2], 0.0, causal, no_dropout[0], no_dropout[1],
-            scale=scale,
-        )  # fmt: skip
+    return _SegmentAttention.apply(query, key, value, pieces, scale, kernel)
 
 
 class _SegmentAttention(torch.autograd.Function):
-    """Heads are folded as batch = kv head, head = query head of its group, so that grouped
-    keys and values are shared by a stride of 0 instead of being copied."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -141,67 +96,38 @@ class _SegmentAttention(torch.autograd.Function):
         value: torch.Tensor,
         pieces: tuple[Piece, ...],
         scale: float,
-        kernel: Any,
+        kernel: Kernel,
     ) -> torch.Tensor:
-        q, k, v = _fold(query, key.shape[1]), _fold_kv(key, query), _fold_kv(value, query)
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        # At least float32: this is what the pieces are weighed by.
-        lse_type = torch.promote_types(q.dtype, torch.float32)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=lse_type, device=q.device)
+        out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        # At least float32: this is what the pieces are weighed by. [L, heads], as `out`.
+        lse_type = torch.promote_types(query.dtype, torch.float32)
+        lse = torch.full(query.shape[:2], -torch.inf, dtype=lse_type, device=query.device)
         for p in pieces:
-            part, part_lse = kernel.forward(
-                q[:, :, p.q0 : p.q1], k[:, :, p.k0 : p.k1], v[:, :, p.k0 : p.k1], p.causal, scale
-            )
-            here = slice(p.q0, p.q1)
-            merged = torch.logaddexp(lse[:, :, here], part_lse)
-            old_share = torch.exp(lse[:, :, here] - merged).unsqueeze(-1)
+            here, there = slice(p.q0, p.q1), slice(p.k0, p.k1)
+            part, part_lse = kernel.forward(query[here], key[there], value[there], p.causal, scale)
+            merged = torch.logaddexp(lse[here], part_lse)
+            old_share = torch.exp(lse[here] - merged).unsqueeze(-1)
             new_share = torch.exp(part_lse - merged).unsqueeze(-1)
-            out[:, :, here] = (out[:, :, here] * old_share + part * new_share).to(out.dtype)
-            lse[:, :, here] = merged
+            out[here] = (out[here] * old_share + part * new_share).to(out.dtype)
+            lse[here] = merged
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.pieces, ctx.scale, ctx.kernel = pieces, scale, kernel
-        return _unfold(out, query.shape)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        q, k, v = _fold(query, key.shape[1]), _fold_kv(key, query), _fold_kv(value, query)
-        grad_out = _fold(grads[0].contiguous(), key.shape[1])
-        dq = torch.zeros_like(out)
-        dk = key.new_zeros(key.shape[1], key.shape[0], key.shape[2])
-        dv = torch.zeros_like(dk)
+        grad_out = grads[0].contiguous()
+        dq, dk, dv = (
+            torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+        )
         for p in ctx.pieces:
             here, there = slice(p.q0, p.q1), slice(p.k0, p.k1)
             part_q, part_k, part_v = ctx.kernel.backward(
-                (
-                    grad_out[:, :, here],
-                    q[:, :, here],
-                    k[:, :, there],
-                    v[:, :, there],
-                    out[:, :, here],
-                    lse[:, :, here],
-                ),
-                p.causal,
-                ctx.scale,
-            )
-            dq[:, :, here] += part_q
-            dk[:, there] += part_k.sum(1)
-            dv[:, there] += part_v.sum(1)
-        return _unfold(dq, query.shape), dk.transpose(0, 1), dv.transpose(0, 1), None, None, None
-
-
-def _fold(query: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """[L, heads, d] -> view [kv_heads, heads / kv_heads, L, d]."""
-    length, heads, dim = query.shape
-    return query.view(length, num_kv_heads, heads // num_kv_heads, dim).permute(1, 2, 0, 3)
-
-
-def _fold_kv(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """[T, kv_heads, d] -> view [kv_heads, heads / kv_heads, T, d]."""
-    group = query.shape[1] // key.shape[1]
-    return key.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
-
-
-def _unfold(out: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """[kv_heads, group, L, d] -> [L, heads, d]."""
-    return out.permute(2, 0, 1, 3).reshape(shape)
+                grad_out[here], query[here], key[there], value[there], out[here], lse[here],
+                p.causal, ctx.scale,
+            )  # fmt: skip
+            dq[here] += part_q
+            dk[there] += part_k
+            dv[there] += part_v
+        return dq, dk, dv, None, None, None
