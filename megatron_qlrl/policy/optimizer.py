@@ -17,7 +17,8 @@ def wrap_data_parallel(model: Any, *, distributed_optimizer: bool) -> Distribute
     wrapped = DistributedDataParallel(
         config=model.config,
         ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer
+            grad_reduce_in_fp32=model.config.params_dtype is torch.bfloat16,
+            use_distributed_optimizer=distributed_optimizer,
         ),
         module=model,
     )

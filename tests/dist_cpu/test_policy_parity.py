@@ -77,7 +77,13 @@ def reference(folder: Path, groups: list[TrainGroup]) -> dict[str, Any]:
     return {"logprobs": logprobs, "entropies": entropies, "grads": grads}
 
 
-def make_policy(folder: Path, layout: tuple[int, int, int], **settings: Any) -> tuple[Policy, Any]:
+def make_policy(
+    folder: Path,
+    layout: tuple[int, int, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> tuple[Policy, Any]:
     tp, pp, cp = layout
     context = init_parallel(tp=tp, pp=pp, cp=cp, seed=1)
     shape = read_shape(folder)
@@ -88,7 +94,7 @@ def make_policy(folder: Path, layout: tuple[int, int, int], **settings: Any) -> 
         policy=config,
         # A large eps: Adam must not blow rounding noise of tiny gradients up to full steps.
         optimizer=OptimizerConfig(lr=1e-3, eps=1e-3),  # pyright: ignore[reportCallIssue]
-        dtype=torch.float32,
+        dtype=dtype,
         temperature=TEMPERATURE,
         context=context,
         shard=lambda row: shard_row(
