@@ -53,5 +53,23 @@ def logprob(
     _print(bench_logprob(vocab=vocab, hidden=hidden, tokens=tokens, rounds=rounds))
 
 
+@app.command()
+def pack(
+    prompts: Annotated[int, typer.Option(min=1, help="Groups in a batch.")] = 512,
+    ranks: Annotated[int, typer.Option(min=1, help="Data parallel ranks.")] = 64,
+    group: Annotated[int, typer.Option(min=1, help="Responses to a prompt.")] = 8,
+    mixes: Annotated[int, typer.Option(min=0, help="Random batches to try the cap on.")] = 10_000,
+) -> None:
+    """Balance over ranks and the token cap on DocQA lengths, for a 14B model's FLOPs."""
+    from megatron_qlrl.bench.pack import bench_pack
+    from megatron_qlrl.bench.policy import make_shape
+
+    shape = make_shape(
+        layers=48, hidden=5120, heads=40, kv_heads=8, ffn=13_824, vocab=152_064,
+        positions=131_072,
+    )  # fmt: skip
+    _print(bench_pack(shape, prompts=prompts, ranks=ranks, group=group, mixes=mixes))
+
+
 def _print(found: dict[str, Any]) -> None:
     typer.echo(json.dumps(found, indent=1))

@@ -6,11 +6,11 @@ than the cap; the result depends on nothing but the arguments, so every rank fin
 
 from collections.abc import Callable, Sequence
 
+from megatron_qlrl.packing.balance import balance, fill
 from megatron_qlrl.packing.rows import (
     Aggregation,
-    Part,
+    build_row,
     empty_row,
-    pack_rows,
     part_tokens,
     split_groups,
     token_weight,
@@ -31,33 +31,22 @@ def make_rows(
     constant_tokens: int,
     cost: Cost,
 ) -> list[list[PackedRow]]:
-    """The rows of one optimizer batch for each of `num_ranks` data-parallel ranks.
+    """The rows of one optimizer batch for each of `num_ranks` data-parallel ranks: ranks get equal
+    cost, and so do the rows (micro-batches) of a rank as far as the cap allows.
 
     A rank that gets no work gets one empty row, so that it joins the step's collectives.
     """
     weights = token_weight(groups, aggregation, constant_tokens=constant_tokens)
     parts = split_groups(groups, max_tokens=max_tokens, share_prompts=share_prompts)
-    shares = _balance(groups, parts, num_ranks=num_ranks, cost=cost)
-    return [
-        pack_rows(groups, share, weights, max_tokens=max_tokens) or [empty_row()]
-        for share in shares
-    ]
-
-
-def _balance(
-    groups: Sequence[TrainGroup], parts: Sequence[Part], *, num_ranks: int, cost: Cost
-) -> list[list[Part]]:
-    """Longest processing time first: the next most expensive part to the least loaded rank."""
-
-    def price(part: Part) -> float:
-        group = groups[part[0]]
-        return cost(len(group.prompt_ids), [len(group.responses[k].token_ids) for k in part[1]])
-
-    loads = [0.0] * num_ranks
-    shares: list[list[Part]] = [[] for _ in range(num_ranks)]
-    prices = {part: price(part) for part in parts}
-    for part in sorted(parts, key=lambda p: (-prices[p], -part_tokens(groups, p), p)):
-        rank = min(range(num_ranks), key=lambda r: (loads[r], r))
-        loads[rank] += prices[part]
-        shares[rank].append(part)
-    return shares
+    sizes = [part_tokens(groups, part) for part in parts]
+    costs = []
+    for index, samples in parts:
+        group = groups[index]
+        lengths = [len(group.responses[k].token_ids) for k in samples]
+        costs.append(cost(len(group.prompt_ids), lengths))
+    found = []
+    for share in balance(costs, num_bins=num_ranks):
+        rows = fill([costs[i] for i in share], [sizes[i] for i in share], cap=max_tokens)
+        members = [[parts[share[i]] for i in row] for row in rows]
+        found.append([build_row(groups, row, weights) for row in members] or [empty_row()])
+    return found

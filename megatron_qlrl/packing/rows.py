@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_qlrl.errors import ConfigError
+from megatron_qlrl.packing.balance import fewest_bins
 from megatron_qlrl.types import Block, PackedRow, TrainGroup
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -43,26 +44,17 @@ def split_groups(
     parts: list[Part] = []
     for index, group in enumerate(groups):
         room = max_tokens - len(group.prompt_ids)
-        # Longest first (first-fit decreasing), which needs the fewest bins in practice.
-        order = sorted(
-            range(len(group.responses)), key=lambda k: -len(group.responses[k].token_ids)
-        )
-        bins: list[tuple[int, list[int]]] = []
-        for k in order:
-            need = len(group.responses[k].token_ids)
-            if need > room:
-                raise ConfigError(
-                    f"a prompt of {len(group.prompt_ids)} tokens with a response of {need} does "
-                    f"not fit in policy.max_tokens_per_row={max_tokens}; raise it to at least "
-                    f"{len(group.prompt_ids) + need}"
-                )
-            fitting = [i for i, (used, _) in enumerate(bins) if used + need <= room]
-            if fitting and share_prompts:
-                used, members = bins[fitting[0]]
-                bins[fitting[0]] = (used + need, [*members, k])
-            else:
-                bins.append((need, [k]))
-        parts += [(index, tuple(sorted(members))) for _, members in bins]
+        lengths = [len(r.token_ids) for r in group.responses]
+        longest = max(lengths, default=0)
+        if lengths and longest > room:
+            raise ConfigError(
+                f"a prompt of {len(group.prompt_ids)} tokens with a response of {longest} does "
+                f"not fit in policy.max_tokens_per_row={max_tokens}; raise it to at least "
+                f"{len(group.prompt_ids) + longest}"
+            )
+        alone = [[k] for k in range(len(lengths))]
+        bins = fewest_bins(lengths, cap=room) if share_prompts else alone
+        parts += [(index, tuple(sorted(members))) for members in bins]
     return parts
 
 
@@ -70,26 +62,6 @@ def part_tokens(groups: Sequence[TrainGroup], part: Part) -> int:
     index, samples = part
     group = groups[index]
     return len(group.prompt_ids) + sum(len(group.responses[k].token_ids) for k in samples)
-
-
-def pack_rows(
-    groups: Sequence[TrainGroup],
-    parts: Sequence[Part],
-    weights: Sequence[Sequence[float]],
-    *,
-    max_tokens: int,
-) -> list[PackedRow]:
-    """First-fit decreasing of `parts` into rows of at most `max_tokens` tokens."""
-    rows: list[tuple[int, list[Part]]] = []
-    for part in sorted(parts, key=lambda p: (-part_tokens(groups, p), p)):
-        need = part_tokens(groups, part)
-        place = next((i for i, (used, _) in enumerate(rows) if used + need <= max_tokens), None)
-        if place is None:
-            rows.append((need, [part]))
-        else:
-            used, members = rows[place]
-            rows[place] = (used + need, [*members, part])
-    return [_build_row(groups, members, weights) for _, members in rows]
 
 
 def empty_row() -> PackedRow:
@@ -100,9 +72,10 @@ def empty_row() -> PackedRow:
     return PackedRow(zero, zero, (block,), {"weights": none, "advantages": none})
 
 
-def _build_row(
+def build_row(
     groups: Sequence[TrainGroup], parts: Sequence[Part], weights: Sequence[Sequence[float]]
 ) -> PackedRow:
+    """One row of the given parts, in this order; `weights` as from `token_weight`."""
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     blocks: list[Block] = []

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_qlrl.errors import ConfigError
+from megatron_qlrl.packing.balance import first_fit
 from megatron_qlrl.packing.rows import (
+    build_row,
     empty_row,
-    pack_rows,
     part_tokens,
     split_groups,
     token_weight,
@@ -51,7 +52,7 @@ def test_worked_example() -> None:
             TrainResponse(np.array([30, 31, 32], np.int32), -0.5, -np.ones(3, np.float32)),
         ),
     )
-    (row,) = pack_rows([group], [(0, (0, 1))], [[0.25, 0.5]], max_tokens=10)
+    row = build_row([group], [(0, (0, 1))], [[0.25, 0.5]])
     assert row.token_ids.tolist() == [10, 11, 12, 13, 14, 20, 21, 30, 31, 32]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7]
     assert row.blocks == (Block(0, (0, 1), (0, 5), ((5, 7), (7, 10))),)
@@ -67,15 +68,15 @@ def test_worked_example() -> None:
 
 def test_second_block_starts_again_at_position_zero() -> None:
     groups = groups_of([(2, [1]), (3, [2])])
-    (row,) = pack_rows(groups, [(0, (0,)), (1, (0,))], [[1.0], [1.0]], max_tokens=8)
-    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]  # the longer part first
+    row = build_row(groups, [(1, (0,)), (0, (0,))], [[1.0], [1.0]])
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert row.token_ids.tolist() == [3, 4, 5, 6, 7, 0, 1, 2]
     assert row.blocks == (Block(1, (0,), (0, 3), ((3, 5),)), Block(0, (0,), (5, 7), ((7, 8),)))
 
 
 def test_without_engine_logprobs_there_is_no_such_column() -> None:
     group = TrainGroup(np.zeros(1, np.int32), (TrainResponse(np.zeros(2, np.int32), 1.0),))
-    (row,) = pack_rows([group], [(0, (0,))], [[1.0]], max_tokens=3)
+    row = build_row([group], [(0, (0,))], [[1.0]])
     assert set(row.columns) == {"weights", "advantages"}
 
 
@@ -118,13 +119,6 @@ def test_without_sharing_every_response_has_its_own_prompt() -> None:
     ]
 
 
-def test_rows_fill_up_first_fit() -> None:
-    groups = groups_of([(1, [5]), (1, [3]), (1, [2]), (1, [1])])  # parts of 6, 4, 3, 2
-    parts = split_groups(groups, max_tokens=9, share_prompts=True)
-    rows = pack_rows(groups, parts, [[1.0]] * 4, max_tokens=9)
-    assert [[b.group for b in row.blocks] for row in rows] == [[0, 2], [1, 3]]
-
-
 @pytest.mark.parametrize(("prompt", "responses", "need"), [(6, [1, 5], 11), (11, [0], 11)])
 def test_response_that_cannot_fit_is_the_users_error(
     prompt: int, responses: list[int], need: int
@@ -153,7 +147,9 @@ def test_rows_hold_every_response_once_and_keep_the_cap(
     cap = need + spare
     parts = split_groups(groups, max_tokens=cap, share_prompts=share)
     weights = [[i + k / 8 for k in range(len(g.responses))] for i, g in enumerate(groups)]
-    rows = pack_rows(groups, parts, weights, max_tokens=cap)
+    sizes = [part_tokens(groups, part) for part in parts]
+    filled = [[parts[i] for i in row] for row in first_fit(sizes, cap=cap)]
+    rows = [build_row(groups, row, weights) for row in filled]
     found = []
     for row in rows:
         assert row.num_tokens == len(row.position_ids) <= cap
