@@ -3,7 +3,6 @@ logits (matmul, log_softmax, gather, entropy, by autograd)."""
 
 from collections.abc import Callable
 from functools import partial
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from megatron_qlrl.bench.measure import compare, measure, report
 from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.platform.device import device, has_gpu
+from megatron_qlrl.platform.env import init_ranks
 from megatron_qlrl.policy.logprobs import token_logprobs
 
 _TEMPERATURE = 0.7
@@ -27,10 +27,8 @@ def bench_logprob(*, vocab: int, hidden: int, tokens: int, rounds: int) -> dict[
 
     Added peak: memory beyond inputs and the two gradients, which both sides return.
     """
-    with (
-        TemporaryDirectory() as folder,
-        process_group(rank=0, local_rank=0, world_size=1, init_method=f"file://{folder}/meet"),
-    ):
+    init_ranks()
+    with process_group(rank=0, local_rank=0, world_size=1):
         group = dist.group.WORLD
         assert group is not None
         inputs = _inputs(vocab, hidden, tokens)

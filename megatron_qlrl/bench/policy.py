@@ -1,21 +1,27 @@
-"""A policy with random weights, alone in its process: the real model, schedule and optimizer."""
+"""A policy with random weights: the real model, schedule and optimizer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
 from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import init_parallel, process_group
+from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.platform.device import has_gpu
+from megatron_qlrl.platform.env import init_ranks
+from megatron_qlrl.policy.loss import PolicyLoss
 from megatron_qlrl.policy.step import Policy
-from megatron_qlrl.types import TrainGroup, TrainResponse
+from megatron_qlrl.types import PackedRow, TrainGroup, TrainResponse
+
+LOSS = PolicyLoss(
+    clip_low=0.2, clip_high=0.28, dual_clip=None, kl_coef=0.0, kl_kind="k3", entropy_coef=0.0
+)
 
 
 def make_shape(
@@ -41,24 +47,21 @@ def make_shape(
 
 
 @contextmanager
-def lone_policy(shape: ModelShape) -> Iterator[Policy]:
-    """A policy in a process group of one, float32 on CPU and bfloat16 on a GPU; it ends with
-    the context."""
-    with (
-        TemporaryDirectory() as folder,
-        process_group(
-            rank=0, local_rank=0, world_size=1, init_method=f"file://{Path(folder)}/meet"
-        ),
-    ):
+def random_policy(shape: ModelShape, *, cp: int = 1) -> Iterator[Policy]:
+    """A policy on the job's ranks, float32 on CPU and bfloat16 on a GPU; its process group ends
+    with the context."""
+    ranks = init_ranks()
+    with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
+        context = init_parallel(tp=1, pp=1, cp=cp, seed=0)
         yield Policy(
             shape,
-            policy=PolicyConfig(distributed_optimizer=False),  # pyright: ignore[reportCallIssue]
+            policy=PolicyConfig(cp=cp, distributed_optimizer=False),  # pyright: ignore[reportCallIssue]
             # Gradients are compared after the step: it must not scale them down.
             optimizer=OptimizerConfig(clip_grad=1e9),  # pyright: ignore[reportCallIssue]
             dtype=torch.bfloat16 if has_gpu() else torch.float32,
             temperature=0.7,
-            context=init_parallel(tp=1, pp=1, cp=1, seed=0),
-            shard=partial(shard_row, cp_size=1, cp_rank=0),
+            context=context,
+            shard=partial(shard_row, cp_size=cp, cp_rank=context.cp.rank),
             load=_randomize,
         )
 
@@ -76,6 +79,22 @@ def make_group(
         tokens(prompt_tokens),
         tuple(TrainResponse(tokens(response_tokens), float(rng.normal())) for _ in range(group)),
     )
+
+
+def group_rows(
+    shape: ModelShape, group: TrainGroup, *, max_tokens: int, share: bool
+) -> list[PackedRow]:
+    """The rows of one group on one rank."""
+    (rows,) = make_rows(
+        [group],
+        num_ranks=1,
+        max_tokens=max_tokens,
+        share_prompts=share,
+        aggregation="token_mean",
+        constant_tokens=1,
+        cost=partial(block_flops, shape),
+    )
+    return rows
 
 
 def _randomize(model: torch.nn.Module) -> None:

@@ -11,17 +11,10 @@ from typing import Any
 import torch
 
 from megatron_qlrl.bench.measure import compare, measure, report
-from megatron_qlrl.bench.policy import lone_policy, make_group
+from megatron_qlrl.bench.policy import LOSS, group_rows, make_group, random_policy
 from megatron_qlrl.config.shape import ModelShape
-from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.plan.flops import block_flops, separate_flops
-from megatron_qlrl.policy.loss import PolicyLoss
 from megatron_qlrl.policy.step import Policy
-from megatron_qlrl.types import PackedRow, TrainGroup
-
-_LOSS = PolicyLoss(
-    clip_low=0.2, clip_high=0.28, dual_clip=None, kl_coef=0.0, kl_kind="k3", entropy_coef=0.0
-)
 
 
 def bench_update(
@@ -44,13 +37,15 @@ def bench_update(
         group=group,
     )
     each = prompt_tokens + response_tokens
-    shared = _rows(shape, made, max_tokens=each + response_tokens * (group - 1), share=True)
+    shared = group_rows(shape, made, max_tokens=each + response_tokens * (group - 1), share=True)
     separate = {
-        n: _rows(shape, made, max_tokens=n * each, share=False) for n in (1, 2, 4) if n <= group
+        n: group_rows(shape, made, max_tokens=n * each, share=False)
+        for n in (1, 2, 4)
+        if n <= group
     }
-    with lone_policy(shape) as policy:
+    with random_policy(shape) as policy:
         # At a rate of 0 the weights stay, and all rounds compute the same.
-        update = partial(policy.update, loss=_LOSS, lr=0.0)
+        update = partial(policy.update, loss=LOSS, lr=0.0)
         update(shared)  # warm-up
         best = min(separate, key=lambda n: measure(partial(update, separate[n])).work_s)
         sides = {"shared": partial(update, shared), "separate": partial(update, separate[best])}
@@ -72,19 +67,6 @@ def bench_update(
         "separate_responses_per_row": best,
         **report(costs),
     }
-
-
-def _rows(shape: ModelShape, group: TrainGroup, *, max_tokens: int, share: bool) -> list[PackedRow]:
-    (rows,) = make_rows(
-        [group],
-        num_ranks=1,
-        max_tokens=max_tokens,
-        share_prompts=share,
-        aggregation="token_mean",
-        constant_tokens=1,
-        cost=partial(block_flops, shape),
-    )
-    return rows
 
 
 def _difference(

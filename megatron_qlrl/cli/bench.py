@@ -1,9 +1,13 @@
 """`qlrl bench`: figures as JSON on stdout, both sides of each comparison in one process."""
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
+
+from megatron_qlrl.cli.ranks import on_ranks
+from megatron_qlrl.platform.env import read_ranks
 
 app = typer.Typer(help="Measure; JSON on stdout.", no_args_is_help=True)
 
@@ -69,6 +73,42 @@ def pack(
         positions=131_072,
     )  # fmt: skip
     _print(bench_pack(shape, prompts=prompts, ranks=ranks, group=group, mixes=mixes))
+
+
+@app.command()
+def row(
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 60_000,
+    response_tokens: Annotated[int, typer.Option(min=1)] = 1000,
+    group: Annotated[int, typer.Option(min=1, help="Responses to the prompt.")] = 8,
+    layers: Annotated[int, typer.Option(min=1)] = 2,
+    hidden: Annotated[int, typer.Option(min=1)] = 128,
+    heads: Annotated[int, typer.Option(min=1)] = 4,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 2,
+    ffn: Annotated[int, typer.Option(min=1)] = 256,
+    vocab: Annotated[int, typer.Option(min=2)] = 32_768,
+    cp: Annotated[int, typer.Option(min=1, help="Context parallel size: so many ranks.")] = 1,
+) -> None:
+    """One update on one long shared row, by default of a narrow model: time and peak memory."""
+
+    def run() -> None:
+        from megatron_qlrl.bench.policy import make_shape
+        from megatron_qlrl.bench.row import bench_row
+
+        shape = make_shape(
+            layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab,
+            positions=prompt_tokens + response_tokens,
+        )  # fmt: skip
+        found = bench_row(
+            shape,
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
+            group=group,
+            cp=cp,
+        )
+        if read_ranks().rank == 0:
+            _print(found)
+
+    on_ranks(sys.argv[1:], cp, check=lambda world_size: None, run=run)
 
 
 def _print(found: dict[str, Any]) -> None:
