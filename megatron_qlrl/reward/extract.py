@@ -1,30 +1,43 @@
-r"""Reads the final answer out of a response: plain text in, text or a number out.
+r"""Reads the final answer out of a response: text in, the answer as written out.
 
 Nothing here evaluates what the model wrote. Every function accepts any text and runs in time
 linear in its length.
 """
 
-import math
 import re
 from dataclasses import dataclass
 
-_CLOSE = "</think>"
-# Markdown may stand between the words: "the **answer** is:".
+from megatron_qlrl.reward.text import fold_width, strip_invisible
+
+_OPEN, _CLOSE = "<think>", "</think>"
+# Markdown may stand between the words: "the **answer** is:". The greedy start finds the last one.
 _PHRASE = re.compile(
-    r"(?<![a-z])the[\s*_]+(?:(?:final|correct)[\s*_]+)?answer[\s*_]+is(?![a-z])[\s*_:]*",
-    re.IGNORECASE,
+    r"(.*)(?<![a-z])the[\s*_]+(?:(?:final|correct)[\s*_]+)?answer[\s*_]+is(?![a-z])[\s*_:]*",
+    re.IGNORECASE | re.DOTALL,
 )
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_DOUBT_CHARS = 40
+_DOUBTS = frozenset(("if", "whether", "unless", "doubt", "deny"))
+_BELIEFS = frozenset("think believe say claim sure certain clear true know".split())
+_BOXED = re.compile(r".*\\(?:boxed|fbox)\s*\{", re.DOTALL)
 _MACRO = re.compile(
     r"\\(?:boxed|fbox|text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{", re.ASCII
 )
-_WRAPPERS = (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$"), ("(", ")"), ("[", "]"))
+_WRAPPERS = {
+    "\\": (("\\(", "\\)"), ("\\[", "\\]")),
+    "$": (("$$", "$$"), ("$", "$")),
+    "(": (("(", ")"),),
+    "[": (("[", "]"),),
+}
+_OPENING_OF = {")": "(", "]": "[", "}": "{"}
 _MARKS = " \t\r\n*_`\"'“”‘’«»"
-_ENDS = ".,;:!?"
+_MARKS_AND_ENDS = _MARKS + ".,;:!?"
 _MAX_NESTING = 8
 
+MAX_ANSWER_CHARS = 1000
+"""A longer statement is no answer: it is logged, and no rule accepts it."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The final answer as written, wrappers taken off, and the notation it was read from."""
 
@@ -32,77 +45,113 @@ class Answer:
     notation: str
 
 
-@dataclass(frozen=True)
-class Number:
-    """A number with its scale word applied; `percent` when it was written as a percentage
-    (then `value` is the number before the sign)."""
-
-    value: float
-    percent: bool
-
-
 def final_text(response: str) -> str | None:
-    """What follows the last `</think>`; None when the reasoning was never closed."""
-    _, closing, final = response.rpartition(_CLOSE)
-    return final if closing else None
+    """What follows the last `</think>`; None when the reasoning was never closed, or was opened
+    again."""
+    end = response.rfind(_CLOSE)
+    if end < 0 or response.find(_OPEN, end) >= 0:
+        return None
+    return response[end + len(_CLOSE) :]
 
 
 def find_answer(final: str) -> Answer | None:
     r"""The answer after the last "the answer is", or else in the last `\boxed{}`.
 
-    After the phrase a `\boxed{}` wins over the words around it.
+    After the phrase a `\boxed{}` wins over the words around it. "I do not think the answer is X"
+    states nothing.
     """
-    phrase = _last_match(_PHRASE, final)
+    final = strip_invisible(final.strip())
+    phrase = _PHRASE.match(final)
+    if phrase and _is_doubted(final, phrase.end(1)):
+        return None
     tail = final[phrase.end() :] if phrase else final
     boxed = _last_boxed(tail)
     if boxed is not None:
         text, notation = boxed, "boxed"
     elif phrase:
-        text, notation = _first_statement(tail), "the answer is"
+        text, notation = _statement(tail), "the answer is"
     else:
         return None
-    text = unwrap(text)
+    if len(text) <= MAX_ANSWER_CHARS:
+        text = unwrap(fold_width(text))
     return Answer(text, notation) if text else None
 
 
 def unwrap(text: str) -> str:
-    """Takes off quotes, Markdown, LaTeX and brackets around the whole, and the final stop."""
+    """Takes off quotes, Markdown, LaTeX and brackets around the whole, and the final stop.
+
+    Of "(Paris). The text says so." the brackets' inside is left. Round brackets come off once: the
+    answer sentence itself asks for them. A second pair is the model's own and may mean something
+    (accounting writes -5 as (5)).
+    """
+    has_round = False
     for _ in range(_MAX_NESTING):
-        before = text
-        text = text.strip(_MARKS).lstrip(":").rstrip(_ENDS + _MARKS)
-        text = _leading_group(text) or text
-        if text == before:
+        text = text.strip(_MARKS).lstrip(":").rstrip(_MARKS_AND_ENDS)
+        inside = _leading_group(text)
+        is_round = text.startswith("(")
+        if inside is None or (is_round and has_round):
             break
+        has_round = has_round or is_round
+        text = inside
     return text
 
 
-def _first_statement(tail: str) -> str:
-    tail = tail.lstrip()
-    return _leading_group(tail) or tail.partition("\n")[0]
+def _is_doubted(final: str, phrase_start: int) -> bool:
+    """The words before the phrase: "I doubt that", "not sure whether", "do not think"."""
+    words = final[max(0, phrase_start - _DOUBT_CHARS) : phrase_start].lower().split()
+    if words and words[-1] == "that":
+        words.pop()
+    if len(words) > 1 and words[-1] in _BELIEFS:
+        return words[-2].endswith(("not", "n't", "n’t"))
+    return bool(words) and words[-1] in _DOUBTS
+
+
+def _statement(tail: str) -> str:
+    """The first paragraph, up to a line that ends its sentence: candidates in a column are one
+    statement and no answer."""
+    tail = tail.strip()
+    if "\n" not in tail:
+        return tail
+    lines = []
+    for line in tail.split("\n"):
+        if not line.strip():
+            break
+        lines.append(line)
+        if line.rstrip(_MARKS)[-1:] in (".", "!"):
+            break
+    return "\n".join(lines)
 
 
 def _leading_group(text: str) -> str | None:
-    """The inside of a wrapper that opens `text` and ends its sentence, else None."""
-    macro = _MACRO.match(text)
-    pairs = [(macro.group(), "}")] if macro else _WRAPPERS
+    """The inside of a wrapper that opens `text` and ends its sentence or line; else None."""
+    macro = _MACRO.match(text) if text.startswith("\\") else None
+    pairs = ((macro.group(), "}"),) if macro else _WRAPPERS.get(text[:1], ())
     for opening, closing in pairs:
         if not text.startswith(opening):
             continue
         end = _closing_index(text, len(opening), closing)
-        rest = text[end + len(closing) :].lstrip(" \t*_\"'”’`") if end > 0 else "open"
-        alone = not rest or rest[0] in "\r\n"
-        # "(A). (B)" is not one answer, "(Paris). The text says so." is.
-        sentence = rest[:1] in (".", "!") and opening not in rest.partition("\n")[0]
-        if alone or sentence:
+        if end < 0:
+            continue
+        rest = text[end + len(closing) :].lstrip(" \t*_\"'”’`")
+        if _stands_alone(rest, opening):
             return text[len(opening) : end]
     return None
 
 
+def _stands_alone(rest: str, opening: str) -> bool:
+    """What follows a wrapper leaves it alone: "(Paris). The text says so." is one answer,
+    "(A). (B)" and "(A)" above "(B)" are not."""
+    if rest[:1] in (".", "!"):
+        return opening not in rest.partition("\n")[0]
+    return not rest or (rest[0] in "\r\n" and not rest.lstrip().startswith(opening))
+
+
 def _closing_index(text: str, start: int, closing: str) -> int:
     """Where the bracket that was opened before `start` closes; -1 when it does not."""
-    opening = {")": "(", "]": "[", "}": "{"}.get(closing)
-    if opening is None:
-        return text.find(closing, start)
+    opening = _OPENING_OF.get(closing)
+    first = text.find(closing, start)
+    if opening is None or text.find(opening, start, first) < 0:
+        return first
     depth = 1
     for index in range(start, len(text)):
         depth += (text[index] == opening) - (text[index] == closing)
@@ -111,70 +160,17 @@ def _closing_index(text: str, start: int, closing: str) -> int:
     return -1
 
 
-def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    matches = list(pattern.finditer(text))
-    return matches[-1] if matches else None
-
-
 def _last_boxed(text: str) -> str | None:
-    opening = _last_match(_BOXED, text)
+    opening = _BOXED.match(text) if "box" in text else None
     if opening is None:
         return None
     end = _closing_index(text, opening.end(), "}")
     return text[opening.end() : end] if end > 0 else None
 
 
-_SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-_SAME_CHARS = str.maketrans({"−": "-", "–": "-", "％": "%", "，": ",", "～": "~"})
-_EQUALS = re.compile(r"=|≈|\\approx\b")
-_LATEX_SPACE = re.compile(r"\\[,!;: ]|~")
-_TEXT_MACRO = re.compile(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}")
-_NUMBER = re.compile(
-    r"(?:(?:approximately|approx\.?|about|around|roughly|nearly)\s+)?"
-    r"(?P<sign>[-+]?)\s*(?:us\s?\$|usd|\$|€|£|¥)?\s*(?P<inner_sign>[-+]?)\s*"
-    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
-    r"(?P<exponent>e[-+]?[0-9]{1,3})?"
-    r"(?:\s*(?P<percent>%|percent\b|per\s+cent\b)"
-    r"|\s*(?P<scale>thousand|million|billion|trillion)s?\b)?"
-    r"(?P<unit>(?:\s+[a-z]+){0,6})"
-)
-# As a unit these would change the value in a way that is not read here.
-_UNREAD_UNITS = frozenset(
-    ("hundred", "thousand", "million", "billion", "trillion", "lakh", "crore", "dozen")
-    + ("hundreds", "thousands", "millions", "billions", "trillions", "percent", "basis", "bps")
-    + ("k", "m", "b", "mm", "mn", "mln", "bn", "tn", "cent", "cents", "or", "and", "not")
-)
-_MAX_NUMBER_CHARS = 120
-
-
-def parse_number(text: str) -> Number | None:
-    """Reads one number and nothing but one number; None when the text is anything else.
-
-    Read are: a sign, a currency, thousands separators, decimals, an exponent, a percent sign or
-    word, one scale word (thousand to trillion), a unit in words, LaTeX spacing, and the right
-    side of an equation. Brackets do not negate: the answer sentence itself asks for them.
-    """
-    if len(text) > _MAX_NUMBER_CHARS:
-        return None
-    text = text.translate(_SAME_CHARS).lower().replace("{,}", ",").replace(",\\!", ",")
-    text = _LATEX_SPACE.sub(" ", _TEXT_MACRO.sub(r" \1", text))
-    text = unwrap(_EQUALS.split(text.replace("\\%", "%").replace("\\$", "$"))[-1])
-    found = _NUMBER.fullmatch(text)
-    if not found or (found["sign"] and found["inner_sign"]):
-        return None
-    if _UNREAD_UNITS & set(found["unit"].split()):
-        return None
-    value = float(found["digits"].replace(",", "") + (found["exponent"] or ""))
-    value *= _SCALES.get(found["scale"], 1.0)
-    if math.isinf(value):
-        return None
-    negative = "-" in (found["sign"], found["inner_sign"])
-    return Number(-value if negative else value, percent=bool(found["percent"]))
-
-
 _CHOICE = re.compile(
     r"(?:(?i:option|choice)\s+)?"
-    r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])(?=\s*(?:$|[).:,;]|[-–—]\s))|([a-z])$)"
+    r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])(?=[ \t]*(?:$|[).:,;\n]|[-–—]\s))|([a-z])$)"
 )
 _BRACKETED = re.compile(r"[(\[]([A-Za-z])[)\]]")
 _ANOTHER = re.compile(r"[\s).,;:/&]*(?:(?:or|and)\s+)?[A-Z](?=\s*(?:$|[).,;:/&]))")
@@ -187,6 +183,12 @@ def parse_choice(text: str) -> str | None:
     found = _CHOICE.match(text)
     if not found:
         return None
-    letter = next(group for group in found.groups() if group).upper()
+    letter = (found[1] or found[2] or found[3]).upper()
+    if found.end() == len(text):
+        return letter
     others = {other.upper() for other in _BRACKETED.findall(text)} - {letter}
-    return None if others or _ANOTHER.match(text, found.end()) else letter
+    if others or _ANOTHER.match(text, found.end()):
+        return None
+    # "A. Paris B. London": a row of options, in the order of their letters.
+    following = re.search(rf"\s{chr(ord(letter) + 1)}[.):]\s", text)
+    return None if following else letter

@@ -1,27 +1,12 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_qlrl.reward.extract import (
+    MAX_ANSWER_CHARS,
     Answer,
-    Number,
     final_text,
     find_answer,
     parse_choice,
-    parse_number,
-    unwrap,
 )
-
-# Text made of the pieces that the extractor looks for, so that hypothesis reaches its branches.
-pieces = st.lists(
-    st.sampled_from(
-        ["the answer is", "The correct answer is", "\\boxed{", "}", "(", ")", "[", "]", "$", "$$"]
-        + ["**", "\\text{", "\\[", "\\]", "</think>", "\n", " ", ".", ",", "-", "1", "5", "%"]
-        + ["million", "A", "B", "or", "Paris", "e", "=", "'", '"', "\\%", "{,}", "ß", "İ", "٣"]
-    ),
-    max_size=30,
-).map("".join)
-any_text = st.one_of(st.text(), pieces)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +16,7 @@ any_text = st.one_of(st.text(), pieces)
         ("a</think> b </think>c", "c"),
         ("a</think>", ""),
         ("<think>the answer is 5", None),
+        ("a</think> b <think> c", None),
         ("", None),
     ],
 )
@@ -61,7 +47,23 @@ def test_only_the_text_after_the_last_closing_tag_counts(response, expected):
         ("the answer is (Paris). The text says so.", "Paris"),
         ("the answer is (a) and (b)", "(a) and (b)"),
         ("the answer is (A). (B).", "(A). (B)"),
-        ("the answer is Paris\nand more text", "Paris"),
+        ("the answer is Paris.\nMore text.", "Paris"),
+        ("the answer is Paris\n\nMore text", "Paris"),
+        ("the answer is **Paris.**\nMore text", "Paris"),
+        ("the answer is\nParis\nRome", "Paris\nRome"),
+        ("the answer is:\n- Paris\n- Rome", "- Paris\n- Rome"),
+        ("the answer is (B)\nbecause (A) is wrong", "B"),
+        ("the answer is (A)\n(B)", "(A)\n(B)"),
+        ("the answer is (A) (B)", "(A) (B)"),
+        ("the answer is ((5))", "(5)"),
+        ("the answer is \\((5)\\)", "5"),
+        ("the answer is （Ｂ）．", "B"),
+        ("the answer is １２３．５", "123.5"),
+        ("the answer is Pa\u200bris\u200f\x00", "Paris"),
+        ("the ans\u200bwer is Paris", "Paris"),
+        ("the answer is 5²", "5²"),
+        ("I know that the answer is Paris", "Paris"),
+        ("As it is not stated, the answer is no", "no"),
         ("the answer is\n\nParis", "Paris"),
         ("the answer is Rome. No: the answer is Paris", "Paris"),
         ("the answer is .5", ".5"),
@@ -89,66 +91,20 @@ def test_answer_in_a_box(final, text):
 
 @pytest.mark.parametrize(
     "final",
-    ["", "Paris", "the answer isn't Paris", "bathe answer is 5", "the answer is", "the answer is ."]
+    ["I don't think the answer is Paris", "I am not sure that the answer is Paris"]
+    + ["If the answer is Paris", "I doubt the answer is Paris", "whether that the answer is 5"]
+    + [
+        "",
+        "Paris",
+        "the answer isn't Paris",
+        "bathe answer is 5",
+        "the answer is",
+        "the answer is .",
+    ]
     + ["the answer is 5. In short, the answer is:", "\\boxed{}", "\\boxed{42"],
 )
 def test_no_answer_is_stated(final):
     assert find_answer(final) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1234", 1234.0),
-        ("1,234", 1234.0),
-        ("1,234,567.5", 1234567.5),
-        ("1{,}234", 1234.0),
-        ("1,\\!234", 1234.0),
-        ("(1234)", 1234.0),
-        ("-32.4", -32.4),
-        ("−32.4", -32.4),
-        ("+5", 5.0),
-        (".5", 0.5),
-        ("5.", 5.0),
-        ("0", 0.0),
-        ("$1,234.50", 1234.5),
-        ("\\$5", 5.0),
-        ("-$5", -5.0),
-        ("$-5", -5.0),
-        ("US$ 5", 5.0),
-        ("€5", 5.0),
-        ("1.5 million", 1.5e6),
-        ("$1.5 billion", 1.5e9),
-        ("2 thousand", 2000.0),
-        ("$1.5 \\text{ million}$", 1.5e6),
-        ("3 million dollars", 3e6),
-        ("12 shares", 12.0),
-        ("approximately 7.5", 7.5),
-        ("x = 5", 5.0),
-        ("10/2 = 5.0", 5.0),
-        ("x \\approx 5.2", 5.2),
-        ("1.5e3", 1500.0),
-    ],
-)
-def test_plain_numbers(text, value):
-    assert parse_number(text) == Number(pytest.approx(value, rel=1e-15), percent=False)
-
-
-@pytest.mark.parametrize(
-    "text", ["5.3%", "5.3 %", "5.3\\%", "$5.3\\%$", "5.3 percent", "5.3 per cent"]
-)
-def test_percentages(text):
-    assert parse_number(text) == Number(5.3, percent=True)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "abc", "5 or 6", "5, 6", "1,23", "12,34", "1,2345", "5 6", "--5", "-$-5", "5m", "5 m"]
-    + ["5 hundred", "5 million thousand", "50 basis points", "50 cents", "1e999", "nan", "inf"]
-    + ["0x10", "1_000", "5²", "٣", "1/2", "5 in 2019", "__import__('os')", "9" * 500],
-)
-def test_what_is_not_one_plain_number(text):
-    assert parse_number(text) is None
 
 
 @pytest.mark.parametrize(
@@ -169,6 +125,10 @@ def test_what_is_not_one_plain_number(text):
         ("option B", "B"),
         ("Option (B)", "B"),
         ("(A), as (A) says", "A"),
+        ("B\nBecause it is so", "B"),
+        ("B. John F. Kennedy", "B"),
+        ("A. Paris B. London", None),
+        ("A\nB", None),
         ("", None),
         ("Paris", None),
         ("A dog", None),
@@ -189,26 +149,10 @@ def test_one_letter_is_chosen(text, letter):
     assert parse_choice(text) == letter
 
 
-@given(any_text)
-def test_any_text_is_survived(text):
-    final = final_text(text)
-    assert final is None or text.endswith(final)
-    answer = find_answer(text)
-    assert answer is None or (answer.text and answer.text in text)
-    assert unwrap(text) in text
-    number = parse_number(text)
-    assert number is None or abs(number.value) < float("inf")
-    letter = parse_choice(text)
-    assert letter is None or (len(letter) == 1 and letter.lower() in text.lower())
-
-
-@given(st.integers(-(10**12), 10**12))
-def test_integers_survive_every_notation(value):
-    plain = Number(float(value), percent=False)
-    for text in (f"{value}", f"{value:,}", f"(${value}$)", f"**{value:,}**", f"\\({value}\\)."):
-        assert parse_number(text) == plain
-
-
-@given(st.decimals(0, 1000, places=3))
-def test_percent_sign_is_reported_and_not_applied(value):
-    assert parse_number(f"{value}%") == Number(float(value), percent=True)
+@pytest.mark.parametrize(
+    "filler", ["a", "(", "\\boxed{", "the answer is ", " ", "\n", "*", "$", "["]
+)
+def test_a_statement_over_the_bound_is_left_as_it_is(filler):
+    giant = f"the answer is Paris {filler * (1_000_000 // len(filler))} Rome"
+    answer = find_answer(giant)
+    assert answer is None or len(answer.text) > MAX_ANSWER_CHARS or answer.text in ("Rome", "Paris")

@@ -1,10 +1,8 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.reward.extract import Answer
-from megatron_qlrl.reward.rules import SourceRule, apply_rule, normalize, rule_of
+from megatron_qlrl.reward.rules import SourceRule, apply_rule, rule_of
 from megatron_qlrl.reward.score import score_response
 
 
@@ -38,33 +36,19 @@ def test_unknown_source_lists_the_valid_names():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("The  Cat, sat!", "cat sat"),
-        ("U.S.A.", "usa"),
-        ("“Paris”—city", "pariscity"),
-        ("3.14 and 1,000", "3.14 and 1000"),
-        ("-3 − 4 to −5", "-3 4 to -5"),
-        ("1990-1995", "19901995"),
-        ("the an A", ""),
-    ],
-)
-def test_normal_form(text, expected):
-    assert normalize(text) == expected
-
-
-@pytest.mark.parametrize(
     ("gold", "prediction"),
     [
         ("Yes", "yes."),
-        ("Paris", "Paris, France"),
-        ("Paris", "the city of Paris"),
+        ("Paris", "in Paris"),
+        ("Paris", "It is Paris"),
+        ("1994", "It was in 1994"),
         ("Barack Obama", "President Barack Obama"),
         ("The answer is Paris.", "Paris"),
         ("Therefore, the answer is (Barack Obama).", "barack obama"),
         ("AC/DC", "AC/DC"),
         ("trout and zinc", "trout and zinc"),
-        ("either red or blue", "red or blue is wrong, either red or blue"),
+        ("either red or blue", "Either red, or blue"),
+        ("Barack Obama", "it was former president Barack Obama"),
         ("no", "No"),
         ("not reported", "It was not reported"),
         ("1,234", "1234"),
@@ -89,6 +73,21 @@ def test_qa_right(gold, prediction):
         ("No", "Yes no"),
         ("Paris", "not Paris"),
         ("Paris", "Paris or London"),
+        ("Paris", "Paris London"),
+        ("Paris", "Paris, London"),
+        ("London", "Paris London"),
+        ("Paris", "Paris, France"),
+        ("Paris", "Paris London Rome"),
+        ("Paris", "the city of Paris"),
+        ("Arthur", "King Arthur"),
+        ("queen", "king queen"),
+        ("Martin Luther", "Martin Luther King"),
+        ("BBB+", "BBB-"),
+        ("C", "C++"),
+        ("32", "3:2"),
+        ("5", ".5"),
+        ("5", "5%"),
+        ("1015", "10-15"),
         ("Paris", "London, Paris, Rome"),
         ("Paris", "Paris; London"),
         ("Paris", "London and Paris"),
@@ -107,12 +106,6 @@ def test_qa_right(gold, prediction):
 )
 def test_qa_wrong(gold, prediction):
     assert not verdict("qa", gold, prediction)
-
-
-@pytest.mark.parametrize(("length", "expected"), [(3, True), (4, False)])
-def test_qa_prediction_is_at_most_twice_the_gold_plus_one(length, expected):
-    prediction = " ".join(["gold", "w", "x", "y"][:length])
-    assert verdict("qa", "gold", prediction) is expected
 
 
 @pytest.mark.parametrize(
@@ -134,6 +127,10 @@ def test_qa_prediction_is_at_most_twice_the_gold_plus_one(length, expected):
         ("Therefore, the answer is 32.4.", "32.4"),
         ("(32.4)", "32.4"),
         ("not disclosed", "Not disclosed."),
+        ("0.75", "3/4"),
+        ("0.75", "\\frac{3}{4}"),
+        ("\\dfrac{3}{4}", "0.75"),
+        ("3000000", "3 \\times 10^6"),
     ],
 )
 def test_numeric_right(gold, prediction):
@@ -157,6 +154,10 @@ def test_numeric_right(gold, prediction):
         ("5.3%", "530%"),
         ("5.3%", "0.053%"),
         ("5", "5 or 6"),
+        ("5", "5%, 6%"),
+        ("-1", "5 - 6"),
+        ("-1", "5 \\times 1 - 6"),
+        ("5", "\\frac{5}{0}"),
         ("5", "five"),
         ("not disclosed", "5"),
         ("?", "!"),
@@ -185,17 +186,6 @@ def test_numeric_wrong(gold, prediction):
 )
 def test_choice(gold, prediction, expected):
     assert verdict("choice", gold, prediction) is expected
-
-
-@given(st.sampled_from(["qa", "numeric", "choice"]), st.text(), st.text())
-def test_any_gold_and_any_prediction_give_a_verdict(rule, gold, prediction):
-    assert verdict(rule, gold, prediction) in (True, False)
-
-
-@given(st.text(min_size=1).filter(lambda text: text.strip()))
-def test_an_empty_prediction_is_never_right(gold):
-    for rule in ("qa", "numeric", "choice"):
-        assert not verdict(rule, gold, "")
 
 
 @pytest.mark.parametrize(
