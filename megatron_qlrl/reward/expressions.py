@@ -77,40 +77,47 @@ class ExpressionReader:
         self._lock = threading.Lock()
 
     def read(self, expression: str) -> float | None:
-        """The value; None when math-verify finds none or the child passed a limit."""
+        """The value; None when math-verify finds none or the child passed a limit.
+
+        Raises:
+            RewardError: the child cannot be started.
+        """
         with self._lock:
-            reply = self._ask(self._running(), expression)
-        return float(reply) if reply and reply != b"none\n" else None
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            reply = _ask(self._process, expression)
+        return float(reply) if reply not in (b"", b"none\n") else None
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                start_new_session=True,
-            )
-            weakref.finalize(self, _end, self._process)
-            if self._ask(self._process, "1") != b"1.0\n":
-                raise RewardError(
-                    f"math-verify did not start in {sys.executable}: its message is above. "
-                    "Install the pinned requirements again (requirements/cpu.txt)"
-                )
-        return self._process
-
-    def _ask(self, process: subprocess.Popen[bytes], expression: str) -> bytes:
-        """One line for one line; b"" when the child has ended, which is then cleared away."""
-        assert process.stdin and process.stdout
-        try:
-            process.stdin.write(expression.encode() + b"\n")
-            reply = process.stdout.readline()
-        except BrokenPipeError:
-            reply = b""
-        if not reply:
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+        )
+        weakref.finalize(self, _end, process)
+        assert process.stdout
+        if process.stdout.readline() != b"ready\n":
             _end(process)
-            self._process = None
-        return reply
+            raise RewardError(
+                f"math-verify did not start in {sys.executable}: its message is above. "
+                "Install the pinned requirements again (requirements/cpu.txt)"
+            )
+        return process
+
+
+def _ask(process: subprocess.Popen[bytes], expression: str) -> bytes:
+    """One line for one line; b"" when the child has ended, which is then cleared away."""
+    assert process.stdin and process.stdout
+    try:
+        process.stdin.write(expression.encode() + b"\n")
+        reply = process.stdout.readline()
+    except BrokenPipeError:
+        reply = b""
+    if not reply:
+        _end(process)
+    return reply
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

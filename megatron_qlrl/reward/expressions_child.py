@@ -1,7 +1,7 @@
 """The child of `expressions.py`: a line with an expression in, a line with its value out.
 
-Run as a script with the time limit of one line in seconds. The alarm's default action ends the process even inside C code, also when the
-parent is gone by then.
+Run as a script; the argument is the time limit of one expression in seconds. The alarm's default
+action ends the process even inside C code, also when the parent is gone by then.
 """
 
 import logging
@@ -19,27 +19,31 @@ def main(time_limit_s: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     signal.alarm(START_LIMIT_S)
-    from math_verify import LatexExtractionConfig, parse
-
     logging.disable(logging.WARNING)  # "timeout is disabled": the alarm is the timeout
+    value(r"\frac{1}{2}")  # loads what is loaded late
+    print("ready", flush=True)
+    signal.alarm(0)
     for line in sys.stdin:
         signal.alarm(time_limit_s)
-        found = parse(
-            f"${line.strip()}$",
-            extraction_config=[LatexExtractionConfig()],
-            fallback_mode="no_fallback",
-            parsing_timeout=0,
-        )
-        print(_value(found), flush=True)
+        print(value(line.strip()), flush=True)
         signal.alarm(0)
 
 
-def _value(found: list) -> float | str:
+def value(expression: str) -> float | str:
+    """The finite real value of a LaTeX expression, or "none"."""
+    from math_verify import LatexExtractionConfig, parse
+
+    found = parse(
+        f"${expression}$",
+        extraction_config=[LatexExtractionConfig()],
+        fallback_mode="no_fallback",
+        parsing_timeout=0,
+    )
     try:
-        value = float(found[0].evalf()) if len(found) == 1 else math.inf
+        number = float(found[0].evalf()) if len(found) == 1 else math.inf
     except (AttributeError, TypeError, ValueError, OverflowError):
         return "none"
-    return value if math.isfinite(value) else "none"
+    return number if math.isfinite(number) else "none"
 
 
 if __name__ == "__main__":
