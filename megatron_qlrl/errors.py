@@ -28,3 +28,7 @@ class SyncError(QlrlError):
 
 class CheckpointError(QlrlError):
     """A checkpoint or model folder cannot be read or written."""
+
+
+class KernelError(QlrlError):
+    """This machine's kernels compute something else than they should."""

@@ -33,11 +33,13 @@ from megatron_qlrl.evaluate.benchmarks import evaluate
 from megatron_qlrl.loop import Trainer
 from megatron_qlrl.metrics.sinks import Tracker
 from megatron_qlrl.packing.microbatch import make_rows
+from megatron_qlrl.packing.rows import slice_group
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.platform.env import init_ranks, set_engine_env
 from megatron_qlrl.policy.optimizer import learning_rate
+from megatron_qlrl.policy.selfcheck import check_sharing
 from megatron_qlrl.policy.step import Loss, Policy
 from megatron_qlrl.reward.score import check_sources, score_group
 from megatron_qlrl.rollout.sampler import sample_groups, share_prompts
@@ -85,6 +87,7 @@ class Run:
             warn=print if self.leads else lambda _: None,
         )
         self.scores: dict[str, float] = {}
+        self._sharing_checked = False
         self._on_disk(lambda: save_config(config, self.folder / "config.yaml"))
 
     def close(self) -> None:
@@ -265,6 +268,7 @@ class Run:
         updates = config.algorithm.updates_per_step
 
         def pack(groups: Sequence[TrainGroup]) -> list[PackedRow]:
+            self._check_sharing(groups)
             return make_rows(
                 groups,
                 num_ranks=self.context.dp.size,
@@ -282,6 +286,31 @@ class Run:
 
         keeps = config.algorithm.reference and aggregation is None
         return Trainer(pack, policy.add_logprobs, policy.as_reference if keeps else None, update)
+
+    def _check_sharing(self, groups: Sequence[TrainGroup]) -> None:
+        """Once, before the first batch with a shared prompt is trained on."""
+        if self._sharing_checked or not self.config.policy.share_prompts:
+            return
+        slices = (
+            slice_group(g, prompt_tokens=256, responses=3, response_tokens=32) for g in groups
+        )
+        first = next((s for s in slices if len(s.responses) > 1), None)
+        if first is None:
+            return
+        shared, separate = (
+            make_rows(
+                [first],
+                num_ranks=1,
+                max_tokens=self.config.policy.max_tokens_per_row,
+                share_prompts=share,
+                aggregation="token_mean",
+                constant_tokens=1,
+                cost=partial(block_flops, self.shape),
+            )[0]
+            for share in (True, False)
+        )
+        check_sharing(self.policy, shared, separate)
+        self._sharing_checked = True
 
     # --- record -------------------------------------------------------------------------
 

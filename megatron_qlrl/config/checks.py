@@ -128,7 +128,7 @@ def check_machine(config: Config, *, processes: int, num_gpus: int) -> None:
     """Whether this machine can run `processes` ranks of the configuration.
 
     Raises:
-        ConfigError: more ranks than GPUs, or FP8 without a GPU.
+        ConfigError: more ranks than GPUs, FP8 without a GPU, or float32 on one.
     """
     if num_gpus and processes > num_gpus:
         raise ConfigError(
@@ -139,6 +139,11 @@ def check_machine(config: Config, *, processes: int, num_gpus: int) -> None:
         raise ConfigError(
             f"policy.fp8={config.policy.fp8} needs a GPU and this machine has none; set "
             "policy.fp8=off"
+        )
+    if num_gpus and config.model.dtype == "float32":
+        raise ConfigError(
+            "model.dtype=float32 on a GPU: the attention kernels there take bfloat16 only; set "
+            "model.dtype=bfloat16"
         )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.packing.balance import fewest_bins
-from megatron_qlrl.types import Block, PackedRow, TrainGroup
+from megatron_qlrl.types import Block, PackedRow, TrainGroup, TrainResponse
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 # One unit of packing: a group's index and the indices of the responses that stay together.
@@ -56,6 +56,17 @@ def split_groups(
         bins = fewest_bins(lengths, cap=room) if share_prompts else alone
         parts += [(index, tuple(sorted(members))) for members in bins]
     return parts
+
+
+def slice_group(
+    group: TrainGroup, *, prompt_tokens: int, responses: int, response_tokens: int
+) -> TrainGroup:
+    """The end of the prompt with the beginnings of the first responses that are not empty."""
+    kept = [r for r in group.responses if len(r.token_ids)][:responses]
+    return TrainGroup(
+        group.prompt_ids[-prompt_tokens:],
+        tuple(TrainResponse(r.token_ids[:response_tokens], r.advantage) for r in kept),
+    )
 
 
 def part_tokens(groups: Sequence[TrainGroup], part: Part) -> int:

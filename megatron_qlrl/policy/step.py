@@ -61,7 +61,7 @@ class Policy:
         self.context, self.shape = context, shape
         self.temperature = temperature
         self.version = 0
-        self._shard = shard
+        self.shard = shard
         self._reference: list[torch.Tensor] | None = None
         with megatron_device():
             self.model = build_model(shape, policy, dtype=dtype, context=context).to(device())
@@ -84,7 +84,7 @@ class Policy:
             self.wrapped.zero_grad_buffer()
             # Without this the first micro-batch's gradients count twice from step two on.
             self.optimizer.zero_grad()
-            found = self._run(rows, partial(_training_loss, loss), forward_only=False)
+            found = self.run(rows, partial(training_loss, loss), forward_only=False)
             set_learning_rate(self.optimizer, lr)
             _, grad_norm, _ = self.optimizer.step()
         self.version += 1
@@ -96,7 +96,7 @@ class Policy:
         """`rows` with a new column: the log-probs of their response tokens, without gradient."""
         self.wrapped.eval()
         with megatron_device():
-            found = self._run(rows, _collect_logprobs, forward_only=True)
+            found = self.run(rows, _collect_logprobs, forward_only=True)
         lengths = [row.num_response_tokens for row in rows]
         flat = torch.zeros(sum(lengths), dtype=torch.float32, device=device())
         starts = np.cumsum([0, *lengths])
@@ -141,8 +141,10 @@ class Policy:
             parameter.data.copy_(other)
             other.copy_(mine)
 
-    def _run(self, rows: Sequence[PackedRow], finish: Any, *, forward_only: bool) -> list[Any]:
-        batches = iter([self._shard(row) for row in rows])
+    def run(self, rows: Sequence[PackedRow], finish: Any, *, forward_only: bool) -> list[Any]:
+        """Megatron's schedule over `rows`; `finish` (micro-batch, log-probs, entropy) gives what
+        the schedule wants of the last stage. Inside `megatron_device()`."""
+        batches = iter([self.shard(row) for row in rows])
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward, finish),
             data_iterator=batches,
@@ -181,9 +183,10 @@ class Policy:
         return finish(batch, logprobs, entropy)
 
 
-def _training_loss(
+def training_loss(
     loss: Loss, batch: MicroBatch, logprobs: torch.Tensor, entropy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """What the schedule wants of the last stage: (weighted sum, 0 tokens to divide by, sums)."""
     columns = {
         name: torch.from_numpy(values).to(logprobs.device) for name, values in batch.columns.items()
     }

@@ -208,3 +208,10 @@ def test_machine() -> None:
         checks.check_machine(fp8, processes=1, num_gpus=0)
     with pytest.raises(ConfigError, match=r"--processes 9 on a machine with 8 usable"):
         checks.check_machine(fp8, processes=9, num_gpus=8)
+
+
+def test_float32_is_for_machines_without_a_gpu() -> None:
+    wide = make_config(model={"path": "m", "dtype": "float32"})
+    checks.check_machine(wide, processes=1, num_gpus=0)
+    with pytest.raises(ConfigError, match="set model.dtype=bfloat16"):
+        checks.check_machine(wide, processes=1, num_gpus=1)

@@ -13,6 +13,7 @@ from megatron_qlrl.packing.rows import (
     build_row,
     empty_row,
     part_tokens,
+    slice_group,
     split_groups,
     token_weight,
 )
@@ -126,6 +127,13 @@ def test_response_that_cannot_fit_is_the_users_error(
     message = rf"max_tokens_per_row=10; raise it to at least {need}"
     with pytest.raises(ConfigError, match=message):
         split_groups(groups_of([(prompt, responses)]), max_tokens=10, share_prompts=True)
+
+
+def test_slice_takes_the_prompts_end_and_the_responses_beginnings() -> None:
+    (group,) = groups_of([(5, [3, 0, 1, 4, 2])])  # ids 0-4 | 5 6 7 | | 8 | 9-12 | 13 14
+    found = slice_group(group, prompt_tokens=2, responses=3, response_tokens=2)
+    assert found.prompt_ids.tolist() == [3, 4]
+    assert [r.token_ids.tolist() for r in found.responses] == [[5, 6], [8], [9, 10]]
 
 
 def test_empty_row_trains_on_nothing() -> None:

@@ -1,0 +1,74 @@
+"""`qlrl bench` and tools/gpu_check.py on tiny shapes: the JSON and what must hold at any size."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ["--layers=2", "--hidden=64", "--heads=4", "--kv-heads=2", "--ffn=128", "--vocab=300"]
+
+
+def bench(qlrl: Callable[..., Any], *argv: str) -> dict[str, Any]:
+    return json.loads(qlrl("bench", *argv).check().out)
+
+
+def test_update(qlrl: Callable[..., Any]) -> None:
+    found = bench(
+        qlrl, "update", "--prompt-tokens=200", "--response-tokens=10", "--group=4", "--rounds=1",
+        *MODEL,
+    )  # fmt: skip
+    # By hand, per layer: linear 2 * 64 * (2 * 64 + 2 * 32 + 3 * 128) = 73,728 a token, attention
+    # 4 * 64 = 256 a pair; LM head 2 * 64 * 300 = 38,400 a response token.
+    # Shared: 240 tokens, pairs 20,100 + 4 * (55 + 2,000). Separate: 4 * 210 tokens,
+    # pairs 4 * 22,155. Both: 40 response tokens.
+    shared = 2 * (73_728 * 240 + 256 * (20_100 + 4 * 2_055)) + 38_400 * 40
+    separate = 2 * (73_728 * 840 + 256 * 4 * 22_155) + 38_400 * 40
+    assert found["flop_ratio"] == pytest.approx(separate / shared)
+    assert found["grad_rel_error"] <= found["max_grad_rel_error"] < 1e-5
+    assert found["speedup"] > 0
+    assert found["peak_memory_ratio"] > 0
+    assert {"shared", "separate"} == set(found["sides"])
+
+
+def test_logprob(qlrl: Callable[..., Any]) -> None:
+    found = bench(qlrl, "logprob", "--vocab=40000", "--tokens=512", "--hidden=32", "--rounds=1")
+    assert found["max_error"] < 1e-5
+    # One tensor of full logits has 78 MiB; two blocks of ours have 8 MiB.
+    assert found["added_peak_bytes"]["full_logits"] > 3 * 40_000 * 512 * 4
+    assert found["added_peak_ratio"] < 1 / 13
+    assert set(found["added_peak_bytes_by_tokens"]) == {"128", "512", "2048"}
+
+
+def test_pack(qlrl: Callable[..., Any]) -> None:
+    found = bench(qlrl, "pack", "--mixes=100")
+    assert found["max_over_mean_worst"] <= 1.01
+    assert found["cap_violations"] == 0
+    assert 10_000 < found["mean_prompt_tokens"] < 12_500
+
+
+def test_row_does_not_depend_on_context_parallel_ranks(qlrl: Callable[..., Any]) -> None:
+    shape = ["row", "--prompt-tokens=300", "--response-tokens=20", "--group=3", *MODEL]
+    one, two = (bench(qlrl, *shape, f"--cp={cp}") for cp in (1, 2))
+    assert one["row_tokens"] == two["row_tokens"] == 360
+    assert len(two["peak_gib_per_rank"]) == 2
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-6)
+    assert one["entropy"] == pytest.approx(two["entropy"], rel=1e-6)
+
+
+def test_gpu_check_runs_every_part(tmp_path: Path) -> None:
+    out = tmp_path / "check.json"
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "gpu_check.py", "--out", out],
+        capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert [line for line in done.stdout.splitlines() if line.endswith(": ok")] == [
+        f"{name}: ok" for name in found if name not in ("machine", "command")
+    ]
+    assert found["sharing"]["layers"] == 4

@@ -1,0 +1,200 @@
+#!/usr/bin/env python
+"""One GPU, checked and measured in one go: attention kernels and log-probs against float64, shared
+rows against separate rows layer by layer, then `qlrl bench logprob` and `update` at 7B widths.
+
+    python tools/gpu_check.py --out gpu.json [--site FOLDER]
+
+Needs torch with triton and transformers; megatron-core and pydantic may lie in FOLDER:
+
+    pip install --no-deps --target FOLDER megatron-core==0.16.1 \
+        pydantic pydantic-core annotated-types typing-inspection typing-extensions
+
+A part that fails is recorded with its traceback, and the others go on; exit code 1 then. On a
+machine without a GPU it runs the same parts in small sizes. Not run on a GPU yet.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--site", type=Path, help="folder with more packages")
+    arguments = parser.parse_args()
+    if arguments.site:
+        sys.path.append(str(arguments.site.resolve()))
+    import torch
+
+    gpu = torch.cuda.is_available()
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "attention": check_attention,
+        "logprobs": check_logprobs,
+        "sharing": check_sharing_by_layer,
+        "bench_logprob": lambda: bench_logprob(gpu),
+        "bench_update": lambda: bench_update(gpu),
+        "bench_update_60k": lambda: bench_update_long(gpu),
+    }
+    found: dict[str, Any] = {"machine": machine(), "command": " ".join(sys.argv)}
+    for name, part in parts.items():
+        started = time.perf_counter()
+        try:
+            found[name] = part()
+        except Exception:  # one broken part must not hide what the others say
+            found[name] = {"failed": traceback.format_exc()}
+        found[name]["seconds"] = round(time.perf_counter() - started, 2)
+        print(f"{name}: {'FAILED' if 'failed' in found[name] else 'ok'}", flush=True)
+        # After every part, so that a run that is cut off leaves what it has.
+        arguments.out.write_text(json.dumps(found, indent=1))
+    return int(any("failed" in value for value in found.values() if isinstance(value, dict)))
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    from megatron_qlrl.platform.machine import attention_kernel
+
+    gpu = torch.cuda.is_available()
+    kernel = attention_kernel(gpu=gpu)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if gpu else platform.processor() or "cpu",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "attention_kernel": [kernel.name, kernel.why],
+    }
+
+
+def check_attention() -> dict[str, Any]:
+    """Out and gradients of shared-prompt pieces for every kernel that loads here, relative to
+    dense attention in float64."""
+    import torch
+
+    from megatron_qlrl.platform.device import device, has_gpu
+    from megatron_qlrl.policy.attention import segment_attention
+    from megatron_qlrl.policy.kernels import KERNELS
+    from megatron_qlrl.types import Piece
+
+    prompt, response, heads, kv_heads, dim = 300, 70, 8, 2, 64
+    tokens = prompt + 2 * response
+    pieces = (
+        Piece(0, prompt, 0, prompt, True),
+        Piece(prompt, tokens, 0, prompt, False),
+        Piece(prompt, prompt + response, prompt, prompt + response, True),
+        Piece(prompt + response, tokens, prompt + response, tokens, True),
+    )
+    seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for p in pieces:
+        block = torch.ones(p.q1 - p.q0, p.k1 - p.k0, dtype=torch.bool)
+        seen[p.q0 : p.q1, p.k0 : p.k1] |= block.tril() if p.causal else block
+    dtype = torch.bfloat16 if has_gpu() else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (
+        torch.randn(tokens, n, dim, generator=generator).to(dtype)
+        for n in (heads, kv_heads, kv_heads, heads)
+    )
+
+    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * dim**-0.5
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+    def with_gradients(function: Any, inputs: list[torch.Tensor], grad: torch.Tensor) -> Any:
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = function(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+    want = with_gradients(dense, [x.double() for x in (q, k, v)], g.double())
+    found = {}
+    for name in ["aten_cuda", "flash_attn"] if has_gpu() else ["aten_cpu"]:
+        kernel = KERNELS[name]
+        try:
+            ours = with_gradients(
+                lambda q, k, v, kernel=kernel: segment_attention(
+                    q, k, v, pieces, dim**-0.5, kernel
+                ),
+                [x.to(device()) for x in (q, k, v)],
+                g.to(device()),
+            )
+        except ImportError as error:
+            found[name] = f"absent: {error}"
+            continue
+        found[name] = {
+            part: float((a.cpu().double() - b).norm() / b.norm())
+            for part, a, b in zip(("out", "dq", "dk", "dv"), ours, want, strict=True)
+        }
+        allowed = 0.02 if dtype is torch.bfloat16 else 1e-5
+        assert all(error < allowed for error in found[name].values()), found[name]
+    return {"relative_error": found}
+
+
+def check_logprobs() -> dict[str, Any]:
+    """`qlrl bench logprob`'s errors at a size that takes no time."""
+    from megatron_qlrl.bench.logprob import bench_logprob
+
+    found = bench_logprob(vocab=10_000, hidden=256, tokens=512, rounds=1)
+    assert found["max_error"] < 2 * found["full_logits_max_error"] + 1e-5, found
+    return {name: found[name] for name in ("max_error", "full_logits_max_error")}
+
+
+def check_sharing_by_layer() -> dict[str, Any]:
+    """The check that a run makes at its first batch."""
+    from megatron_qlrl.bench.policy import group_rows, make_group, make_shape, random_policy
+    from megatron_qlrl.policy.selfcheck import check_sharing
+
+    shape = make_shape(
+        layers=4, hidden=512, heads=8, kv_heads=2, ffn=1536, vocab=4096, positions=1024
+    )
+    group = make_group(vocab=4096, prompt_tokens=256, response_tokens=32, group=3)
+    with random_policy(shape) as policy:
+        check_sharing(
+            policy, *(group_rows(shape, group, max_tokens=1024, share=s) for s in (True, False))
+        )
+    return {"layers": 4}
+
+
+def bench_logprob(gpu: bool) -> dict[str, Any]:
+    from megatron_qlrl.bench.logprob import bench_logprob
+
+    if gpu:
+        return bench_logprob(vocab=151_936, hidden=3584, tokens=8192, rounds=5)
+    return bench_logprob(vocab=4096, hidden=32, tokens=256, rounds=1)
+
+
+def bench_update(gpu: bool) -> dict[str, Any]:
+    return _bench_update(gpu, prompt_tokens=8000 if gpu else 128, rounds=3)
+
+
+def bench_update_long(gpu: bool) -> dict[str, Any]:
+    """P = 60,000, R = 1,000, G = 8 (on a GPU)."""
+    return _bench_update(gpu, prompt_tokens=60_000 if gpu else 256, rounds=1)
+
+
+def _bench_update(gpu: bool, *, prompt_tokens: int, rounds: int) -> dict[str, Any]:
+    from megatron_qlrl.bench.policy import make_shape
+    from megatron_qlrl.bench.update import bench_update
+
+    response = 1000 if gpu else 16
+    if gpu:  # two layers as wide as a 7B model's
+        widths = {"hidden": 3584, "heads": 28, "kv_heads": 4, "ffn": 18_944, "vocab": 152_064}
+    else:
+        widths = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "vocab": 512}
+    shape = make_shape(layers=2, positions=prompt_tokens + response, **widths)
+    found = bench_update(
+        shape, prompt_tokens=prompt_tokens, response_tokens=response, group=8, rounds=rounds
+    )
+    return {"shape": widths | {"layers": 2, "prompt_tokens": prompt_tokens}, **found}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
