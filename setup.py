@@ -11,6 +11,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 
 CORE = [
+    "aiohttp>=3.10",
     "huggingface_hub>=1.31",
     "math-verify>=0.9",
     "matplotlib",

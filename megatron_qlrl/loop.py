@@ -151,11 +151,14 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     verdicts = rewards[~np.isnan(rewards)]
     lengths = np.array([len(r.token_ids) for r in rollouts])
     prompts = np.array([g.prompt.num_tokens for g in groups])
+    scores = [s for g in groups for s in g.scores]
     metrics: dict[str, Any] = {
         "critic/rewards/mean": verdicts.mean() if verdicts.size else np.nan,
         "critic/rewards/max": verdicts.max() if verdicts.size else np.nan,
         "critic/rewards/min": verdicts.min() if verdicts.size else np.nan,
         "critic/rewards/masked": float(np.isnan(rewards).sum()),
+        "reward/rule/mean": np.mean([s.rule for s in scores]),
+        "reward/rule/no_answer": np.mean([not s.matched for s in scores]),
         "response_length/mean": lengths.mean(),
         "response_length/max": lengths.max(),
         "response_length/min": lengths.min(),

@@ -78,12 +78,14 @@ class Score:
         value: the reward, max over the parts; None means "no verdict": the sample is masked
             out of the loss and of every group statistic.
         rule: reward of the rule alone.
+        judge: the judge's verdict as 0 or 1; None when it was not asked or gave none.
         matched: the notation the rule read the answer from, "" when none.
         prediction: the final answer as extracted, for the rollout log.
     """
 
     value: float | None
     rule: float
+    judge: float | None = None
     matched: str = ""
     prediction: str = ""
 

@@ -14,7 +14,7 @@ from megatron_qlrl.config import checks
 from megatron_qlrl.config.load import load_config
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.launch import local
-from megatron_qlrl.platform.env import read_ranks
+from megatron_qlrl.platform.env import read_ranks, read_secret
 from megatron_qlrl.platform.machine import attention_kernel
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
@@ -71,6 +71,7 @@ def check(
             checks.check_files(loaded, command)
     checks.check_layout(loaded, checks.read_hf_config(loaded.model.path), world_size=world)
     checks.check_machine(loaded, processes=world, num_gpus=local.num_gpus())
+    _check_judge(loaded)
     typer.echo(f"{config}: fits {world} process(es) on this machine")
 
 
@@ -105,6 +106,7 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
         here = world_size if read_ranks().world_size == 1 else 1
         checks.check_machine(config, processes=here, num_gpus=local.num_gpus())
         checks.check_run_dir(config)
+        _check_judge(config)
 
     def run() -> None:
         from megatron_qlrl import compose
@@ -118,6 +120,14 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
 
     processes = wanted or _default_processes(config)
     on_ranks([command, str(path), *overrides], processes, check=check, run=run)
+
+
+def _check_judge(config: Config) -> None:
+    judge = config.reward.judge
+    if judge is not None:
+        from megatron_qlrl.reward.judge import check_judge
+
+        check_judge(judge, key=read_secret(judge.api_key_env))
 
 
 def _default_processes(config: Config) -> int:

@@ -46,9 +46,13 @@ def run_rl(config: Config) -> None:
         for sampler, saved in zip(samplers, state.get("samplers", []), strict=False):
             sampler.load_state_dict(saved)
         trainer = run.trainer(policy_loss(config), total_updates=config.total_rl_steps)
+        phases, first = make_phases(config, samplers), state.get("step", 0)
+        for phase in phases:
+            if first == phase.end_step and config.evaluation.at_phase_end:
+                run.evaluate_owed(benchmarks, phase.name, first - 1)
         for phase, report, groups in run_phases(
-            make_phases(config, samplers),
-            first_step=state.get("step", 0),
+            phases,
+            first_step=first,
             prompts_per_step=config.rollout.prompts_per_step,
             updates_per_step=config.algorithm.updates_per_step,
             collect=run.collect,
@@ -57,11 +61,12 @@ def run_rl(config: Config) -> None:
             trainer=trainer,
         ):
             run.log(report, groups)
+            run.reached(report.step + 1, {"samplers": [s.state_dict() for s in samplers]})
             last = report.step == phase.end_step - 1
             if last and config.evaluation.at_phase_end:
                 run.evaluate(benchmarks, phase.name, report.step)
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
-                run.save(report.step + 1, {"samplers": [s.state_dict() for s in samplers]})
+                run.save()
         run.release()
 
 
@@ -77,9 +82,12 @@ def run_sft(config: Config) -> None:
         state = run.restore()
         run.evaluate_start(benchmarks, state)
         trainer = run.trainer(sft_loss, total_updates=steps, aggregation=sft.aggregation)
+        first = state.get("step", 0)
+        if first == steps and config.evaluation.at_phase_end:
+            run.evaluate_owed(benchmarks, "sft", first - 1)
         for report in run_sft_steps(
             examples,
-            first_step=state.get("step", 0),
+            first_step=first,
             num_steps=steps,
             batch_size=sft.batch_size,
             seed=config.run.seed,
@@ -87,11 +95,12 @@ def run_sft(config: Config) -> None:
             update=trainer.update,
         ):
             run.log(report, [])
+            run.reached(report.step + 1, {})
             last = report.step == steps - 1
             if last and config.evaluation.at_phase_end:
                 run.evaluate(benchmarks, "sft", report.step)
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
-                run.save(report.step + 1, {})
+                run.save()
         run.release()
 
 

@@ -13,13 +13,16 @@ from megatron_qlrl import __version__
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.config.shape import ModelShape, read_shape
 from megatron_qlrl.curriculum.phases import PhaseSampler
-from megatron_qlrl.errors import ConfigError
+from megatron_qlrl.errors import ConfigError, RewardError
 from megatron_qlrl.loop import Phase
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.platform.device import has_gpu
+from megatron_qlrl.platform.env import read_secret
 from megatron_qlrl.policy.loss import PolicyLoss
 from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.reward.judge import Judge
+from megatron_qlrl.reward.score import Scorer
 from megatron_qlrl.types import Prompt, ScoredGroup
 from megatron_qlrl.weights.checkpoint import CheckpointStore
 from megatron_qlrl.weights.release import copy_companions
@@ -143,6 +146,35 @@ def policy_loss(config: Config) -> PolicyLoss:
     return PolicyLoss(a.clip_low, a.clip_high, a.dual_clip, a.kl_coef, a.kl_kind, a.entropy_coef)
 
 
+def make_scorer(config: Config) -> Scorer:
+    judge = config.reward.judge
+    return Scorer(judge and Judge(judge, key=read_secret(judge.api_key_env)))
+
+
+def check_masked(groups: Sequence[ScoredGroup], *, max_share: float, reason: str) -> None:
+    """Stops a batch whose rewards are no longer those of the task.
+
+    Raises:
+        RewardError: more than `max_share` of the responses have no verdict; `reason` says why.
+    """
+    values = [s.value for g in groups for s in g.scores]
+    masked = values.count(None)
+    if masked > max_share * len(values):
+        raise RewardError(
+            f"the judge gave no verdict on {masked} of {len(values)} responses, more than "
+            f"reward.max_masked_share={max_share:g} ({reason}). Bring the judge back and start "
+            "again: the run resumes"
+        )
+
+
+def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The judges' counts of all ranks as metrics."""
+    total = {name: sum(c[name] for c in counts) for name in counts[0]}
+    latency = total.pop("latency_s") / max(total.pop("replies"), 1)
+    found = {f"reward/judge/{name}": value for name, value in total.items()}
+    return found | {"reward/judge/latency_s": latency}
+
+
 def run_facts(config: Config) -> dict[str, Any]:
     return {
         "base model": Path(config.model.path).name,
@@ -166,6 +198,8 @@ def rollout_records(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
             "finished": rollout.finished,
             "weight_version": rollout.weight_version,
             "score": score.value,
+            "rule": score.rule,
+            "judge": score.judge,
             "matched": score.matched,
             "prediction": score.prediction,
         }

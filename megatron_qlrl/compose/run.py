@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -10,9 +11,12 @@ from typing import Any, TypeVar
 
 from megatron_qlrl.compose.parts import (
     changed_rope,
+    check_masked,
+    judge_metrics,
     load_tokenizer,
     make_context,
     make_policy,
+    make_scorer,
     model_shape,
     rollout_records,
     run_facts,
@@ -28,7 +32,7 @@ from megatron_qlrl.data.dataset import (
     load_prompts,
     middle_truncate,
 )
-from megatron_qlrl.errors import ConfigError, DataError
+from megatron_qlrl.errors import ConfigError, DataError, RewardError
 from megatron_qlrl.evaluate.benchmarks import evaluate
 from megatron_qlrl.loop import Trainer
 from megatron_qlrl.metrics.sinks import Tracker
@@ -41,10 +45,18 @@ from megatron_qlrl.platform.env import init_ranks, set_engine_env
 from megatron_qlrl.policy.optimizer import learning_rate
 from megatron_qlrl.policy.selfcheck import check_sharing
 from megatron_qlrl.policy.step import Loss, Policy
-from megatron_qlrl.reward.score import check_sources, score_group
+from megatron_qlrl.reward.score import check_sources
 from megatron_qlrl.rollout.sampler import sample_groups, share_prompts
 from megatron_qlrl.rollout.vllm_engine import Sampling, VllmEngine
-from megatron_qlrl.types import PackedRow, Prompt, ScoredGroup, StepReport, TrainGroup
+from megatron_qlrl.types import (
+    PackedRow,
+    Prompt,
+    Rollout,
+    Score,
+    ScoredGroup,
+    StepReport,
+    TrainGroup,
+)
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint
 from megatron_qlrl.weights.hf_map import hf_shapes
 from megatron_qlrl.weights.release import write_release
@@ -65,6 +77,9 @@ def open_run(config: Config, *, temperature: float) -> Iterator["Run"]:
         run = Run(config, temperature=temperature)
         try:
             yield run
+        except RewardError:
+            run.save()
+            raise
         finally:
             run.close()
 
@@ -88,10 +103,13 @@ class Run:
         )
         self.scores: dict[str, float] = {}
         self._sharing_checked = False
+        self.scorer = on_all_ranks(partial(make_scorer, config))
+        self._unsaved: tuple[int, Mapping[str, Any]] | None = None
         self._on_disk(lambda: save_config(config, self.folder / "config.yaml"))
 
     def close(self) -> None:
         self.tracker.close()
+        self.scorer.close()
         if "engine" in self.__dict__:
             self.engine.close()
 
@@ -187,10 +205,27 @@ class Run:
     def _generate(
         self, prompts: Sequence[Prompt], step: int, sampling: Sampling, samples: int
     ) -> list[ScoredGroup]:
-        """Every engine generates and scores its share; all ranks get all groups, in order."""
-        engine = self.engine
+        """Every engine generates its share and scores each response as it ends; all ranks get
+        all groups, in order.
+
+        Raises:
+            RewardError: too many responses have no verdict.
+        """
+        engine, scorer = self.engine, self.scorer
         share = share_prompts(prompts, engine.num_engines)[engine.engine_index]
         mine = [prompts[i] for i in share]
+        scores: dict[tuple[int, int], Future[Score]] = {}
+
+        def submit(number: int, rollout: Rollout) -> None:
+            if engine.leads:
+                prompt = mine[number]
+                scores[number, rollout.sample] = scorer.submit(
+                    data_source=prompt.data_source,
+                    question=prompt.question,
+                    ground_truth=prompt.ground_truth,
+                    response=rollout.text,
+                )
+
         with engine.awake(untied(self.stream)) as generate:
             found = sample_groups(
                 mine,
@@ -201,25 +236,42 @@ class Run:
                 step=step,
                 weight_version=self.policy.version,
                 decode=partial(self.tokenizer.decode, skip_special_tokens=True),
+                on_done=submit,
             )
 
-        def score() -> dict[int, ScoredGroup]:
+        def finish() -> dict[int, ScoredGroup]:
             if not engine.leads:
                 return {}
             return {
-                index: score_group(prompt, rollouts)
-                for index, prompt, rollouts in zip(share, mine, found, strict=True)
+                share[n]: ScoredGroup(
+                    mine[n], group, tuple(scores[n, r.sample].result() for r in group)
+                )
+                for n, group in enumerate(found)
             }
 
-        parts = gather_objects(on_all_ranks(score))
-        merged = {index: group for part in parts for index, group in part.items()}
-        return [merged[i] for i in range(len(prompts))]
+        parts = gather_objects((on_all_ranks(finish), scorer.last_failure))
+        merged = {index: group for part, _ in parts for index, group in part.items()}
+        groups = [merged[i] for i in range(len(prompts))]
+        reason = next((failure for _, failure in parts if failure), "")
+        check_masked(groups, max_share=self.config.reward.max_masked_share, reason=reason)
+        return groups
+
+    def _judge_metrics(self) -> dict[str, float]:
+        """What the judge did since the last call; nothing without a judge."""
+        if self.config.reward.judge is None:
+            return {}
+        return judge_metrics(gather_objects(self.scorer.take_counts()))
 
     def evaluate_start(
         self, benchmarks: Mapping[str, list[Prompt]], state: Mapping[str, Any]
     ) -> None:
         if self.config.evaluation.before_training and not state:
             self.evaluate(benchmarks, "start", 0)
+
+    def evaluate_owed(self, benchmarks: Mapping[str, list[Prompt]], name: str, step: int) -> None:
+        """Evaluates unless the checkpoint's run did: the judge may have been lost before."""
+        if not any(score.startswith(f"{name}: ") for score in self.scores):
+            self.evaluate(benchmarks, name, step)
 
     def evaluate(
         self, benchmarks: Mapping[str, list[Prompt]], name: str, step: int
@@ -239,6 +291,7 @@ class Run:
             return groups
 
         metrics = evaluate(benchmarks, answer)
+        metrics |= {f"val/{name}": value for name, value in self._judge_metrics().items()}
         self.scores |= {f"{name}: {k}": v for k, v in metrics.items() if k.endswith("/score")}
 
         def write() -> None:
@@ -340,9 +393,10 @@ class Run:
 
     def log(self, report: StepReport, groups: Sequence[ScoredGroup]) -> None:
         shown = groups[: self.config.logging.rollouts_per_step]
+        metrics = {**report.metrics, **self._judge_metrics()}
 
         def write() -> None:
-            self.tracker.log(report.step, report.metrics)
+            self.tracker.log(report.step, metrics)
             self.tracker.rollouts(report.step, rollout_records(shown))
 
         self._on_disk(write)
@@ -363,11 +417,20 @@ class Run:
 
         return on_all_ranks(guarded)
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
+    def reached(self, step: int, state: Mapping[str, Any]) -> None:
+        """`step` steps are done: what the next `save` writes."""
+        self._unsaved = (step, state)
+
+    def save(self) -> None:
+        """A checkpoint of the last step reached, unless there is one already."""
+        if self._unsaved is None:
+            return
+        step, state = self._unsaved
         more = {**state, "scores": self.scores, "tracker": self.tracker.state_dict()}
         save_checkpoint(
             self.store, self.policy, step, Path(self.config.model.path), self.config, more
         )
+        self._unsaved = None
 
     def release(self) -> None:
         """The final weights as a Hugging Face folder at <run.dir>/hf."""

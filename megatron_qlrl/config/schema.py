@@ -6,8 +6,9 @@ A check that needs only the config lives here; a check that needs the model's sh
 """
 
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -149,6 +150,66 @@ class SFTConfig(Section):
     """Mean of the per-example means (the method's warm-up) or over all response tokens."""
 
 
+JUDGE_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
+"""The judge of the paper, about 3 GB in bfloat16."""
+
+
+class JudgeConfig(Section):
+    urls: tuple[str, ...] = Field(min_length=1)
+    """Base URLs of OpenAI-compatible servers (http://host:8000/v1) that share the load."""
+    model: str = JUDGE_MODEL
+    """Name under which the servers offer the model."""
+    api_key_env: str | None = None
+    """NAME of the environment variable that holds the key; a key is never written in a config."""
+    concurrency: int = Field(default=64, gt=0)
+    """Requests in flight, for each rollout engine."""
+    timeout_s: float = Field(default=30.0, gt=0)
+    """Of one request."""
+    attempts: int = Field(default=4, gt=0)
+    """Tries for one verdict, with growing random pauses, before its sample is masked."""
+    cooldown_s: float = Field(default=10.0, gt=0)
+    """A server that failed gets no request for so long while others answer."""
+    max_tokens: int = Field(default=32, gt=0)
+    """Longest reply; the verdict needs about 10 tokens."""
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _a_name(cls, name: str | None) -> str | None:
+        if name is not None and not name.isidentifier():
+            # Not repeated here: it may be the key itself.
+            raise ValueError(
+                "reward.judge.api_key_env takes the NAME of an environment variable (letters, "
+                "digits, _), never the key"
+            )
+        return name
+
+    @field_validator("urls")
+    @classmethod
+    def _plain(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(
+                    f"reward.judge.urls: '{url}' is not of the form http://host:8000/v1"
+                )
+            if parts.username or parts.password or parts.query:
+                # Not repeated here: it may hold a key.
+                raise ValueError(
+                    f"reward.judge.urls: the URL of {parts.hostname} carries a user, password or "
+                    "query; put the key into an environment variable and its name into "
+                    "reward.judge.api_key_env"
+                )
+        return tuple(url.rstrip("/") for url in urls)
+
+
+class RewardConfig(Section):
+    judge: JudgeConfig | None = None
+    """The LLM judge that may mend a rule's 0 (r = max(rule, judge)); none: rules alone."""
+    max_masked_share: float = Field(default=0.1, ge=0, le=1)
+    """A batch in which a larger share of the responses got no verdict stops the run (with a
+    checkpoint): masked samples are never a rule's 1, so what is left is biased."""
+
+
 class CheckpointConfig(Section):
     every_steps: int = Field(default=50, gt=0)
     """Save after every n-th step, and always after the last step of a phase."""
@@ -191,6 +252,7 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     sft: SFTConfig = SFTConfig()
+    reward: RewardConfig = RewardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -11,18 +11,26 @@ Rollout = Callable[[Sequence[Prompt]], list[ScoredGroup]]
 
 
 def evaluate(benchmarks: Mapping[str, Sequence[Prompt]], rollout: Rollout) -> dict[str, float]:
-    """Metrics `val/<benchmark>/score` (mean over prompts of the mean over samples),
-    `.../response_length`, `.../unfinished`, and `val/score`, the mean over benchmarks."""
+    """Metrics `val/<benchmark>/score` (mean over prompts of the mean over verdicts),
+    `.../masked` (responses without a verdict), `.../response_length`, `.../unfinished`, and
+    `val/score`, the mean over benchmarks. Where there is no verdict at all there is no score.
+    """
     metrics: dict[str, float] = {}
+    scores = []
     for name, prompts in benchmarks.items():
         groups = rollout(prompts)
         rollouts = [r for g in groups for r in g.rollouts]
-        metrics[f"val/{name}/score"] = float(np.mean([np.nanmean(g.rewards) for g in groups]))
-        metrics[f"val/{name}/response_length"] = float(
-            np.mean([len(r.token_ids) for r in rollouts])
-        )
-        metrics[f"val/{name}/unfinished"] = float(np.mean([not r.finished for r in rollouts]))
-    scores = [metrics[f"val/{name}/score"] for name in benchmarks]
+        rewards = [g.rewards for g in groups]
+        means = [r[~np.isnan(r)].mean() for r in rewards if not np.isnan(r).all()]
+        found = {
+            "masked": sum(np.isnan(r).sum() for r in rewards),
+            "response_length": np.mean([len(r.token_ids) for r in rollouts]),
+            "unfinished": np.mean([not r.finished for r in rollouts]),
+        }
+        if means:
+            scores.append(np.mean(means))
+            found = {"score": scores[-1], **found}
+        metrics |= {f"val/{name}/{key}": float(value) for key, value in found.items()}
     if scores:
         metrics["val/score"] = float(np.mean(scores))
     return metrics

@@ -93,6 +93,23 @@ def set_engine_env(*, cpu_kv_cache_gib: int) -> None:
         os.environ.setdefault(name, value)
 
 
+def read_secret(variable: str | None) -> str | None:
+    """The key in the environment `variable` (None: no key is needed).
+
+    Raises:
+        ConfigError: the variable is not set.
+    """
+    if variable is None:
+        return None
+    value = os.environ.get(variable, "").strip()
+    if not value:
+        raise ConfigError(
+            f"the judge's key is to come from the environment variable {variable}, which is not "
+            f"set; export {variable}, or name none (reward.judge.api_key_env) if no key is needed"
+        )
+    return value
+
+
 def quiet_foreign_warnings() -> None:
     """Hides what other packages warn about on every start and nobody can act on.
 

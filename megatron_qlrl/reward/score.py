@@ -1,50 +1,128 @@
-"""Responses -> rewards. The one scorer of training and of evaluation."""
+"""Responses -> rewards. The one scorer of training, of evaluation and of audits."""
 
+import asyncio
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import cached_property
 
-from megatron_qlrl.errors import DataError
+from megatron_qlrl.errors import DataError, RewardError
 from megatron_qlrl.reward.extract import final_text, find_answer
-from megatron_qlrl.reward.rules import RULE_OF_SOURCE, apply_rule, rule_of
-from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
+from megatron_qlrl.reward.judge import Judge, no_counts
+from megatron_qlrl.reward.rules import RULE_OF_SOURCE, RuleName, apply_rule, rule_of
+from megatron_qlrl.reward.verdict import Claim, make_claim
+from megatron_qlrl.types import Prompt, Score
 
 _MAX_LOGGED_CHARS = 400
 
 
 def score_response(*, data_source: str, ground_truth: str, response_text: str) -> Score:
-    """Binary outcome reward of one response (QwenLong-L1 section 3.4), never a format reward.
+    """Score of one response by the rule of its source alone.
 
     A response that does not close its reasoning, or states no answer, scores 0.
 
     Raises:
         DataError: the data source has no rule (`check_sources` finds it before training).
     """
-    rule = rule_of(data_source).rule
-    final = final_text(response_text)
+    score, _ = _by_rule(rule_of(data_source).rule, ground_truth, response_text)
+    return score
+
+
+def _by_rule(rule: RuleName, gold: str, response: str) -> tuple[Score, str]:
+    """The score and the whole final answer, "" when none is stated."""
+    final = final_text(response)
     answer = find_answer(final) if final is not None else None
     if answer is None:
-        return Score(value=0.0, rule=0.0)
-    reward = float(apply_rule(rule, gold=ground_truth, answer=answer))
-    return Score(
-        value=reward,
-        rule=reward,
-        matched=answer.notation,
-        prediction=answer.text[:_MAX_LOGGED_CHARS],
-    )
+        return Score(value=0.0, rule=0.0), ""
+    reward = float(apply_rule(rule, gold=gold, answer=answer))
+    prediction = answer.text[:_MAX_LOGGED_CHARS]
+    return Score(reward, reward, matched=answer.notation, prediction=prediction), answer.text
 
 
-def score_group(prompt: Prompt, rollouts: Sequence[Rollout]) -> ScoredGroup:
-    """Scores all responses to one prompt; an unfinished response is scored like any other."""
-    assert all(r.prompt_uid == prompt.uid for r in rollouts), prompt.uid
-    scores = [
-        score_response(
-            data_source=prompt.data_source,
-            ground_truth=prompt.ground_truth,
-            response_text=rollout.text,
-        )
-        for rollout in rollouts
-    ]
-    return ScoredGroup(prompt, tuple(rollouts), tuple(scores))
+class Scorer:
+    """Binary outcome reward r = max(rule, judge), never a format reward (QwenLong-L1 section
+    3.4). Rules run in `submit`; the judge works in a thread of its own while others generate.
+
+    The score of a response depends on the response alone, not on the order or the number of
+    requests in flight.
+    """
+
+    def __init__(self, judge: Judge | None) -> None:
+        """Without a judge the rules alone decide."""
+        self._judge = judge
+
+    def submit(
+        self, *, data_source: str, question: str, ground_truth: str, response: str
+    ) -> Future[Score]:
+        """The score to come; its value is None when the judge is needed and gives no verdict.
+        Its RewardError waits in it too: other ranks are in the middle of generation.
+
+        Raises:
+            DataError: the data source has no rule.
+        """
+        source = rule_of(data_source)
+        done: Future[Score] = Future()
+        try:
+            score, prediction = _by_rule(source.rule, ground_truth, response)
+        except RewardError as error:
+            done.set_exception(error)
+            return done
+        if self._judge is not None and source.judged and not score.rule:
+            claim = make_claim(question=question, gold=ground_truth, prediction=prediction)
+            if claim is not None:
+                return asyncio.run_coroutine_threadsafe(
+                    _judged(self._judge, claim, score), self._loop
+                )
+        done.set_result(score)
+        return done
+
+    @property
+    def last_failure(self) -> str:
+        """Why there was no verdict, the last time."""
+        return self._judge.last_failure if self._judge else ""
+
+    def take_counts(self) -> dict[str, float]:
+        """`Judge.counts` since the last call; to be called when no score is outstanding."""
+        if self._judge is None:
+            return no_counts()
+        taken, self._judge.counts = self._judge.counts, no_counts()
+        return taken
+
+    def close(self) -> None:
+        """Ends the background thread; scores that are outstanding are given up."""
+        loop = self.__dict__.pop("_loop", None)
+        if self._judge is None or loop is None:
+            return
+        asyncio.run_coroutine_threadsafe(_end(self._judge), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+
+        def work() -> None:
+            loop.run_forever()
+            loop.close()
+
+        threading.Thread(target=work, name="judge", daemon=True).start()
+        return loop
+
+
+async def _judged(judge: Judge, claim: Claim, score: Score) -> Score:
+    verdict = await judge.verdict(claim)
+    if verdict is None:
+        return replace(score, value=None)
+    return replace(score, value=max(score.rule, float(verdict)), judge=float(verdict))
+
+
+async def _end(judge: Judge) -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await judge.close()
 
 
 def check_sources(prompts: Sequence[Prompt]) -> None:

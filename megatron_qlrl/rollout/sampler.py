@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 
-from megatron_qlrl.rollout.vllm_engine import Generate, Request, Sampling
+from megatron_qlrl.rollout.vllm_engine import Completion, Generate, Request, Sampling
 from megatron_qlrl.types import Prompt, Rollout
 
 
@@ -36,8 +36,13 @@ def sample_groups(
     step: int,
     weight_version: int,
     decode: Callable[[Sequence[int]], str],
+    on_done: Callable[[int, Rollout], None],
 ) -> list[tuple[Rollout, ...]]:
-    """`group_size` responses to each prompt, from this engine alone."""
+    """`group_size` responses to each prompt, from this engine alone.
+
+    `on_done` is called with the prompt's number and each response as it ends, in any order,
+    while others go on.
+    """
     requests = [
         Request(
             prompt.token_ids,
@@ -46,20 +51,23 @@ def sample_groups(
         for prompt in prompts
         for sample in range(group_size)
     ]
-    completions = iter(generate(requests, sampling))
-    return [
-        tuple(
-            Rollout(
-                prompt_uid=prompt.uid,
-                sample=sample,
-                token_ids=done.token_ids,
-                engine_logprobs=done.logprobs,
-                text=decode(done.token_ids.tolist()),
-                finished=done.finished,
-                weight_version=weight_version,
-            )
-            for sample in range(group_size)
-            for done in [next(completions)]
+    rollouts: dict[int, Rollout] = {}
+
+    def finish(index: int, done: Completion) -> None:
+        number, sample = divmod(index, group_size)
+        rollouts[index] = Rollout(
+            prompt_uid=prompts[number].uid,
+            sample=sample,
+            token_ids=done.token_ids,
+            engine_logprobs=done.logprobs,
+            text=decode(done.token_ids.tolist()),
+            finished=done.finished,
+            weight_version=weight_version,
         )
-        for prompt in prompts
+        on_done(number, rollouts[index])
+
+    generate(requests, sampling, finish)
+    return [
+        tuple(rollouts[number * group_size + sample] for sample in range(group_size))
+        for number in range(len(prompts))
     ]

@@ -48,7 +48,8 @@ class Completion:
     finished: bool
 
 
-Generate = Callable[[Sequence[Request], Sampling], list[Completion]]
+# Calls back with the number of a request and its response as soon as that one is complete.
+Generate = Callable[[Sequence[Request], Sampling, Callable[[int, Completion], None]], None]
 
 
 class VllmEngine:
@@ -147,26 +148,39 @@ class VllmEngine:
         if missing:
             raise SyncError(f"weight sync: {len(missing)} tensors missing, e.g. {min(missing)}")
 
-    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        from vllm import SamplingParams, TokensPrompt
+    def _generate(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        on_done: Callable[[int, Completion], None],
+    ) -> None:
+        from tqdm import tqdm
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
 
-        prompts = [TokensPrompt(prompt_token_ids=r.prompt_ids.tolist()) for r in requests]
-        params = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
-                stop_token_ids=self._stop,
-                seed=request.seed,
-                logprobs=0,  # the sampled token's own
-                detokenize=False,
+        # The engine's own loop: `LLM.generate` hands out nothing before the last one is done.
+        engine = self._llm.llm_engine
+        for number, request in enumerate(requests):
+            engine.add_request(
+                str(number),
+                tokens_input(request.prompt_ids.tolist()),
+                SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_tokens,
+                    stop_token_ids=self._stop,
+                    seed=request.seed,
+                    logprobs=0,  # the sampled token's own
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
             )
-            for request in requests
-        ]
-        if not prompts:
-            return []
-        found = self._llm.generate(prompts, params, use_tqdm=self._progress)  # pyright: ignore
-        return [_completion(request.outputs[0]) for request in found]
+        with tqdm(total=len(requests), desc="responses", disable=not self._progress) as bar:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    on_done(int(output.request_id), _completion(output.outputs[0]))  # pyright: ignore
+                    bar.update()
 
 
 def _platform_settings(max_model_len: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line up to the point where a run starts; `megatron_qlrl.compose` is a hand-written
 fake here, so nothing loads torch."""
 
+import socket
 import subprocess
 import sys
 import types
@@ -253,3 +254,38 @@ def test_module_prints_one_line_for_bad_input(tmp_path: Path) -> None:
     assert done.stderr == (
         "qlrl: error: config file gone.yaml does not exist; pass the path of a YAML file\n"
     )
+
+
+def test_a_judge_that_does_not_answer_stops_the_run_before_it_starts(
+    make_config: MakeConfig, calls: list[Any], launches: list[Any]
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    result = invoke("rl", make_config(reward={"judge": {"urls": [url]}}), "--processes", 2)
+    assert result.exit_code == 2
+    assert f"the judge is not ready: {url}: " in result.stderr
+    assert calls == launches == []
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ({"model": "x"}, "'reward.judge.urls' is required"),
+        ({"urls": []}, "reward.judge.urls: Tuple should have at least 1 item"),
+        ({"urls": ["judge:8000"]}, "'judge:8000' is not of the form http://host:8000/v1"),
+        ({"urls": ["http://a:canary@h/v1"]}, "the URL of h carries a user, password or query"),
+        ({"urls": ["http://h/v1?key=canary"]}, "the URL of h carries a user, password or query"),
+        ({"urls": ["http://h/v1"], "api_key_env": "canary-1"}, "takes the NAME of an environment"),
+        ({"urls": ["http://h/v1"], "api_key": "canary"}, "did you mean 'api_key_env'?"),
+        ({"urls": ["http://h/v1"], "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY, which is not set"),
+    ],
+)
+def test_judge_settings_that_are_wrong_never_show_a_key(
+    make_config: MakeConfig, calls: list[Any], judge: dict[str, Any], message: str
+) -> None:
+    result = invoke("rl", make_config(reward={"judge": judge}))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "canary" not in result.output
+    assert calls == []

@@ -274,6 +274,8 @@ def test_rollout_metrics_by_hand() -> None:
             "critic/rewards/max": 1.0,
             "critic/rewards/min": 0.0,
             "critic/rewards/masked": 1.0,
+            "reward/rule/mean": 1 / 3,
+            "reward/rule/no_answer": 1.0,
             "response_length/mean": 4 / 3,  # 1, 2, 1 tokens
             "response_length/max": 2.0,
             "response_length/min": 1.0,

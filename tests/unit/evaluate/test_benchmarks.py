@@ -41,9 +41,11 @@ def test_mean_over_samples_then_prompts_then_benchmarks() -> None:
     assert metrics == pytest.approx(
         {
             "val/a/score": 0.75,
+            "val/a/masked": 0.0,
             "val/a/response_length": 4.0,
             "val/a/unfinished": 0.25,
             "val/b/score": 0.0,
+            "val/b/masked": 1.0,
             "val/b/response_length": 2.0,
             "val/b/unfinished": 0.5,
             "val/score": 0.375,
@@ -53,3 +55,19 @@ def test_mean_over_samples_then_prompts_then_benchmarks() -> None:
 
 def test_nothing_to_evaluate() -> None:
     assert evaluate({}, lambda prompts: []) == {}
+
+
+def test_a_prompt_without_any_verdict_is_left_out_and_counted() -> None:
+    groups = [group(prompt("a:0"), [(1.0, 1, True)]), group(prompt("a:1"), [(None, 1, True)] * 2)]
+    metrics = evaluate({"a": [prompt("a:0"), prompt("a:1")]}, lambda _: groups)
+    assert (metrics["val/a/score"], metrics["val/a/masked"]) == (1.0, 2.0)
+
+
+def test_a_benchmark_without_any_verdict_has_no_score() -> None:
+    answers = {"a:0": [(None, 1, True)], "b:0": [(0.5, 1, True)]}
+    metrics = evaluate(
+        {"a": [prompt("a:0")], "b": [prompt("b:0")]},
+        lambda prompts: [group(p, answers[p.uid]) for p in prompts],
+    )
+    assert "val/a/score" not in metrics
+    assert (metrics["val/a/masked"], metrics["val/score"]) == (1.0, 0.5)

@@ -11,6 +11,7 @@ from megatron_qlrl.platform.env import (
     init_ranks,
     quiet_foreign_warnings,
     read_ranks,
+    read_secret,
     set_engine_env,
 )
 
@@ -112,3 +113,13 @@ def test_free_port_can_be_bound() -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", free_port()))
         assert server.getsockname()[1] > 0
+
+
+def test_a_secret_is_read_by_the_name_of_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", " s3cret\n")
+    monkeypatch.setenv("EMPTY_KEY", " ")
+    assert read_secret("SOME_KEY") == "s3cret"
+    assert read_secret(None) is None
+    for name in ("EMPTY_KEY", "NO_SUCH_KEY"):
+        with pytest.raises(ConfigError, match=f"{name}, which is not set; export {name}"):
+            read_secret(name)

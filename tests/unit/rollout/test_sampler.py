@@ -1,6 +1,6 @@
 """Seeds, the share of each engine, and the groups made of an engine's answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from hypothesis import given
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_qlrl.rollout.sampler import sample_groups, share_prompts, token_seed
 from megatron_qlrl.rollout.vllm_engine import Completion, Request, Sampling
-from megatron_qlrl.types import Prompt
+from megatron_qlrl.types import Prompt, Rollout
 
 
 def prompt(uid: str, num_tokens: int = 3) -> Prompt:
@@ -58,16 +58,21 @@ def test_groups_of_an_engines_answers() -> None:
     prompts = [prompt("a:0", 2), prompt("a:1", 4)]
     sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=8)
     seen: list[tuple[Sequence[Request], Sampling]] = []
+    ended: list[tuple[int, Rollout]] = []
 
-    def generate(requests: Sequence[Request], how: Sampling) -> list[Completion]:
-        """Answer n is n + 1 tokens, each of them n; the even ones ended by themselves."""
+    def generate(
+        requests: Sequence[Request], how: Sampling, on_done: Callable[[int, Completion], None]
+    ) -> None:
+        """Answer n is n + 1 tokens, each of them n; the even ones ended by themselves. They end
+        in another order than they were asked for."""
         seen.append((requests, how))
-        return [
-            Completion(
-                np.full(n + 1, n, np.int32), np.full(n + 1, -0.5 * n, np.float32), n % 2 == 0
+        for n in (3, 0, 5, 1, 4, 2):
+            on_done(
+                n,
+                Completion(
+                    np.full(n + 1, n, np.int32), np.full(n + 1, -0.5 * n, np.float32), n % 2 == 0
+                ),
             )
-            for n in range(len(requests))
-        ]
 
     groups = sample_groups(
         prompts,
@@ -78,6 +83,7 @@ def test_groups_of_an_engines_answers() -> None:
         step=9,
         weight_version=12,
         decode=lambda ids: ".".join(map(str, ids)),
+        on_done=lambda number, rollout: ended.append((number, rollout)),
     )
     ((requests, how),) = seen  # one call: the engine batches
     assert how is sampling
@@ -102,17 +108,21 @@ def test_groups_of_an_engines_answers() -> None:
     assert [r.engine_logprobs.tolist() for r in flat[:2]] == [[0.0], [-0.5, -0.5]]
     assert [r.finished for r in flat] == [True, False] * 3
     assert {r.weight_version for r in flat} == {12}
+    # each was handed on as it ended, with the number of its prompt
+    assert [n for n, _ in ended] == [1, 0, 1, 0, 1, 0]
+    assert [r for _, r in ended] == [flat[i] for i in (3, 0, 5, 1, 4, 2)]
 
 
 def test_engine_without_prompts_makes_no_groups() -> None:
     found = sample_groups(
         [],
-        lambda requests, sampling: [],
+        lambda requests, sampling, on_done: None,
         group_size=2,
         sampling=Sampling(1.0, 1.0, 1),
         run_seed=0,
         step=0,
         weight_version=0,
         decode=str,
+        on_done=lambda number, rollout: None,
     )
     assert found == []

@@ -1,0 +1,81 @@
+"""`qlrl reward`: scores offline."""
+
+import json
+import sys
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_qlrl.config.schema import JUDGE_MODEL
+from megatron_qlrl.errors import ConfigError
+from megatron_qlrl.platform.env import read_secret
+
+app = typer.Typer(help="The reward.", no_args_is_help=True)
+_JUDGE_URL = "http://127.0.0.1:8000/v1"
+
+
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(help="JSONL or parquet.")],
+    out: Annotated[Path | None, typer.Option(help="JSONL file for the scored rows.")] = None,
+    no_judge: Annotated[bool, typer.Option("--no-judge", help="Rules alone.")] = False,
+    judge_url: Annotated[
+        list[str] | None, typer.Option(help=f"Judge server; repeatable. Default: {_JUDGE_URL}")
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="As the server names it.")] = JUDGE_MODEL,
+    judge_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable that holds the key.")
+    ] = None,
+) -> None:
+    """Score rows {data_source, question, ground_truth, response} as training would.
+
+    With --out every row is written with rule, judge, score, matched and masked. Rows that cannot
+    be read are named on stderr and left out; the exit code is then 1, for bad input as a whole 2.
+    """
+    from megatron_qlrl.reward.audit import audit
+    from megatron_qlrl.reward.score import Scorer
+
+    judge = None if no_judge else _judge(judge_url or [_JUDGE_URL], judge_model, judge_key_env)
+    with ExitStack() as stack:
+        scorer = stack.enter_context(closing(Scorer(judge)))
+        stream = stack.enter_context(_created(out)) if out else None
+
+        def write(row: dict[str, Any]) -> None:
+            if stream is not None:
+                stream.write(json.dumps(row) + "\n")
+
+        found = audit(file, scorer, write)
+        if scorer.last_failure:
+            typer.echo(f"the judge's last failure: {scorer.last_failure}", err=True)
+    typer.echo(found.table())
+    for line in found.bad:
+        typer.echo(line, err=True)
+    if found.bad:
+        typer.echo(f"{len(found.bad)} row(s) could not be scored", err=True)
+        sys.exit(1)
+
+
+def _created(path: Path) -> Any:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be written: {error.strerror}") from error
+
+
+def _judge(urls: list[str], model: str, key_env: str | None) -> Any:
+    """A judge that has answered."""
+    from pydantic import ValidationError
+
+    from megatron_qlrl.config.schema import JudgeConfig
+    from megatron_qlrl.reward.judge import Judge, check_judge
+
+    try:
+        config = JudgeConfig(urls=tuple(urls), model=model, api_key_env=key_env)  # pyright: ignore[reportCallIssue]
+    except ValidationError as error:
+        problems = [e["msg"].removeprefix("Value error, ") for e in error.errors()]
+        raise ConfigError("; ".join(problems)) from None
+    key = read_secret(key_env)
+    check_judge(config, key=key)
+    return Judge(config, key=key)

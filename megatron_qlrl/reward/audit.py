@@ -1,0 +1,156 @@
+"""Scores files of responses offline, row by row: {data_source, question, ground_truth, response}.
+
+rows (streamed) -> the scorer of training -> rows with their score, in order -> counts by source
+"""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_qlrl.errors import DataError
+from megatron_qlrl.reward.score import Scorer
+from megatron_qlrl.types import Score
+
+FIELDS = ("data_source", "question", "ground_truth", "response")
+_BATCH_ROWS = 1024
+_MAX_WAITING = 4096
+"""Rows in memory at once."""
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Tally:
+    """Counts of one data source. Agreement of rule and judge is known where both spoke: the
+    judge is asked only about a rule's 0."""
+
+    rows: int = 0
+    rule: int = 0
+    asked: int = 0
+    judge: int = 0
+    masked: int = 0
+    score: float = 0.0
+
+    def add(self, score: Score) -> None:
+        self.rows += 1
+        self.rule += score.rule > 0
+        self.asked += score.judge is not None or score.value is None
+        self.judge += score.judge == 1
+        self.masked += score.value is None
+        self.score += score.value or 0.0
+
+
+@dataclass
+class Audit:
+    """What an audit found; `bad` holds one line for each row that could not be scored."""
+
+    sources: dict[str, Tally] = field(default_factory=dict)
+    bad: list[str] = field(default_factory=list)
+
+    def table(self) -> str:
+        """Counts by source and in all: `rule` and `judge` are answers that either accepted,
+        `both` the share of 1s of max(rule, judge) over the rows with a verdict."""
+        total = Tally(
+            **{
+                f.name: sum(getattr(t, f.name) for t in self.sources.values())
+                for f in fields(Tally)
+            }
+        )
+        lines = [
+            f"{'source':<28}{'rows':>8}{'rule':>8}{'asked':>8}{'judge':>8}{'masked':>8}{'both':>8}"
+        ]
+        for name, t in [*sorted(self.sources.items()), ("all", total)]:
+            judged = t.rows - t.masked
+            both = f"{t.score / judged:.1%}" if judged else "-"
+            lines.append(
+                f"{name[:27]:<28}{t.rows:>8}{t.rule:>8}{t.asked:>8}{t.judge:>8}{t.masked:>8}{both:>8}"
+            )
+        return "\n".join(lines)
+
+
+def audit(file: Path, scorer: Scorer, write: Callable[[Row], None]) -> Audit:
+    """Scores every row that can be read; `write` gets them in order, with `rule`, `judge`,
+    `score`, `matched` and `masked` added.
+
+    Raises:
+        DataError: the file is neither JSONL nor parquet, or cannot be opened.
+    """
+    found = Audit()
+    waiting: deque[tuple[Row, Future[Score]]] = deque()
+
+    def finish() -> None:
+        row, future = waiting.popleft()
+        score = future.result()
+        found.sources.setdefault(row["data_source"], Tally()).add(score)
+        write(
+            row
+            | {"rule": score.rule, "judge": score.judge, "score": score.value}
+            | {"matched": score.matched, "masked": score.value is None}
+        )
+
+    for where, read in _rows(file):
+        try:
+            row = read()
+            future = scorer.submit(**{name: _text(row, name) for name in FIELDS})
+        except DataError as error:
+            found.bad.append(f"{where}: {error}")
+            continue
+        waiting.append((row, future))
+        if len(waiting) >= _MAX_WAITING:
+            finish()
+    while waiting:
+        finish()
+    return found
+
+
+def _text(row: Row, name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        kind = "is missing" if name not in row else f"is a {type(value).__name__}, expected text"
+        raise DataError(f"field '{name}' {kind}")
+    return value
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Where each row stands, and a call that reads it or raises DataError."""
+    if not file.is_file():
+        raise DataError(f"{file} does not exist")
+    if file.suffix == ".parquet":
+        yield from _parquet_rows(file)
+    elif file.suffix == ".jsonl":
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file}:{number}", lambda line=line: _json_row(line)
+    else:
+        raise DataError(f"{file}: expected a .jsonl or .parquet file")
+
+
+def _json_row(line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not readable as JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"a {type(row).__name__}, expected a JSON object")
+    return row
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        reader = pq.ParquetFile(file)
+        columns = [n for n in FIELDS if n in reader.schema_arrow.names]
+        number = 0
+        for batch in reader.iter_batches(_BATCH_ROWS, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}:{number}", lambda row=row: row
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is not a readable parquet file: {error}") from error

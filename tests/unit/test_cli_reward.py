@@ -1,0 +1,74 @@
+"""`qlrl reward score`, and the judge's check before a run."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from judge_server import MODEL, FakeJudge, running
+from typer.testing import CliRunner
+
+from megatron_qlrl import cli
+from megatron_qlrl.errors import ConfigError, DataError, RewardError
+
+
+def invoke(*argv: object) -> Any:
+    return CliRunner().invoke(cli.app, ["reward", "score", *map(str, argv)])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    row = {"data_source": "musique", "question": "Which city?", "ground_truth": "Paris"}
+    answers = ("Paris", "Paname", "Rome")
+    lines = [json.dumps(row | {"response": f"</think>the answer is {a}"}) for a in answers]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_rules_alone(file: Path, tmp_path: Path) -> None:
+    result = invoke(file, "--no-judge", "--out", tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].split() == ["all", "3", "1", "0", "0", "0", "33.3%"]
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [r["score"] for r in written] == [1.0, 0.0, 0.0]
+
+
+def test_with_a_judge_and_its_key(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "canary-4711")
+    with running(FakeJudge(key="canary-4711")) as server:
+        judge = ("--judge-url", server.url, "--judge-model", MODEL)
+        result = invoke(file, *judge, "--judge-key-env", "SOME_KEY")
+        refused = invoke(file, *judge)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].split() == ["all", "3", "1", "2", "1", "0", "66.7%"]
+    assert "canary" not in result.output
+    assert isinstance(refused.exception, RewardError)
+    assert "HTTP 401" in str(refused.exception)
+
+
+def test_bad_rows_give_exit_code_1_and_the_rest_is_scored(file: Path) -> None:
+    with file.open("a") as stream:
+        stream.write("{]\n")
+    result = invoke(file, "--no-judge")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1].split()[:2] == ["all", "3"]
+    assert f"{file}:4: not readable as JSON" in result.stderr
+    assert "1 row(s) could not be scored" in result.stderr
+
+
+def test_what_cannot_be_used_at_all(file: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+    for argv, kind, message in (
+        ((tmp_path / "no.jsonl", "--no-judge"), DataError, "does not exist"),
+        ((file, "--no-judge", "--out", tmp_path), ConfigError, "cannot be written"),
+        ((file, "--judge-url", dead), RewardError, "qlrl judge serve"),
+        ((file, "--judge-url", "localhost:8000"), ConfigError, "not of the form http://host"),
+        ((file, "--judge-key-env", "NO_SUCH_KEY"), ConfigError, "NO_SUCH_KEY, which is not set"),
+    ):
+        result = invoke(*argv)
+        assert isinstance(result.exception, kind), result.output
+        assert message in str(result.exception)
