@@ -173,7 +173,7 @@ _CHOICE = re.compile(
     r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])(?=[ \t]*(?:$|[).:,;\n]|[-–—]\s))|([a-z])$)"
 )
 _BRACKETED = re.compile(r"[(\[]([A-Za-z])[)\]]")
-_ANOTHER = re.compile(r"[\s).,;:/&]*(?:(?:or|and)\s+)?[A-Z](?=\s*(?:$|[).,;:/&]))")
+_ANOTHER = re.compile(r"[\s).,;:/&]*(?:(?:or|and)\s+)?[A-Z](?=[ \t]*(?:$|[).,;:/&\n]))")
 
 
 def parse_choice(text: str) -> str | None:

@@ -24,7 +24,7 @@ _LATEX_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)(?=[0-9]{3})")
 _LATEX_SPACE = re.compile(r"\\[,!;: ]|~")
 _TEXT_MACRO = re.compile(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}")
 _SEVERAL = re.compile(r",\s|[;\n]|\b(?:or|and|not)\b")
-_EQUALS = re.compile(r"=|≈|\\approx\b")
+_EQUALS = re.compile(r"(?<![<>!=])=(?!=)|≈|\\approx\b")
 _DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _NUMBER = re.compile(
     r"(?:(?:approximately|approx\.?|about|around|roughly|nearly)\s+)?"
