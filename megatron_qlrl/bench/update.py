@@ -46,7 +46,7 @@ def bench_update(
     with random_policy(shape) as policy:
         # At a rate of 0 the weights stay, and all rounds compute the same.
         update = partial(policy.update, loss=LOSS, lr=0.0)
-        update(shared)  # warm-up
+        measure(partial(update, shared))  # warm-up
         best = min(separate, key=lambda n: measure(partial(update, separate[n])).work_s)
         sides = {"shared": partial(update, shared), "separate": partial(update, separate[best])}
         costs = compare(sides, rounds=rounds)
