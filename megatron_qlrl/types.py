@@ -10,7 +10,7 @@ row of T = 5 + 2 + 3 = 10 tokens. Position ids are 0..4 | 5 6 | 5 6 7: each resp
 from the end of the prompt.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,11 +92,23 @@ class Score:
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """The G responses to one prompt with their scores (same order, same length)."""
+    """The G responses to one prompt with their scores (same order, same length).
+
+    Attributes:
+        old_logprobs: float32 [R] of each response, the trainer's log-probs under the weights
+            that sampled it, kept where the group waits for a later step; None: the present
+            weights are those.
+    """
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     scores: tuple[Score, ...]
+    old_logprobs: tuple[np.ndarray, ...] | None = None
+
+    @property
+    def weight_version(self) -> int:
+        """Of the weights that sampled the group; all its responses have the same."""
+        return self.rollouts[0].weight_version
 
     @property
     def rewards(self) -> np.ndarray:
@@ -112,11 +124,13 @@ class TrainResponse:
         token_ids: int32 [R].
         advantage: the group-relative advantage of the response (SFT: 1.0).
         engine_logprobs: float32 [R], what the rollout engine reported; None outside RL.
+        old_logprobs: float32 [R] where weights of the past sampled it (see `ScoredGroup`).
     """
 
     token_ids: np.ndarray
     advantage: float
     engine_logprobs: np.ndarray | None = None
+    old_logprobs: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,14 @@ class PackedRow:
     @property
     def num_response_tokens(self) -> int:
         return sum(end - start for b in self.blocks for start, end in b.responses)
+
+    def slices(self) -> Iterator[tuple[int, int, slice]]:
+        """Group, sample and place in the columns of each response, in row order."""
+        at = 0
+        for block in self.blocks:
+            for sample, (start, end) in zip(block.samples, block.responses, strict=True):
+                yield block.group, sample, slice(at, at + end - start)
+                at += end - start
 
 
 @dataclass(frozen=True)

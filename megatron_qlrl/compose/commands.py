@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_qlrl.advantage.filters import has_spread
-from megatron_qlrl.advantage.group import group_advantages
 from megatron_qlrl.compose.parts import (
+    make_advantages,
     make_context,
+    make_curriculum,
     make_phases,
     make_policy,
-    make_samplers,
     policy_loss,
     save_checkpoint,
 )
@@ -38,15 +37,16 @@ def run_rl(config: Config) -> None:
     with open_run(config, temperature=config.rollout.temperature) as run:
         prompts = on_all_ranks(run.train_prompts)
         benchmarks = on_all_ranks(run.benchmarks)
-        samplers = on_all_ranks(partial(make_samplers, config, prompts))
+        curriculum = on_all_ranks(partial(make_curriculum, config, prompts))
         if config.algorithm.reference:
             run.policy.keep_reference()
         state = run.restore()
         run.evaluate_start(benchmarks, state)
-        for sampler, saved in zip(samplers, state.get("samplers", []), strict=False):
-            sampler.load_state_dict(saved)
+        sampler = run.sampler(curriculum)
+        if state:
+            sampler.load_state_dict(state["sampler"])
         trainer = run.trainer(policy_loss(config), total_updates=config.total_rl_steps)
-        phases, first = make_phases(config, samplers), state.get("step", 0)
+        phases, first = make_phases(config), state.get("step", 0)
         for phase in phases:
             if first == phase.end_step and config.evaluation.at_phase_end:
                 run.evaluate_owed(benchmarks, phase.name, first - 1)
@@ -55,13 +55,12 @@ def run_rl(config: Config) -> None:
             first_step=first,
             prompts_per_step=config.rollout.prompts_per_step,
             updates_per_step=config.algorithm.updates_per_step,
-            collect=run.collect,
-            advantages=partial(group_advantages, kind=config.algorithm.advantage),
-            keep=has_spread if config.algorithm.filter_groups else lambda rewards: True,
+            sampler=sampler,
+            advantages=make_advantages(config),
             trainer=trainer,
         ):
             run.log(report, groups)
-            run.reached(report.step + 1, {"samplers": [s.state_dict() for s in samplers]})
+            run.reached(report.step + 1, {"sampler": sampler.state_dict()})
             last = report.step == phase.end_step - 1
             if last and config.evaluation.at_phase_end:
                 run.evaluate(benchmarks, phase.name, report.step)

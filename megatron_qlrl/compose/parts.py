@@ -4,17 +4,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_qlrl import __version__
+from megatron_qlrl.advantage.group import group_advantages
+from megatron_qlrl.advantage.shaping import shaped_rewards
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.config.shape import ModelShape, read_shape
-from megatron_qlrl.curriculum.phases import PhaseSampler
+from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.errors import ConfigError, RewardError
-from megatron_qlrl.loop import Phase
+from megatron_qlrl.loop import Advantages, Phase
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.platform.device import has_gpu
@@ -120,25 +124,36 @@ def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
     return sorted(s for s in stops if s is not None)
 
 
-def make_samplers(config: Config, prompts: Sequence[Prompt]) -> list[PhaseSampler]:
-    limits = [0, *(p.max_input_tokens for p in config.phases)]
+def make_curriculum(config: Config, prompts: Sequence[Prompt]) -> Curriculum:
+    return Curriculum(
+        prompts,
+        limits=[p.max_input_tokens for p in config.phases],
+        seed=config.run.seed,
+        config=config.curriculum,
+    )
+
+
+def make_phases(config: Config) -> list[Phase]:
+    ends = list(accumulate(p.steps for p in config.phases))
     return [
-        PhaseSampler(
-            prompts, phase=k, min_tokens=limits[k], max_tokens=limits[k + 1], seed=config.run.seed
-        )
-        for k in range(len(config.phases))
+        Phase(index, phase.name, end - phase.steps, end)
+        for index, (phase, end) in enumerate(zip(config.phases, ends, strict=True))
     ]
 
 
-def make_phases(config: Config, samplers: Sequence[PhaseSampler]) -> list[Phase]:
-    phases, first = [], 0
-    for index, (phase, sampler) in enumerate(zip(config.phases, samplers, strict=True)):
-        end = first + phase.steps
-        phases.append(
-            Phase(index, phase.name, first, end, sampler.draw, sampler.observe, sampler.metrics)
-        )
-        first = end
-    return phases
+def make_advantages(config: Config) -> Advantages:
+    """Advantages of a group's rewards, shaped by length where the config asks for it."""
+    buffer = config.algorithm.overlong_buffer_tokens
+
+    def advantages(group: ScoredGroup) -> np.ndarray:
+        rewards = group.rewards
+        if buffer is not None:
+            lengths = np.array([len(r.token_ids) for r in group.rollouts])
+            longest = config.rollout.max_response_tokens
+            rewards = shaped_rewards(rewards, lengths, max_tokens=longest, buffer_tokens=buffer)
+        return group_advantages(rewards, config.algorithm.advantage)
+
+    return advantages
 
 
 def policy_loss(config: Config) -> PolicyLoss:

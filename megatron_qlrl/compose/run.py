@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_qlrl.advantage.filters import has_spread
 from megatron_qlrl.compose.parts import (
     changed_rope,
     check_masked,
@@ -26,8 +27,10 @@ from megatron_qlrl.compose.parts import (
 )
 from megatron_qlrl.config.load import save_config
 from megatron_qlrl.config.schema import Config
+from megatron_qlrl.curriculum.curriculum import Curriculum
+from megatron_qlrl.curriculum.dynamic import DynamicSampler
 from megatron_qlrl.data.dataset import (
-    check_lengths,
+    drop_overlong,
     load_examples,
     load_prompts,
     middle_truncate,
@@ -38,7 +41,7 @@ from megatron_qlrl.loop import Trainer
 from megatron_qlrl.metrics.sinks import Tracker
 from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.packing.rows import slice_group
-from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
+from megatron_qlrl.parallel.collectives import gather_dicts, gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.platform.env import init_ranks, set_engine_env
@@ -131,11 +134,13 @@ class Run:
     # --- data ---------------------------------------------------------------------------
 
     def train_prompts(self) -> list[Prompt]:
-        """RL prompts; every one must fit the last phase (not collective)."""
+        """RL prompts that fit the last phase; longer ones are reported (not collective)."""
         prompts = self._prompts(self.config.data.train_files)
         check_sources(prompts)
-        check_lengths(prompts, self.config.max_input_tokens)
-        return prompts
+        kept, report = drop_overlong(prompts, self.config.max_input_tokens)
+        if report:
+            self.warn(report)
+        return kept
 
     def benchmarks(self) -> dict[str, list[Prompt]]:
         """Held-out prompts by file stem, cut in the middle to the limit and to what the model's
@@ -196,6 +201,23 @@ class Run:
             rope=changed_rope(config),
             seed=config.run.seed,
         )
+
+    def sampler(self, curriculum: Curriculum) -> DynamicSampler:
+        config = self.config
+        return DynamicSampler(
+            curriculum,
+            config=config.algorithm,
+            carried_share=config.curriculum.carried_share,
+            keep=has_spread if config.algorithm.filter_groups else lambda rewards: True,
+            collect=self.collect,
+            version=lambda: self.policy.version,
+            warn=self.warn,
+        )
+
+    def warn(self, message: str) -> None:
+        """One line on the console, from rank 0 (not collective)."""
+        if self.leads:
+            print(f"qlrl: warning: {message}", flush=True)
 
     def collect(self, prompts: Sequence[Prompt], step: int) -> list[ScoredGroup]:
         rollout = self.config.rollout
@@ -338,7 +360,8 @@ class Run:
             return policy.update(rows, loss, lr=rate)
 
         keeps = config.algorithm.reference and aggregation is None
-        return Trainer(pack, policy.add_logprobs, policy.as_reference if keeps else None, update)
+        reference = policy.as_reference if keeps else None
+        return Trainer(pack, policy.add_logprobs, reference, update, gather_dicts)
 
     def _check_sharing(self, groups: Sequence[TrainGroup]) -> None:
         """Once, before the first batch with a shared prompt is trained on."""

@@ -56,6 +56,17 @@ class PhaseConfig(Section):
     """Optimizer steps (rollout batches) of the phase."""
 
 
+class CurriculumConfig(Section):
+    carried_share: float = Field(default=0.0, ge=0, lt=1)
+    """Largest share of a batch's prompts that are carried over from earlier phases."""
+    carry: Literal["seen", "unsolved"] = "seen"
+    """What is carried: any prompt that was seen, by difficulty, or only those whose newest group
+    had no reward at all (the paper's practice)."""
+    difficulty_eps: float = Field(default=0.01, gt=0)
+    max_difficulty: float = Field(default=16.0, gt=0)
+    """A carried prompt's weight is min(1 / (mean reward + difficulty_eps), max_difficulty)."""
+
+
 class RolloutConfig(Section):
     prompts_per_step: int = Field(default=128, gt=0)
     """Prompts whose groups make one training batch."""
@@ -100,6 +111,20 @@ class AlgorithmConfig(Section):
     """Coefficient of the entropy bonus."""
     filter_groups: bool = True
     """Leave out groups whose rewards have no spread: they carry no gradient."""
+    generation_rounds: int = Field(default=1, gt=0)
+    """DAPO's dynamic sampling: a batch that the filter left incomplete is filled up with new
+    prompts in at most so many rounds of generation (1: it is not filled up)."""
+    oversampling: float = Field(default=1.0, ge=1)
+    """Prompts generated in a round for each group that is missing."""
+    incomplete_batch: Literal["train", "skip"] = "train"
+    """When the rounds (above 1) or the prompts are used up: train on the groups there are, or
+    leave the step without an update."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Groups beyond a full batch wait for the next steps until the weights have had more than so
+    many optimizer updates; 0 drops them."""
+    overlong_buffer_tokens: int | None = Field(default=None, gt=0)
+    """Overlong shaping (DAPO): over the last so many tokens before rollout.max_response_tokens
+    the reward that advantages are made of falls linearly by 1. None: no shaping."""
     updates_per_step: int = Field(default=1, gt=0)
     """Optimizer updates on one rollout batch (mini-batches of whole groups)."""
 
@@ -247,6 +272,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     phases: tuple[PhaseConfig, ...] = ()
+    curriculum: CurriculumConfig = CurriculumConfig()
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     policy: PolicyConfig = PolicyConfig()
@@ -280,6 +306,12 @@ class Config(Section):
             )
         if self.algorithm.kl_coef > 0 and not self.algorithm.reference:
             raise ValueError("algorithm.kl_coef > 0 needs algorithm.reference=true")
+        buffer = self.algorithm.overlong_buffer_tokens or 0
+        if buffer > self.rollout.max_response_tokens:
+            raise ValueError(
+                f"algorithm.overlong_buffer_tokens={buffer} is longer than "
+                f"rollout.max_response_tokens={self.rollout.max_response_tokens}"
+            )
         need = self.max_input_tokens + self.rollout.max_response_tokens
         if self.phases and self.policy.max_tokens_per_row < need:
             raise ValueError(

@@ -5,6 +5,7 @@ Columns of a file: `data_source` (string), `prompt` (chat: list of {role, conten
 and, for SFT, `response` (string). Other columns are left unread.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,23 +75,31 @@ def load_examples(
     return examples
 
 
-def check_lengths(prompts: Sequence[Prompt], max_tokens: int) -> None:
-    """To be called before training: every prompt must fit the longest phase. Nothing is cut or
-    left out silently.
+def drop_overlong(prompts: Sequence[Prompt], max_tokens: int) -> tuple[list[Prompt], str]:
+    """The prompts of at most `max_tokens`, and one line on the others by file ("" when there are
+    none). Nothing is cut.
 
     Raises:
-        DataError: says how many prompts are longer, names the first of them and the longest.
+        DataError: nothing is left.
     """
+    kept = [prompt for prompt in prompts if prompt.num_tokens <= max_tokens]
     over = [prompt for prompt in prompts if prompt.num_tokens > max_tokens]
     if not over:
-        return
+        return kept, ""
     longest = max(over, key=lambda prompt: prompt.num_tokens)
-    first = ", ".join(f"{prompt.uid} ({prompt.num_tokens} tokens)" for prompt in over[:3])
-    raise DataError(
+    counts = Counter(prompt.uid.rpartition(":")[0] for prompt in over)
+    by_file = ", ".join(f"{file}: {count}" for file, count in counts.items())
+    report = (
         f"{len(over)} of {len(prompts)} prompts are longer than every phase allows ({max_tokens} "
-        f"tokens); the first: {first}; the longest: {longest.uid}. Raise max_input_tokens of the "
-        f"last phase to {longest.num_tokens}, or take these rows out of the files"
+        f"tokens) and are left out ({by_file}); the longest: {longest.uid} with "
+        f"{longest.num_tokens} tokens"
     )
+    if not kept:
+        raise DataError(
+            f"{report}. Nothing is left: raise max_input_tokens of the last phase, or take other "
+            "data.train_files"
+        )
+    return kept, report
 
 
 def middle_truncate(token_ids: np.ndarray, max_tokens: int) -> np.ndarray:

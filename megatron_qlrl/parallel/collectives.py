@@ -1,6 +1,6 @@
 """Named collectives over torch process groups."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_qlrl import errors
 from megatron_qlrl.errors import QlrlError
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -42,6 +43,11 @@ def gather_objects(value: T) -> list[T]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+def gather_dicts(value: Mapping[K, T]) -> dict[K, T]:
+    """The entries of all ranks together; where ranks have the same key, the last one's."""
+    return {key: entry for part in gather_objects(value) for key, entry in part.items()}
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:

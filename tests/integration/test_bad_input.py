@@ -116,11 +116,13 @@ def test_row_without_question(qlrl: Any, config: Path, toy_data: Path, tmp_path:
     fails(qlrl("rl", config, f"data.train_files=[{file}]"), expected)
 
 
-def test_prompt_over_every_phase(qlrl: Any, config: Path, toy_data: Path, tmp_path: Path) -> None:
+def test_no_prompt_fits_a_phase(qlrl: Any, config: Path, toy_data: Path, tmp_path: Path) -> None:
     prompt = [{"role": "user", "content": "word " * 3000}]
     file = _with_row_7(toy_data, tmp_path / "rows.parquet", prompt=prompt)
-    expected = ["1 of 20 prompts", "rows:7", "(1000 tokens)", "Raise max_input_tokens"]
-    fails(qlrl("rl", config, f"data.train_files=[{file}]"), expected)
+    table = pq.read_table(file)
+    pq.write_table(table.slice(7, 1), tmp_path / "only.parquet")
+    expected = ["1 of 1 prompts", "only:0", "(1000 tokens)", "Nothing is left: raise"]
+    fails(qlrl("rl", config, f"data.train_files=[{tmp_path}/only.parquet]"), expected)
 
 
 def test_unknown_data_source_on_two_ranks_is_one_message(

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_qlrl.curriculum.phases import PhaseSampler
-from megatron_qlrl.errors import CheckpointError, DataError
-from megatron_qlrl.types import Prompt, Score, ScoredGroup
+from megatron_qlrl.errors import DataError
+from megatron_qlrl.types import Prompt
 
 
 def make_prompt(uid, num_tokens=5):
@@ -19,10 +19,6 @@ def make_prompt(uid, num_tokens=5):
 def make_sampler(size, *, seed=0, phase=1, max_tokens=9):
     prompts = [make_prompt(f"f:{i}") for i in range(size)]
     return PhaseSampler(prompts, phase=phase, min_tokens=0, max_tokens=max_tokens, seed=seed)
-
-
-def make_group(uid, values):
-    return ScoredGroup(make_prompt(uid), (), tuple(Score(value=v, rule=v or 0.0) for v in values))
 
 
 def uids(prompts):
@@ -86,6 +82,20 @@ def test_a_prompt_that_waits_is_the_first_of_the_next_draw(seed):
     assert uids(sampler.draw(2)) == expected
 
 
+def test_taken_prompts_wait_for_the_next_draw():
+    order = uids(make_sampler(6).draw(6))
+    sampler = make_sampler(6)
+    taken = [order[0], order[2], "another phase's"]
+    assert uids(sampler.draw(2, taken)) == [order[1], order[3]]
+    assert uids(sampler.draw(4)) == [order[0], order[2], order[4], order[5]]
+
+
+def test_a_pool_taken_whole_gives_nothing():
+    sampler = make_sampler(3)
+    assert sampler.draw(2, ["f:0", "f:1", "f:2"]) == []
+    assert uids(sampler.draw(2, ["f:0", "f:2"])) == ["f:1"]
+
+
 @given(st.integers(1, 12), st.lists(st.integers(0, 15), max_size=20), st.integers(0, 3))
 def test_every_prompt_comes_once_an_epoch(size, draws, seed):
     sampler = make_sampler(size, seed=seed)
@@ -106,13 +116,12 @@ def test_resume_at_any_point_goes_on_the_same(size, draws, cut):
     cut = min(cut, len(draws))
     sampler = make_sampler(size)
     for n in draws[:cut]:
-        drawn = sampler.draw(n)
-        sampler.observe([make_group(p.uid, [1.0, 0.0]) for p in drawn])
+        sampler.draw(n)
     state = json.loads(json.dumps(sampler.state_dict()))
     resumed = make_sampler(size)
     resumed.draw(2)
     resumed.load_state_dict(state)
-    assert resumed.metrics() == sampler.metrics()
+    assert resumed.epoch == sampler.epoch
     for n in draws[cut:]:
         assert uids(resumed.draw(n)) == uids(sampler.draw(n))
     assert resumed.state_dict() == sampler.state_dict()
@@ -124,44 +133,4 @@ def test_state_taken_earlier_does_not_change_later():
     state = sampler.state_dict()
     before = json.dumps(state)
     sampler.draw(2)
-    sampler.observe([make_group("f:0", [1.0])])
     assert json.dumps(state) == before
-
-
-def test_observe_keeps_attempts_and_the_newest_mean_reward():
-    sampler = make_sampler(3)
-    sampler.observe([make_group("f:0", [1.0, 0.0, 0.0, 0.0]), make_group("f:1", [0.0, 0.0])])
-    sampler.observe([make_group("f:0", [1.0, None, 0.0]), make_group("f:2", [None, None])])
-    state = sampler.state_dict()
-    assert state["attempts"] == {"f:0": 2, "f:1": 1}
-    assert state["mean_reward"] == {"f:0": 0.5, "f:1": 0.0}
-    assert sampler.metrics() == {
-        "curriculum/phase": 1.0,
-        "curriculum/pool_prompts": 3.0,
-        "curriculum/epoch": 0.0,
-        "curriculum/seen_prompts": 2.0,
-        "curriculum/seen_rewards/mean": 0.25,
-        "curriculum/zero_reward_prompts": 1.0,
-    }
-
-
-def test_metrics_before_any_reward_hold_no_mean():
-    sampler = make_sampler(3)
-    assert sampler.metrics()["curriculum/seen_prompts"] == 0.0
-    assert "curriculum/seen_rewards/mean" not in sampler.metrics()
-
-
-@pytest.mark.parametrize("other", [{"seed": 1}, {"phase": 0}, {"size": 5}, {"max_tokens": 99}])
-def test_a_state_of_another_run_is_refused(other):
-    state = make_sampler(4).state_dict()
-    with pytest.raises(CheckpointError, match="resume with the same data files"):
-        make_sampler(**{"size": 4, **other}).load_state_dict(state)
-
-
-def test_a_state_with_unknown_prompts_is_refused():
-    sampler = make_sampler(2)
-    sampler.draw(1)
-    state = sampler.state_dict()
-    state["queue"] = ["g:7"]
-    with pytest.raises(CheckpointError, match="'g:7'"):
-        make_sampler(2).load_state_dict(state)

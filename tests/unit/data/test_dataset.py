@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_qlrl.data.dataset import check_lengths, load_examples, load_prompts, middle_truncate
+from megatron_qlrl.data.dataset import drop_overlong, load_examples, load_prompts, middle_truncate
 from megatron_qlrl.errors import ConfigError, DataError
 from megatron_qlrl.types import Prompt
 
@@ -218,13 +218,20 @@ def test_overlong_prompts_are_reported_together():
         Prompt(f"a:{i}", np.zeros(n, np.int32), "s", "q", "g")
         for i, n in enumerate([60, 61, 10, 90, 70, 80])
     ]
-    check_lengths(prompts, 90)
-    with pytest.raises(DataError) as caught:
-        check_lengths(prompts, 60)
-    message = str(caught.value)
-    assert "4 of 6 prompts are longer than every phase allows (60 tokens)" in message
-    assert "a:1 (61 tokens), a:3 (90 tokens), a:4 (70 tokens)" in message
-    assert "the longest: a:3. Raise max_input_tokens of the last phase to 90" in message
+    prompts.append(Prompt("b:0", np.zeros(65, np.int32), "s", "q", "g"))
+    assert drop_overlong(prompts, 90) == (prompts, "")
+    kept, report = drop_overlong(prompts, 60)
+    assert [p.uid for p in kept] == ["a:0", "a:2"]
+    assert report == (
+        "5 of 7 prompts are longer than every phase allows (60 tokens) and are left out "
+        "(a: 4, b: 1); the longest: a:3 with 90 tokens"
+    )
+
+
+def test_nothing_left_is_an_error():
+    prompts = [Prompt("a:0", np.zeros(61, np.int32), "s", "q", "g")]
+    with pytest.raises(DataError, match="1 of 1 prompts.*Nothing is left: raise max_input_tokens"):
+        drop_overlong(prompts, 60)
 
 
 @pytest.mark.parametrize(
