@@ -27,12 +27,10 @@ def decode_group(saved: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Sco
     """The group that `encode_group` was given; `prompts` by uid."""
     rollouts, scores, old_logprobs = [], [], []
     for response in saved["responses"]:
-        arrays = {
-            name: np.frombuffer(base64.b64decode(response[name]), kind)
-            for name, kind in _ARRAYS.items()
-        }
-        old_logprobs.append(arrays.pop("old_logprobs"))
-        fields = {k: v for k, v in response.items() if k not in ("score", *_ARRAYS)} | arrays
+        fields: dict[str, Any] = {k: v for k, v in response.items() if k != "score"}
+        for name, kind in _ARRAYS.items():
+            fields[name] = np.frombuffer(base64.b64decode(fields[name]), kind)
+        old_logprobs.append(fields.pop("old_logprobs"))
         rollouts.append(Rollout(**fields))
         scores.append(Score(**response["score"]))
     prompt = prompts[saved["uid"]]
