@@ -9,6 +9,7 @@ import torch
 
 from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import init_parallel, process_group
@@ -27,7 +28,16 @@ LOSS = PolicyLoss(
 def make_shape(
     *, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, positions: int
 ) -> ModelShape:
-    """A Qwen2-style shape: untied, biases on queries, keys and values."""
+    """A Qwen2-style shape: untied, biases on queries, keys and values.
+
+    Raises:
+        ConfigError: heads do not divide hidden, or key/value heads do not divide heads.
+    """
+    if hidden % heads or heads % kv_heads:
+        raise ConfigError(
+            f"--hidden {hidden}, --heads {heads} and --kv-heads {kv_heads} do not fit together: "
+            "heads must divide hidden, and kv-heads must divide heads"
+        )
     return ModelShape(
         architecture="Qwen2ForCausalLM",
         num_layers=layers,

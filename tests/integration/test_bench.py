@@ -60,6 +60,13 @@ def test_row_does_not_depend_on_context_parallel_ranks(qlrl: Callable[..., Any])
     assert one["entropy"] == pytest.approx(two["entropy"], rel=1e-6)
 
 
+def test_shape_that_does_not_fit_is_one_message(qlrl: Callable[..., Any]) -> None:
+    done = qlrl("bench", "update", "--hidden=100", "--heads=8")
+    assert done.code == 2
+    assert len(done.messages) == 1
+    assert "heads must divide hidden" in done.messages[0]
+
+
 def test_gpu_check_runs_every_part(tmp_path: Path) -> None:
     out = tmp_path / "check.json"
     done = subprocess.run(
