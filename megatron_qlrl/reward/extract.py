@@ -140,10 +140,16 @@ def _leading_group(text: str) -> str | None:
 
 def _stands_alone(rest: str, opening: str) -> bool:
     """What follows a wrapper leaves it alone: "(Paris). The text says so." is one answer,
-    "(A). (B)" and "(A)" above "(B)" are not."""
+    "(A). (B)", "(Paris). London" and "(A)" above "(B)" are not."""
     if rest[:1] in (".", "!"):
-        return opening not in rest.partition("\n")[0]
+        line = rest[1:].partition("\n")[0].strip(_MARKS)
+        return not line or (_is_prose(line) and opening not in line)
     return not rest or (rest[0] in "\r\n" and not rest.lstrip().startswith(opening))
+
+
+def _is_prose(line: str) -> bool:
+    """Two words or more begin with a small letter: no row of names or numbers."""
+    return sum(word[0].islower() for word in line.split()) >= 2
 
 
 def _closing_index(text: str, start: int, closing: str) -> int:
@@ -175,6 +181,10 @@ _CHOICE = re.compile(
 _BRACKETED = re.compile(r"[(\[]([A-Za-z])[)\]]")
 _ANOTHER = re.compile(r"[\s).,;:/&]*(?:(?:or|and)\s+)?[A-Z](?=[ \t]*(?:$|[).,;:/&\n]))")
 
+_CAPITALS = re.compile(r"\b[A-Z]\b")
+_HEDGE = re.compile(r"\s*(?:[,;]|(?:and|or|but)\b)")
+_DENIAL = re.compile(r"\s*(?:is|isn|not|cannot)\b")
+
 
 def parse_choice(text: str) -> str | None:
     """The one letter (upper case) that an answer such as "(B)", "B. Paris" or "option B" picks;
@@ -189,6 +199,11 @@ def parse_choice(text: str) -> str | None:
     others = {other.upper() for other in _BRACKETED.findall(text)} - {letter}
     if others or _ANOTHER.match(text, found.end()):
         return None
+    # Another letter in an option's text is lawful ("B. Exhibit A"), after a hedge it is a choice.
+    rest = text[found.end() :]
+    hedged = _HEDGE.match(rest) and set(_CAPITALS.findall(rest)) - {letter, "I"}
+    if hedged or _DENIAL.match(rest):
+        return None
     # "A. Paris B. London": a row of options, in the order of their letters.
-    following = re.search(rf"\s{chr(ord(letter) + 1)}[.):]\s", text)
+    following = re.search(rf"\s{chr(ord(letter) + 1)}[.):]\s", rest)
     return None if following else letter

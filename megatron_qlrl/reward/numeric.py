@@ -36,12 +36,14 @@ _NUMBER = re.compile(
     r"|\s*(?P<scale>thousand|million|billion|trillion)s?\b)?"
     r"(?P<unit>(?:\s+[a-z]+){0,6})"
 )
-# As a unit these would change the value, or its sign, in a way that is not read here.
+# As a unit these would change the value, its sign or its truth in a way that is not read here.
 _UNREAD_UNITS = frozenset(
     ("hundred", "thousand", "million", "billion", "trillion", "lakh", "crore", "dozen")
     + ("hundreds", "thousands", "millions", "billions", "trillions", "percent", "basis", "bps")
     + ("k", "m", "b", "mm", "mn", "mln", "bn", "tn", "cent", "cents", "half", "quarter", "times")
-    + ("or", "and", "not")
+    + ("or", "and", "not", "to", "through", "versus", "vs", "plus", "point", "squared", "cubed")
+    + ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    + ("factorial", "wrong", "incorrect", "false")
     + ("decrease", "decreased", "decline", "declined", "drop", "fall", "reduction", "loss")
     + ("deficit", "negative", "minus", "below", "less", "lower", "fewer", "down", "outflow")
 )
