@@ -111,5 +111,22 @@ def row(
     on_ranks(sys.argv[1:], cp, check=lambda world_size: None, run=run)
 
 
+@app.command()
+def reward(
+    samples: Annotated[int, typer.Option(min=1)] = 1024,
+    latency_ms: Annotated[float, typer.Option(min=0, help="Of the judge.")] = 50.0,
+    in_flight: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 3,
+) -> None:
+    """The judge's verdicts a second over HTTP, and answers a second by the rules alone."""
+    from megatron_qlrl.bench.reward import bench_reward
+
+    _print(
+        bench_reward(
+            samples=samples, latency_s=latency_ms / 1000, in_flight=in_flight, rounds=rounds
+        )
+    )
+
+
 def _print(found: dict[str, Any]) -> None:
     typer.echo(json.dumps(found, indent=1))

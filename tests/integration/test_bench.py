@@ -67,6 +67,13 @@ def test_shape_that_does_not_fit_is_one_message(qlrl: Callable[..., Any]) -> Non
     assert "heads must divide hidden" in done.messages[0]
 
 
+def test_reward(qlrl: Callable[..., Any]) -> None:
+    found = bench(qlrl, "reward", "--samples=64", "--latency-ms=20", "--in-flight=8", "--rounds=1")
+    assert found["identical"] is True
+    assert 0 < found["verdicts_per_s"] < 8 / 0.02
+    assert found["rule_answers_per_s"] > 1000
+
+
 def test_gpu_check_runs_every_part(tmp_path: Path) -> None:
     out = tmp_path / "check.json"
     done = subprocess.run(
