@@ -22,6 +22,10 @@ class RewardError(QlrlError):
     """Rewards cannot be computed reliably (for example the judge is gone)."""
 
 
+class StabilityError(QlrlError):
+    """A stability rule stopped the run."""
+
+
 class SyncError(QlrlError):
     """Trainer and rollout engine disagree about the weights."""
 

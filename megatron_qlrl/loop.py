@@ -14,16 +14,16 @@ checkpoint, evaluation, logs <-- metrics <-- optimizer updates <------+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from megatron_qlrl.curriculum.dynamic import DynamicSampler
+from megatron_qlrl.curriculum.dynamic import Batch, DynamicSampler
 from megatron_qlrl.metrics.meter import Meter
+from megatron_qlrl.metrics.monitor import Monitor
+from megatron_qlrl.metrics.rollouts import rollout_metrics, source_metrics
 from megatron_qlrl.metrics.timer import Timer
 from megatron_qlrl.types import (
     PackedRow,
-    Rollout,
     ScoredGroup,
     StepReport,
     TrainGroup,
@@ -75,14 +75,18 @@ def run_phases(
     sampler: DynamicSampler,
     advantages: Advantages,
     trainer: Trainer,
+    monitor: Monitor,
 ) -> Iterator[tuple[Phase, StepReport, list[ScoredGroup]]]:
-    """Yields after every optimizer step; the caller logs, saves and evaluates."""
+    """Yields after every step; the caller logs, does what the monitor demands, saves and
+    evaluates."""
     for phase in phases:
         for step in range(max(phase.first_step, first_step), phase.end_step):
             meter = Meter()
             with Timer(meter, "step"):
                 with Timer(meter, "gen"):
                     batch = sampler.fill(phase.index, step, prompts_per_step)
+                meter.update(step_metrics(batch, phase.index, sampler))
+                monitor.begin(step, phase.index, meter.summary())
                 with Timer(meter, "update_actor"):
                     sampler.hold(with_old_logprobs(batch.surplus, trainer))
                     for metrics in train_on(
@@ -92,9 +96,7 @@ def run_phases(
                         num_updates=updates_per_step,
                     ):
                         meter.update(metrics)
-            meter.update(rollout_metrics(batch.generated))
-            meter.update(sampler.metrics(phase.index))
-            meter.update(batch.metrics)
+            meter.update(monitor.end())
             summary = meter.summary()
             tokens = sum(
                 g.prompt.num_tokens + sum(len(r.token_ids) for r in g.rollouts)
@@ -102,6 +104,19 @@ def run_phases(
             )
             summary["perf/throughput"] = tokens / summary["timing_s/step"]
             yield phase, StepReport(step, summary), batch.generated
+
+
+def step_metrics(batch: Batch, phase: int, sampler: DynamicSampler) -> dict[str, float]:
+    """What is known before the first update: rewards and lengths, also by data source and by
+    new or carried; the batch; the curriculum."""
+    groups, curriculum = batch.generated, sampler.curriculum
+    return (
+        rollout_metrics(groups)
+        | source_metrics(groups, lambda g: g.prompt.data_source)
+        | source_metrics(groups, lambda g: curriculum.source(phase, g.prompt.uid))
+        | batch.metrics
+        | curriculum.metrics(phase)
+    )
 
 
 def to_train_groups(groups: Sequence[ScoredGroup], advantages: Advantages) -> list[TrainGroup]:
@@ -190,31 +205,3 @@ def _restore_old(row: PackedRow, groups: Sequence[TrainGroup]) -> PackedRow:
     for (group, sample), place in places.items():
         column[place] = groups[group].responses[sample].old_logprobs
     return replace(row, columns={**row.columns, "old_logprobs": column})
-
-
-def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Rewards and lengths of a rollout batch under verl's names; of an empty one its size."""
-    if not groups:
-        return {"batch/groups": 0.0}
-    rollouts: list[Rollout] = [r for g in groups for r in g.rollouts]
-    rewards = np.concatenate([g.rewards for g in groups])
-    verdicts = rewards[~np.isnan(rewards)]
-    lengths = np.array([len(r.token_ids) for r in rollouts])
-    prompts = np.array([g.prompt.num_tokens for g in groups])
-    scores = [s for g in groups for s in g.scores]
-    metrics: dict[str, Any] = {
-        "critic/rewards/mean": verdicts.mean() if verdicts.size else np.nan,
-        "critic/rewards/max": verdicts.max() if verdicts.size else np.nan,
-        "critic/rewards/min": verdicts.min() if verdicts.size else np.nan,
-        "critic/rewards/masked": float(np.isnan(rewards).sum()),
-        "reward/rule/mean": np.mean([s.rule for s in scores]),
-        "reward/rule/no_answer": np.mean([not s.matched for s in scores]),
-        "response_length/mean": lengths.mean(),
-        "response_length/max": lengths.max(),
-        "response_length/min": lengths.min(),
-        "response_length/clip_ratio": np.mean([not r.finished for r in rollouts]),
-        "prompt_length/mean": prompts.mean(),
-        "prompt_length/max": prompts.max(),
-        "batch/groups": len(groups),
-    }
-    return {name: float(value) for name, value in metrics.items()}

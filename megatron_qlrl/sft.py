@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from megatron_qlrl.metrics.meter import Meter
+from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.metrics.timer import Timer
 from megatron_qlrl.types import Example, PackedRow, StepReport, TrainGroup, TrainResponse
 
@@ -32,16 +33,19 @@ def run_sft_steps(
     seed: int,
     pack: Callable[[Sequence[TrainGroup]], list[PackedRow]],
     update: Callable[[Sequence[PackedRow], int], dict[str, float]],
+    monitor: Monitor,
 ) -> Iterator[StepReport]:
-    """Yields after every optimizer step."""
+    """Yields after every step; the caller logs, does what the monitor demands and saves."""
     for step in range(first_step, num_steps):
         meter = Meter()
+        monitor.begin(step, 0, {})
         with Timer(meter, "step"):
             chosen = batch_indices(len(examples), batch_size=batch_size, step=step, seed=seed)
             batch = [as_group(examples[i]) for i in chosen]
             meter.update(update(pack(batch), step))
         tokens = sum(len(g.prompt_ids) + len(g.responses[0].token_ids) for g in batch)
         meter.add("batch/examples", len(batch))
+        meter.update(monitor.end())
         summary = meter.summary()
         summary["perf/throughput"] = tokens / summary["timing_s/step"]
         yield StepReport(step, summary)

@@ -58,9 +58,13 @@ def run_rl(config: Config) -> None:
             sampler=sampler,
             advantages=make_advantages(config),
             trainer=trainer,
+            monitor=run.monitor,
         ):
             run.log(report, groups)
+            if run.went_back():
+                sampler.release()
             run.reached(report.step + 1, {"sampler": sampler.state_dict()})
+            run.stop_if_unstable()
             last = report.step == phase.end_step - 1
             if last and config.evaluation.at_phase_end:
                 run.evaluate(benchmarks, phase.name, report.step)
@@ -92,9 +96,12 @@ def run_sft(config: Config) -> None:
             seed=config.run.seed,
             pack=trainer.pack,
             update=trainer.update,
+            monitor=run.monitor,
         ):
             run.log(report, [])
+            run.went_back()
             run.reached(report.step + 1, {})
+            run.stop_if_unstable()
             last = report.step == steps - 1
             if last and config.evaluation.at_phase_end:
                 run.evaluate(benchmarks, "sft", report.step)

@@ -35,9 +35,10 @@ from megatron_qlrl.data.dataset import (
     load_prompts,
     middle_truncate,
 )
-from megatron_qlrl.errors import ConfigError, DataError, RewardError
+from megatron_qlrl.errors import ConfigError, DataError, RewardError, StabilityError
 from megatron_qlrl.evaluate.benchmarks import evaluate
 from megatron_qlrl.loop import Trainer
+from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.metrics.sinks import Tracker
 from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.packing.rows import slice_group
@@ -80,7 +81,7 @@ def open_run(config: Config, *, temperature: float) -> Iterator["Run"]:
         run = Run(config, temperature=temperature)
         try:
             yield run
-        except RewardError:
+        except (RewardError, StabilityError):
             run.save()
             raise
         finally:
@@ -104,6 +105,7 @@ class Run:
             keep=config.checkpoint.keep,
             warn=print if self.leads else lambda _: None,
         )
+        self.monitor = Monitor(config.stability, warn=self.warn)
         self.scores: dict[str, float] = {}
         self._sharing_checked = False
         self.scorer = on_all_ranks(partial(make_scorer, config))
@@ -357,7 +359,7 @@ class Run:
         def update(rows: Sequence[PackedRow], number: int) -> dict[str, float]:
             total = total_updates if aggregation else total_updates * updates
             rate = learning_rate(config.optimizer, step=number, total_steps=total)
-            return policy.update(rows, loss, lr=rate)
+            return policy.update(rows, loss, lr=rate, permit=self.monitor.permit)
 
         keeps = config.algorithm.reference and aggregation is None
         reference = policy.as_reference if keeps else None
@@ -399,6 +401,7 @@ class Run:
             state = load_checkpoint(path, model=self.policy.model, optimizer=self.policy.optimizer)
             self.policy.version = state["version"]
             self.scores = state["scores"]
+            self.monitor.load_state_dict(state["monitor"])
             if self.leads:
                 print(f"resuming from {path} at step {state['step']}", flush=True)
         opened = self._on_disk(partial(self._open_tracker, state.get("tracker")))
@@ -440,9 +443,32 @@ class Run:
 
         return on_all_ranks(guarded)
 
+    def went_back(self) -> bool:
+        """Takes weights and optimizer from the newest good checkpoint if the monitor demands it.
+        Steps, prompts and weight versions go on: the same again would end the same."""
+        if self.monitor.demand != "roll_back":
+            return False
+        path = self.store.newest()
+        if path is None:
+            self.warn(f"{self.monitor.reason}; there is no checkpoint to go back to: it goes on")
+            return False
+        load_checkpoint(path, model=self.policy.model, optimizer=self.policy.optimizer)
+        self.monitor.rolled_back()
+        self.warn(f"{self.monitor.reason}; weights and optimizer are those of {path} again")
+        return True
+
+    def stop_if_unstable(self) -> None:
+        """Raises StabilityError if the monitor demands it; the run is then saved as reached."""
+        if self.monitor.demand == "stop":
+            raise StabilityError(
+                f"{self.monitor.reason}. The run is saved as it was before that update; change "
+                "the settings (optimizer.lr, or the rule under stability) and start again: it "
+                "resumes"
+            )
+
     def reached(self, step: int, state: Mapping[str, Any]) -> None:
         """`step` steps are done: what the next `save` writes."""
-        self._unsaved = (step, state)
+        self._unsaved = (step, {**state, "monitor": self.monitor.state_dict()})
 
     def save(self) -> None:
         """A checkpoint of the last step reached, unless there is one already."""

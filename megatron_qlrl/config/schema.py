@@ -235,6 +235,37 @@ class RewardConfig(Section):
     checkpoint): masked samples are never a rule's 1, so what is left is biased."""
 
 
+Action = Literal["ignore", "warn", "skip", "stop", "roll_back"]
+
+
+class StabilityConfig(Section):
+    """What is watched before every optimizer update, and what is done about it: warn; skip the
+    update; stop the run with a checkpoint; or roll back, which skips the update, takes weights
+    and optimizer from the newest good checkpoint, and goes on with the next prompts."""
+
+    non_finite: Literal["skip", "stop", "roll_back"] = "skip"
+    """Loss or gradient norm is NaN or infinite."""
+    entropy_floor: Action = "warn"
+    """actor/entropy is below entropy_floor_nats."""
+    entropy_floor_nats: float = Field(default=0.01, ge=0)
+    kl_spike: Action = "warn"
+    """actor/kl_loss is above kl_spike_min and kl_spike_factor times its recent median."""
+    kl_spike_factor: float = Field(default=10.0, gt=1)
+    kl_spike_min: float = Field(default=0.1, ge=0)
+    gradient_spike: Action = "warn"
+    """actor/grad_norm is above gradient_spike_factor times its recent median."""
+    gradient_spike_factor: float = Field(default=10.0, gt=1)
+    reward_collapse: Action = "warn"
+    """critic/rewards/mean is below reward_collapse_factor times its recent median."""
+    reward_collapse_factor: float = Field(default=0.25, gt=0, lt=1)
+    window: int = Field(default=10, gt=0)
+    """Recent: so many values of the same phase; before there are so many, nothing is compared."""
+    max_skips: int = Field(default=3, ge=0)
+    """More updates skipped in a row stop the run: the weights themselves may be broken."""
+    max_roll_backs: int = Field(default=2, ge=0)
+    """One more than these in a run stops it."""
+
+
 class CheckpointConfig(Section):
     every_steps: int = Field(default=50, gt=0)
     """Save after every n-th step, and always after the last step of a phase."""
@@ -279,6 +310,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()
+    stability: StabilityConfig = StabilityConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -101,11 +101,8 @@ class DynamicSampler:
         self._waiting = list(surplus)
 
     def release(self) -> None:
-        """Drops what waits: the weights that sampled it are no longer in the past."""
+        """Drops what waits: the run went back to before the weights that sampled it."""
         self._waiting = []
-
-    def metrics(self, phase: int) -> dict[str, float]:
-        return self.curriculum.metrics(phase)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able: the curriculum, and every group that waits."""

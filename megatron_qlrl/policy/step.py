@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,12 @@ Loss = Callable[
 ]
 # How a packed row becomes this rank's micro-batch (packing/shard.py).
 Shard = Callable[[PackedRow], MicroBatch]
+# Whether an update with these metrics may be taken.
+Permit = Callable[[Mapping[str, float]], bool]
+
+
+def finite_gradient(metrics: Mapping[str, float]) -> bool:
+    return isfinite(metrics["actor/grad_norm"])
 
 
 class Policy:
@@ -74,8 +81,13 @@ class Policy:
             )
         self.model.config.finalize_model_grads_func = finalize_model_grads
 
-    def update(self, rows: Sequence[PackedRow], loss: Loss, *, lr: float) -> dict[str, float]:
+    def update(
+        self, rows: Sequence[PackedRow], loss: Loss, *, lr: float, permit: Permit = finite_gradient
+    ) -> dict[str, float]:
         """One optimizer step on this data-parallel rank's rows; metrics agree on all ranks.
+
+        Unless `permit` says yes to the metrics on every rank, the step is not taken: weights,
+        optimizer state and version stay as they are, bitwise.
 
         Returns per-token means over the whole batch, `actor/grad_norm` and `actor/lr`.
         """
@@ -85,11 +97,14 @@ class Policy:
             # Without this the first micro-batch's gradients count twice from step two on.
             self.optimizer.zero_grad()
             found = self.run(rows, partial(training_loss, loss), forward_only=False)
-            set_learning_rate(self.optimizer, lr)
-            _, grad_norm, _ = self.optimizer.step()
-        self.version += 1
-        means = _means(found, self.context)
-        return means | {"actor/grad_norm": float(grad_norm), "actor/lr": lr}
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            metrics = _means(found, self.context) | {"actor/grad_norm": norm, "actor/lr": lr}
+            if all(gather_objects(permit(metrics))):
+                set_learning_rate(self.optimizer, lr)
+                self.optimizer.step()
+                self.version += 1
+        return metrics
 
     @torch.no_grad()
     def add_logprobs(self, rows: Sequence[PackedRow], name: str) -> list[PackedRow]:

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_qlrl.config.schema import AlgorithmConfig, CurriculumConfig
+from megatron_qlrl.config.schema import AlgorithmConfig, CurriculumConfig, StabilityConfig
 from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.curriculum.dynamic import DynamicSampler
 from megatron_qlrl.loop import (
     Logprobs,
     Phase,
     Trainer,
-    rollout_metrics,
     run_phases,
     split_updates,
     to_train_groups,
     train_on,
     with_old_logprobs,
 )
+from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.types import (
     Block,
     PackedRow,
@@ -212,12 +212,17 @@ def test_the_old_policy_of_a_group_is_the_one_that_sampled_it() -> None:
     assert fake.trained[0].columns["old_logprobs"].tolist() == [-5.0] * 3 + [-0.25, -0.5]
 
 
+STABILITY = {"window": 1, "reward_collapse": "stop", "reward_collapse_factor": 0.5}
+
+
 class FakeRun:
     """Phases of 2 and 3 steps with 12 prompts each; of all prompts every other one has a
     spread in its first two samples, the third has no verdict."""
 
     def __init__(self, **settings: Any) -> None:
         self.trainer = FakeTrainer()
+        self.monitor = Monitor(StabilityConfig.model_validate(STABILITY), warn=lambda message: None)
+        self.collect_value = 1.0
         self.collected: list[tuple[int, list[str]]] = []
         self.observed: list[ScoredGroup] = []
         prompts = [prompt(f"{k}:{n}", 3 + 4 * k) for k in range(2) for n in range(12)]
@@ -236,7 +241,9 @@ class FakeRun:
 
     def collect(self, prompts: Sequence[Prompt], step: int) -> list[ScoredGroup]:
         self.collected.append((step, [p.uid for p in prompts]))
-        groups = [scored(p, 1.0, float(self.has_no_spread(p.uid)), None) for p in prompts]
+        groups = [
+            scored(p, self.collect_value, float(self.has_no_spread(p.uid)), None) for p in prompts
+        ]
         version = self.trainer.version
         return [
             replace(g, rollouts=tuple(replace(r, weight_version=version) for r in g.rollouts))
@@ -256,6 +263,7 @@ class FakeRun:
             sampler=self.sampler,
             advantages=minus_mean,
             trainer=self.trainer.parts(reference=False),
+            monitor=self.monitor,
         )
 
 
@@ -358,31 +366,18 @@ def test_a_step_is_only_taken_when_it_is_asked_for() -> None:
     assert [step for step, _ in run.collected] == [0]
 
 
-def test_rollout_metrics_by_hand() -> None:
-    groups = [scored(prompt("a", 3), 1.0, None), scored(prompt("b", 7), 0.0, finished=False)]
-    assert rollout_metrics(groups) == pytest.approx(
-        {
-            "critic/rewards/mean": 0.5,
-            "critic/rewards/max": 1.0,
-            "critic/rewards/min": 0.0,
-            "critic/rewards/masked": 1.0,
-            "reward/rule/mean": 1 / 3,
-            "reward/rule/no_answer": 1.0,
-            "response_length/mean": 4 / 3,  # 1, 2, 1 tokens
-            "response_length/max": 2.0,
-            "response_length/min": 1.0,
-            "response_length/clip_ratio": 1 / 3,
-            "prompt_length/mean": 5.0,
-            "prompt_length/max": 7.0,
-            "batch/groups": 2.0,
-        }
-    )
+def test_the_monitor_judges_each_step_before_its_updates() -> None:
+    run = FakeRun()
+    found = []
+    for _, report, _ in run.steps(0):
+        found.append((report.step, run.monitor.demand, report.metrics["stability/reward_collapse"]))
+        if report.step == 2:  # from now on all answers are wrong
+            run.collect_value = 0.0
+    assert found[:4] == [(0, None, 0), (1, None, 0), (2, None, 0), (3, "stop", 1)]
 
 
-def test_mean_reward_without_any_verdict_is_not_zero() -> None:
-    metrics = rollout_metrics([scored(prompt("a"), None)])
-    assert np.isnan(metrics["critic/rewards/mean"])
-
-
-def test_a_step_that_generated_nothing_says_so() -> None:
-    assert rollout_metrics([]) == {"batch/groups": 0.0}
+def test_the_record_tells_new_from_carried_and_the_data_sources() -> None:
+    _, report, _ = next(FakeRun().steps(0))
+    assert report.metrics["source/new/batch/groups"] == 4
+    assert report.metrics["source/docqa/batch/groups"] == 4
+    assert "source/carried/batch/groups" not in report.metrics

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_qlrl.config.schema import StabilityConfig
+from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.sft import as_group, batch_indices, num_sft_steps, run_sft_steps
 from megatron_qlrl.types import Example, PackedRow, Prompt, StepReport, TrainGroup
 
@@ -85,6 +87,7 @@ def run(first_step: int) -> tuple[list[StepReport], list[Any]]:
         seed=9,
         pack=pack,
         update=update,
+        monitor=Monitor(StabilityConfig.model_validate({}), warn=print),
     )
     return list(reports), calls
 

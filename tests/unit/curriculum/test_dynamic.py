@@ -116,8 +116,8 @@ def test_rounds_without_any_spread_end_and_are_counted(what):
     assert [step for step, _ in setup.calls] == [s for s in range(4) for _ in range(3)]
     assert len(setup.warnings) == 4
     assert "step 2: 0 of 8 groups carry a gradient after 3 rounds (24 groups" in setup.warnings[2]
-    assert setup.sampler.metrics(0)["curriculum/new/drawn"] == 96
-    assert setup.sampler.metrics(0)["curriculum/new/reached"] == 0
+    assert setup.sampler.curriculum.metrics(0)["curriculum/new/drawn"] == 96
+    assert setup.sampler.curriculum.metrics(0)["curriculum/new/reached"] == 0
 
 
 def test_a_pool_that_is_used_up_ends_the_rounds():
@@ -171,7 +171,7 @@ def test_surplus_comes_first_in_the_next_step():
     assert not set(uids(second.generated)) & set(uids(first.surplus))
     assert second.metrics["batch/staleness/max"] == 1
     assert second.metrics["batch/staleness/mean"] == 0.5
-    assert setup.sampler.metrics(0)["curriculum/new/reached"] == 8
+    assert setup.sampler.curriculum.metrics(0)["curriculum/new/reached"] == 8
 
 
 def test_a_step_of_groups_that_waited_generates_nothing():
