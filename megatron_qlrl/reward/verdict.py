@@ -44,15 +44,18 @@ _RESPONSE_FORMAT = {
 _VERDICT = re.compile(r'[ \t\r\n]*\{[ \t\r\n]*"equivalent"[ \t\r\n]*:[ \t\r\n]*(true|false)'
                       r"[ \t\r\n]*\}[ \t\r\n]*")  # fmt: skip
 
-# Words that answer no question: claims of being right, and openings of a reasoning. Judges are
-# known to pass a candidate made of these alone (arXiv 2507.08794, "One Token to Fool").
-_EMPTY_WORDS = frozenset(
+# Words that answer no question: claims of being right and openings of a reasoning, with the small
+# words between them. Judges are known to pass a candidate made of these alone (arXiv 2507.08794,
+# "One Token to Fool LLM-as-a-Judge").
+_SMALL_WORDS = frozenset(
+    "it its is are be i we my your us let lets this that here heres so as and in of to by with "
+    "therefore thus hence now ok okay sure".split()
+)
+_EMPTY_WORDS = _SMALL_WORDS | frozenset(
     "yes no true false correct incorrect right wrong equivalent identical same match matches "
-    "equal accept accepted pass answer answers final reference candidate response solution "
+    "equal accept accepted pass answer answers final reference candidate response solution solve "
     "result conclusion explanation reasoning thought thoughts thinking think process analysis "
-    "step steps stepbystep by lets let us solve this that problem question first here heres my "
-    "your is are it its i we so therefore thus hence now ok okay sure above following as follows "
-    "below and in of to be with".split()
+    "step steps stepbystep problem question first above below following follows".split()
 )
 
 
@@ -83,7 +86,7 @@ def make_claim(*, question: str, gold: str, prediction: str) -> Claim | None:
     """
     if len(prediction) > MAX_ANSWER_CHARS:
         return None
-    words = set(normalize(prediction).split())
+    words = set(normalize(prediction).split()) - _SMALL_WORDS
     if not any(char.isalnum() for word in words for char in word):
         return None
     if words <= _EMPTY_WORDS and not words & set(normalize(gold).split()):

@@ -183,6 +183,10 @@ def test_empty_words_never_reach_the_judge(prediction):
     assert claim(prediction) is None
 
 
+def test_small_words_in_the_gold_make_no_answer_of_empty_words():
+    assert claim("Yes, this is it", gold="It is by the sea") is None
+
+
 @pytest.mark.parametrize(
     ("prediction", "gold"),
     [

@@ -1,7 +1,8 @@
 """The engine's own logic, with a stand-in for vLLM (the real one is in the integration tests)."""
 
+import sys
 from collections.abc import Iterable, Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from megatron_qlrl.errors import SyncError
 from megatron_qlrl.rollout import vllm_engine
-from megatron_qlrl.rollout.vllm_engine import VllmEngine
+from megatron_qlrl.rollout.vllm_engine import Request, Sampling, VllmEngine
 
 MANIFEST = {"a": (2, 3), "b": (4,)}
 A, B = torch.zeros(2, 3), torch.zeros(4)
@@ -125,3 +126,53 @@ def test_completion_takes_the_sampled_tokens_logprob(reason: str, finished: bool
     assert found.logprobs.tolist() == [-0.5, -3.0]
     assert (found.token_ids.dtype, found.logprobs.dtype) == (np.int32, np.float32)
     assert found.finished is finished
+
+
+class FakeEngine:
+    """Request k takes k + 1 steps; the calls are recorded."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.waiting: dict[str, int] = {}
+
+    def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
+        self.calls.append((request_id, prompt, params["seed"], params["output_kind"]))
+        self.waiting[request_id] = int(request_id) + 1
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting)
+
+    def step(self) -> list[Any]:
+        self.calls.append("step")
+        self.waiting = {name: left - 1 for name, left in self.waiting.items()}
+        ended = [name for name, left in self.waiting.items() if left == 0]
+        for name in ended:
+            del self.waiting[name]
+        token = {7: SimpleNamespace(logprob=-0.5)}
+        output = SimpleNamespace(token_ids=[7], logprobs=[token], finish_reason="stop")
+        return [SimpleNamespace(request_id=name, outputs=[output]) for name in ended]
+
+
+def test_each_response_is_handed_out_while_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What scoring stands on: nothing waits for the last response of a batch."""
+    fake = ModuleType("vllm")
+    fake.SamplingParams = dict  # pyright: ignore[reportAttributeAccessIssue]
+    inputs, params = ModuleType("vllm.inputs"), ModuleType("vllm.sampling_params")
+    inputs.tokens_input = tuple  # pyright: ignore[reportAttributeAccessIssue]
+    kinds = SimpleNamespace(FINAL_ONLY="final only")
+    params.RequestOutputKind = kinds  # pyright: ignore[reportAttributeAccessIssue]
+    for module in (fake, inputs, params):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    llm = FakeEngine()
+    engine = engine_with(FakeLLM())
+    engine._llm = SimpleNamespace(llm_engine=llm)  # pyright: ignore[reportAttributeAccessIssue]
+    engine._progress = False
+    requests = [Request(np.array([n, n + 1], np.int32), seed=10 + n) for n in range(3)]
+    engine._generate(
+        requests, Sampling(1.0, 1.0, 4), lambda number, done: llm.calls.append((number, done))
+    )
+    added, rest = llm.calls[:3], llm.calls[3:]
+    assert added == [(str(n), (n, n + 1), 10 + n, "final only") for n in range(3)]
+    assert rest[0::2] == ["step"] * 3
+    assert [number for number, _ in rest[1::2]] == [0, 1, 2]
+    assert [done.token_ids.tolist() for _, done in rest[1::2]] == [[7]] * 3
