@@ -166,3 +166,8 @@ def test_a_statement_over_the_bound_is_left_as_it_is(filler):
     giant = f"the answer is Paris {filler * (1_000_000 // len(filler))} Rome"
     answer = find_answer(giant)
     assert answer is None or len(answer.text) > MAX_ANSWER_CHARS or answer.text in ("Rome", "Paris")
+
+
+@pytest.mark.parametrize(("length", "text"), [(998, "a" * 998), (999, f"({'a' * 999})")])
+def test_wrappers_stay_around_a_statement_over_the_bound(length, text):
+    assert find_answer(f"the answer is ({'a' * length})") == Answer(text, "the answer is")

@@ -52,6 +52,7 @@ def test_unknown_source_lists_the_valid_names():
         ("no", "No"),
         ("not reported", "It was not reported"),
         ("1,234", "1234"),
+        ("Ｐａ\u200bｒｉｓ", "Paris"),
         ("A", "a"),
         ("?", "?"),
     ],
@@ -114,6 +115,8 @@ def test_qa_wrong(gold, prediction):
         ("32.4", "32.4"),
         ("1000", "1001.5"),
         ("1000", "998.5"),
+        ("32.4", "32.4486"),
+        ("3", "2.9955"),
         ("-1000", "-1001.5"),
         ("0", "0.00"),
         ("1,234", "$1234"),
@@ -198,3 +201,8 @@ def test_exact_takes_no_second_word(prediction: str, right: bool) -> None:
         data_source="toy_docqa_needle", ground_truth="cocoa", response_text=response
     )
     assert score.value == float(right)
+
+
+@pytest.mark.parametrize(("length", "right"), [(1000, True), (1001, False)])
+def test_an_answer_over_the_bound_is_never_right(length, right):
+    assert verdict("qa", "x" * length, "x" * length) is right
