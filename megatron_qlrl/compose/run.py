@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -266,6 +266,7 @@ class Run:
         def finish() -> dict[int, ScoredGroup]:
             if not engine.leads:
                 return {}
+            wait(scores.values())  # one awakening in place of one for each
             return {
                 share[n]: ScoredGroup(
                     mine[n], group, tuple(scores[n, r.sample].result() for r in group)

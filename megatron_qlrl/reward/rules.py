@@ -76,6 +76,7 @@ def apply_rule(rule: RuleName, *, gold: str, answer: Answer) -> bool:
     return _RULES[rule](answer.text, _stated(gold))
 
 
+@lru_cache(maxsize=1024)  # the G responses of a group share it
 def _stated(gold: str) -> str:
     answer = find_answer(gold)
     if answer:
