@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command()(train.sft)
 app.command()(train.rl)
 app.command("eval")(train.evaluate)
+app.command()(train.distill)
 app.command()(convert.export)
 app.command("import")(convert.import_model)
 app.command()(train.check)

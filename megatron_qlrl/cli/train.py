@@ -13,6 +13,7 @@ from megatron_qlrl.cli.ranks import on_ranks, shown_once
 from megatron_qlrl.config import checks
 from megatron_qlrl.config.load import load_config
 from megatron_qlrl.config.schema import Config
+from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.launch import local
 from megatron_qlrl.platform.env import read_ranks, read_secret
 from megatron_qlrl.platform.machine import attention_kernel
@@ -46,6 +47,22 @@ def rl(config: ConfigPath, overrides: Overrides = None, processes: Processes = N
 def evaluate(config: ConfigPath, overrides: Overrides = None, processes: Processes = None) -> None:
     """Score model.path on data.eval_files."""
     _train("eval", config, overrides or [], processes)
+
+
+def distill(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Parquet file to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Warm-up data: a teacher's correct answers to data.train_files. Started again, it goes on."""
+    loaded = load_config(config, overrides or [])
+    checks.check_files(loaded, "distill")
+    _check_judge(loaded)
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out.parent}, where {out.name} is to be written, is no folder; make it")
+    from megatron_qlrl.compose import run_distill
+
+    run_distill(loaded, out)
 
 
 def check(

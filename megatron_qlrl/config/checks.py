@@ -16,7 +16,7 @@ from megatron_qlrl.config.schema import Config
 from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.errors import ConfigError
 
-Command = Literal["sft", "rl", "eval"]
+Command = Literal["sft", "rl", "eval", "distill"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -95,7 +95,7 @@ def check_files(config: Config, command: Command) -> None:
         ConfigError: naming the setting, and every missing file.
     """
     data = config.data
-    required = {"sft": "sft_files", "rl": "train_files", "eval": "eval_files"}[command]
+    required = {"sft": "sft_files", "eval": "eval_files"}.get(command, "train_files")
     if not getattr(data, required):
         raise ConfigError(
             f"`qlrl {command}` needs data.{required}; name at least one parquet file "
@@ -104,6 +104,11 @@ def check_files(config: Config, command: Command) -> None:
     if command == "rl" and not config.phases:
         raise ConfigError(
             "`qlrl rl` needs at least one entry under phases (name, max_input_tokens, steps)"
+        )
+    if command == "distill" and config.distill.teacher is None:
+        raise ConfigError(
+            "`qlrl distill` needs a teacher: distill.teacher.urls=[http://host:8000/v1] and "
+            "distill.teacher.model=NAME"
         )
     missing = [
         f"data.{name}: {file}"

@@ -179,23 +179,23 @@ JUDGE_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 """The judge of the paper, about 3 GB in bfloat16."""
 
 
-class JudgeConfig(Section):
+class EndpointConfig(Section):
+    """An OpenAI-compatible service of one or more servers."""
+
     urls: tuple[str, ...] = Field(min_length=1)
-    """Base URLs of OpenAI-compatible servers (http://host:8000/v1) that share the load."""
-    model: str = JUDGE_MODEL
+    """Base URLs of the servers (http://host:8000/v1), which share the load."""
+    model: str
     """Name under which the servers offer the model."""
     api_key_env: str | None = None
     """NAME of the environment variable that holds the key; a key is never written in a config."""
     concurrency: int = Field(default=64, gt=0)
-    """Requests in flight, for each rollout engine."""
+    """Requests in flight."""
     timeout_s: float = Field(default=30.0, gt=0)
     """Of one request."""
     attempts: int = Field(default=4, gt=0)
-    """Tries for one verdict, with growing random pauses, before its sample is masked."""
+    """Tries for one request, with growing random pauses, before it has failed."""
     cooldown_s: float = Field(default=10.0, gt=0)
     """A server that failed gets no request for so long while others answer."""
-    max_tokens: int = Field(default=32, gt=0)
-    """Longest reply; the verdict needs about 10 tokens."""
 
     @field_validator("api_key_env")
     @classmethod
@@ -203,7 +203,7 @@ class JudgeConfig(Section):
         if name is not None and not name.isidentifier():
             # Not repeated here: it may be the key itself.
             raise ValueError(
-                "reward.judge.api_key_env takes the NAME of an environment variable (letters, "
+                "api_key_env takes the NAME of an environment variable (letters, "
                 "digits, _), never the key"
             )
         return name
@@ -214,17 +214,42 @@ class JudgeConfig(Section):
         for url in urls:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError(
-                    f"reward.judge.urls: '{url}' is not of the form http://host:8000/v1"
-                )
+                raise ValueError(f"urls: '{url}' is not of the form http://host:8000/v1")
             if parts.username or parts.password or parts.query:
                 # Not repeated here: it may hold a key.
                 raise ValueError(
-                    f"reward.judge.urls: the URL of {parts.hostname} carries a user, password or "
+                    f"urls: the URL of {parts.hostname} carries a user, password or "
                     "query; put the key into an environment variable and its name into "
-                    "reward.judge.api_key_env"
+                    "api_key_env"
                 )
         return tuple(url.rstrip("/") for url in urls)
+
+
+class JudgeConfig(EndpointConfig):
+    """`concurrency` is for each rollout engine; a sample whose request failed is masked."""
+
+    model: str = JUDGE_MODEL
+    max_tokens: int = Field(default=32, gt=0)
+    """Longest reply; the verdict needs about 10 tokens."""
+
+
+class TeacherConfig(EndpointConfig):
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """Of one request: a long document and a long reasoning."""
+
+
+class DistillConfig(Section):
+    teacher: TeacherConfig | None = None
+    """The service that answers the prompts of data.train_files."""
+    samples: int = Field(default=4, gt=0)
+    """Answers asked for each prompt; every correct one is kept."""
+    temperature: float = Field(default=0.6, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    max_response_tokens: int = Field(default=10_000, gt=0)
+    """Longest answer, by the teacher's tokenizer; cut ones are dropped."""
+    max_tokens: int = Field(default=20_000, gt=0)
+    """Longest example, prompt and answer by the student's tokenizer; longer ones are dropped
+    (the method's warm-up: 20K)."""
 
 
 class RewardConfig(Section):
@@ -309,6 +334,7 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     sft: SFTConfig = SFTConfig()
+    distill: DistillConfig = DistillConfig()
     reward: RewardConfig = RewardConfig()
     stability: StabilityConfig = StabilityConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

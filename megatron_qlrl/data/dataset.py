@@ -63,7 +63,7 @@ def load_examples(
     for where, uid, row in _rows(files, (*_REQUIRED, "response")):
         prompt = _prompt(where, uid, row, tokenizer, enable_thinking)
         response = _text(where, "response", row["response"])
-        if response.lstrip().startswith("<think>") and _opens_thinking(tokenizer, prompt):
+        if response.lstrip().startswith("<think>") and opens_thinking(tokenizer, prompt):
             raise DataError(
                 f"{where}: `response` starts with <think>, and the chat template opens <think> "
                 "already; take it off the response"
@@ -73,6 +73,20 @@ def load_examples(
             ids = [*ids, tokenizer.eos_token_id]
         examples.append(Example(prompt, np.asarray(ids, dtype=np.int32)))
     return examples
+
+
+def load_rows(files: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """The rows behind `load_prompts`, in the same order, as they stand in the files.
+
+    Raises:
+        DataError: a file or column cannot be used.
+    """
+    return [row for _, _, row in _rows(files, _REQUIRED)]
+
+
+def opens_thinking(tokenizer: Any, prompt: Prompt) -> bool:
+    """Whether the chat template has opened `<think>` at the end of the prompt."""
+    return tokenizer.decode(prompt.token_ids[-8:]).rstrip().endswith("<think>")
 
 
 def drop_overlong(prompts: Sequence[Prompt], max_tokens: int) -> tuple[list[Prompt], str]:
@@ -215,10 +229,6 @@ def _text(where: str, name: str, value: Any) -> str:
             f"{where}: `{name}` must be a string that is not empty, found {_shown(value)}"
         )
     return value
-
-
-def _opens_thinking(tokenizer: Any, prompt: Prompt) -> bool:
-    return tokenizer.decode(prompt.token_ids[-8:]).rstrip().endswith("<think>")
 
 
 def _shown(value: Any) -> str:
