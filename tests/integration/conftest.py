@@ -3,9 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,54 @@ def read_jsonl() -> Callable[[Path], list[dict[str, Any]]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def answering_model(
+    qlrl: Callable[..., Any],
+    write_config: Callable[..., Path],
+    toy_data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The toy model after a moment of SFT: it states answers, many of them wrong."""
+    folder = tmp_path_factory.mktemp("answering")
+    config = write_config(
+        folder,
+        data={"sft_files": [str(toy_data / "sft.parquet")], "eval_files": []},
+        sft={"batch_size": 8, "max_steps": 20},
+        optimizer={"lr": 1.0e-3},
+    )
+    qlrl("sft", config).check()
+    return folder / "run" / "hf"
+
+
+@pytest.fixture
+def port() -> int:
+    """A free port; of each test its own, because a killed server ends a moment later."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def serve(
+    start_qlrl: Callable[..., subprocess.Popen[str]], port: int
+) -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
+    """Serves a model as "toy" with `qlrl judge serve` on `port`; waits until it is ready."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(model: Path) -> subprocess.Popen[str]:
+        options = ["--", "--served-model-name", "toy", "--max-model-len", "4096"]
+        process = start_qlrl("judge", "serve", "--model", model, "--port", port, *options)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("judge ready"), process.communicate()[1]
+        # nobody reads its log here, and a full pipe would stop it
+        assert process.stderr is not None
+        os.set_blocking(process.stderr.fileno(), False)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

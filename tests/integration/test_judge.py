@@ -1,12 +1,11 @@
 """The judge in whole runs: a server by hand that dies, and vLLM's own that is killed."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +25,6 @@ KEY = "canary-9f31c7"
 def even_length(fields: dict[str, str]) -> Reply:
     """A judge that says yes to about half of the answers."""
     return verdict(len(fields["candidate"]) % 2 == 0)
-
-
-@pytest.fixture(scope="session")
-def answering_model(
-    qlrl: Callable[..., Any],
-    write_config: Callable[..., Path],
-    toy_data: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """The toy model after a moment of SFT: it states answers, many of them wrong."""
-    folder = tmp_path_factory.mktemp("answering")
-    config = write_config(
-        folder,
-        data={"sft_files": [str(toy_data / "sft.parquet")], "eval_files": []},
-        sft={"batch_size": 8, "max_steps": 20},
-        optimizer={"lr": 1.0e-3},
-    )
-    qlrl("sft", config).check()
-    return folder / "run" / "hf"
 
 
 @pytest.fixture(scope="session")
@@ -78,13 +58,6 @@ def config(
         )
 
     return make
-
-
-@pytest.fixture(scope="session")
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_judge_that_is_lost_stops_the_run_with_a_checkpoint_and_it_resumes(
@@ -181,32 +154,12 @@ def test_samples_without_a_verdict_are_masked_and_the_run_goes_on(
 # --- vLLM's own server ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def serve(
-    start_qlrl: Callable[..., subprocess.Popen[str]], port: int, base_model: Path
-) -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """Starts `qlrl judge serve` on `port` and waits until it is ready."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start() -> subprocess.Popen[str]:
-        options = ["--", "--served-model-name", "toy", "--max-model-len", "4096"]
-        process = start_qlrl("judge", "serve", "--model", base_model, "--port", port, *options)
-        started.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("judge ready"), process.communicate()[1]
-        # nobody reads its log here, and a full pipe would stop it
-        assert process.stderr is not None
-        os.set_blocking(process.stderr.fileno(), False)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
 def test_vllm_judges_is_killed_and_comes_back(
-    serve: Callable[[], subprocess.Popen[str]], qlrl: Callable[..., Any], port: int, tmp_path: Path
+    serve: Callable[[Path], subprocess.Popen[str]],
+    base_model: Path,
+    qlrl: Callable[..., Any],
+    port: int,
+    tmp_path: Path,
 ) -> None:
     url = f"http://127.0.0.1:{port}/v1"
     settings = {"urls": [url], "model": "toy", "concurrency": 4, "attempts": 2, "cooldown_s": 0.1}
@@ -230,7 +183,7 @@ def test_vllm_judges_is_killed_and_comes_back(
             for name in names
         ]
 
-    server = serve()
+    server = serve(base_model)
     qlrl(
         "reward", "score", file, "--out", tmp_path / "out.jsonl",
         "--judge-url", url, "--judge-model", "toy",
@@ -254,7 +207,7 @@ def test_vllm_judges_is_killed_and_comes_back(
     assert scores[-1].value == 1.0  # the rule's 1 needs no judge
     assert url in scorer.last_failure
 
-    again = serve()
+    again = serve(base_model)
     scores = [future.result(timeout=60) for future in submit([f"city {n}" for n in range(300)])]
     assert all(s.value is not None for s in scores)
     assert scorer.take_counts()["cached"] == len(judged)
