@@ -15,6 +15,7 @@ from megatron_qlrl.config.load import load_config
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.launch import local
+from megatron_qlrl.launch.again import start_again
 from megatron_qlrl.platform.env import read_ranks, read_secret
 from megatron_qlrl.platform.machine import attention_kernel
 
@@ -76,7 +77,7 @@ def check(
     if config is None:
         return
     loaded = load_config(config, overrides or [])
-    world = processes or _default_processes(loaded)
+    world = processes or _default_processes(loaded.phase_configs())
     data = loaded.data
     uses: dict[checks.Command, tuple[object, ...]] = {
         "sft": data.sft_files,
@@ -86,8 +87,10 @@ def check(
     for command, used in uses.items():
         if used:
             checks.check_files(loaded, command)
-    checks.check_layout(loaded, checks.read_hf_config(loaded.model.path), world_size=world)
-    checks.check_machine(loaded, processes=world, num_gpus=local.num_gpus())
+    hf = checks.read_hf_config(loaded.model.path)
+    for stage in loaded.phase_configs():
+        checks.check_layout(stage, hf, world_size=world)
+        checks.check_machine(stage, processes=world, num_gpus=local.num_gpus())
     _check_judge(loaded)
     typer.echo(f"{config}: fits {world} process(es) on this machine")
 
@@ -115,27 +118,32 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
     with shown_once():
         config = load_config(path, overrides)
 
+    stages = config.phase_configs() if command == "rl" else [config]
+
     def check(world_size: int) -> None:
         checks.check_files(config, command)
         hf = checks.read_hf_config(config.model.path)
-        checks.check_layout(config, hf, world_size=world_size)
         # Under torchrun and srun the job may span machines: their ranks here are not counted.
         here = world_size if read_ranks().world_size == 1 else 1
-        checks.check_machine(config, processes=here, num_gpus=local.num_gpus())
+        for stage in stages:
+            checks.check_layout(stage, hf, world_size=world_size)
+            checks.check_machine(stage, processes=here, num_gpus=local.num_gpus())
         checks.check_run_dir(config)
         _check_judge(config)
 
     def run() -> None:
         from megatron_qlrl import compose
 
-        runs: dict[str, Callable[[Config], None]] = {
+        runs: dict[str, Callable[[Config], int | None]] = {
             "sft": compose.run_sft,
             "rl": compose.run_rl,
             "eval": compose.run_eval,
         }
-        runs[command](config)
+        port = runs[command](config)
+        if port is not None:
+            start_again(port, settings=["checkpoint.resume=true"])
 
-    processes = wanted or _default_processes(config)
+    processes = wanted or _default_processes(stages)
     on_ranks([command, str(path), *overrides], processes, check=check, run=run)
 
 
@@ -147,8 +155,8 @@ def _check_judge(config: Config) -> None:
         check_judge(judge, key=read_secret(judge.api_key_env))
 
 
-def _default_processes(config: Config) -> int:
-    return local.num_gpus() or checks.smallest_world_size(config)
+def _default_processes(configs: list[Config]) -> int:
+    return local.num_gpus() or checks.smallest_world_size(configs)
 
 
 def _version(*names: str) -> str:

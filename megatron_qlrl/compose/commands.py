@@ -10,48 +10,71 @@ from megatron_qlrl.compose.parts import (
     make_advantages,
     make_context,
     make_curriculum,
-    make_phases,
     make_policy,
+    newest_checkpoint,
     policy_loss,
     save_checkpoint,
 )
-from megatron_qlrl.compose.run import open_run
+from megatron_qlrl.compose.run import joined, open_run
+from megatron_qlrl.compose.stretch import (
+    Stretch,
+    make_phases,
+    reference_folder,
+    renews_reference,
+    resets_optimizer,
+    stretch_at,
+)
 from megatron_qlrl.config.schema import Config, ModelConfig, PolicyConfig
 from megatron_qlrl.config.shape import read_shape
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.loop import run_phases
-from megatron_qlrl.parallel.collectives import on_all_ranks
+from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import init_parallel, process_group
-from megatron_qlrl.platform.env import init_ranks
+from megatron_qlrl.platform.env import free_port, init_ranks
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.policy.loss import sft_loss
 from megatron_qlrl.policy.model import build_model
 from megatron_qlrl.sft import num_sft_steps, run_sft_steps
-from megatron_qlrl.weights.checkpoint import CheckpointStore, load_weights
+from megatron_qlrl.weights.checkpoint import CheckpointStore, load_weights, step_of
 from megatron_qlrl.weights.release import write_release
 from megatron_qlrl.weights.stream import WeightStream
 
 
-def run_rl(config: Config) -> None:
-    """All phases of RL, from the newest checkpoint on; ends with a Hugging Face folder."""
-    with open_run(config, temperature=config.rollout.temperature) as run:
+def run_rl(config: Config) -> int | None:
+    """RL from the newest checkpoint on, through all phases that can share a process.
+
+    Returns:
+        None at the end of the run, which leaves a Hugging Face folder; else the port where the
+        ranks meet again, in fresh processes, for the next phases.
+    """
+    with joined():
+        newest = newest_checkpoint(config)
+        stretch = stretch_at(config, step_of(newest) if newest else 0)
+        return _run_stretch(config, stretch, newest)
+
+
+def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | None:
+    config, begin = stretch.config, stretch.phases[0]
+    temperature = config.rollout.temperature
+    weights = reference_folder(whole, begin.index)
+    with open_run(config, temperature=temperature, whole=whole, weights=weights) as run:
         prompts = on_all_ranks(run.train_prompts)
         benchmarks = on_all_ranks(run.benchmarks)
-        curriculum = on_all_ranks(partial(make_curriculum, config, prompts))
+        curriculum = on_all_ranks(partial(make_curriculum, whole, prompts))
         if config.algorithm.reference:
             run.policy.keep_reference()
-        state = run.restore()
+        state = run.restore(newest, fresh_optimizer=resets_optimizer(whole, begin, newest))
         run.evaluate_start(benchmarks, state)
         sampler = run.sampler(curriculum)
         if state:
             sampler.load_state_dict(state["sampler"])
-        trainer = run.trainer(policy_loss(config), total_updates=config.total_rl_steps)
-        phases, first = make_phases(config), state.get("step", 0)
-        for phase in phases:
+        trainer = run.trainer(policy_loss(config), total_updates=whole.total_rl_steps)
+        first = state.get("step", 0)
+        for phase in make_phases(whole):
             if first == phase.end_step and config.evaluation.at_phase_end:
                 run.evaluate_owed(benchmarks, phase.name, first - 1)
         for phase, report, groups in run_phases(
-            phases,
+            stretch.phases,
             first_step=first,
             prompts_per_step=config.rollout.prompts_per_step,
             updates_per_step=config.algorithm.updates_per_step,
@@ -68,21 +91,26 @@ def run_rl(config: Config) -> None:
             last = report.step == phase.end_step - 1
             if last and config.evaluation.at_phase_end:
                 run.evaluate(benchmarks, phase.name, report.step)
+            if last and renews_reference(whole, phase.index + 1):
+                run.release(reference_folder(whole, phase.index + 1))
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
                 run.save()
-        run.release()
+        if not stretch.is_last:
+            return gather_objects(free_port())[0]
+        run.release(run.folder / "hf")
+        return None
 
 
 def run_sft(config: Config) -> None:
     """Warm-up SFT, from the newest checkpoint on; ends with a Hugging Face folder."""
     sft = config.sft
-    with open_run(config, temperature=1.0) as run:
+    with joined(), open_run(config, temperature=1.0) as run:
         examples = on_all_ranks(run.examples)
         benchmarks = on_all_ranks(run.benchmarks)
         steps = num_sft_steps(
             len(examples), batch_size=sft.batch_size, epochs=sft.epochs, max_steps=sft.max_steps
         )
-        state = run.restore()
+        state = run.restore(newest_checkpoint(config))
         run.evaluate_start(benchmarks, state)
         trainer = run.trainer(sft_loss, total_updates=steps, aggregation=sft.aggregation)
         first = state.get("step", 0)
@@ -107,12 +135,12 @@ def run_sft(config: Config) -> None:
                 run.evaluate(benchmarks, "sft", report.step)
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
                 run.save()
-        run.release()
+        run.release(run.folder / "hf")
 
 
 def run_eval(config: Config) -> None:
     """Scores model.path on data.eval_files; writes eval/eval.json and the answers."""
-    with open_run(config, temperature=1.0) as run:
+    with joined(), open_run(config, temperature=1.0) as run:
         metrics = run.evaluate(on_all_ranks(run.benchmarks), "eval", 0)
         if run.leads:
             print(json.dumps(metrics), flush=True)
@@ -151,6 +179,7 @@ def run_import(hf_folder: Path, out: Path, tp: int, pp: int) -> None:
     ranks = init_ranks()
     with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
         context = make_context(config)
-        policy = make_policy(config, read_shape(hf_folder), context, temperature=1.0)
+        shape = read_shape(hf_folder)
+        policy = make_policy(config, shape, context, temperature=1.0, weights=hf_folder)
         store = CheckpointStore(out / "checkpoints", keep=1, warn=print)
         save_checkpoint(store, policy, 0, hf_folder, config, {})

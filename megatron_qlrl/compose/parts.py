@@ -4,12 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_qlrl import __version__
 from megatron_qlrl.advantage.group import group_advantages
@@ -18,7 +18,7 @@ from megatron_qlrl.config.schema import Config
 from megatron_qlrl.config.shape import ModelShape, read_shape
 from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.errors import ConfigError, RewardError
-from megatron_qlrl.loop import Advantages, Phase
+from megatron_qlrl.loop import Advantages
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.platform.device import has_gpu
@@ -56,10 +56,15 @@ def make_context(config: Config) -> ParallelContext:
 
 
 def make_policy(
-    config: Config, shape: ModelShape, context: ParallelContext, *, temperature: float
+    config: Config,
+    shape: ModelShape,
+    context: ParallelContext,
+    *,
+    temperature: float,
+    weights: Path,
 ) -> Policy:
+    """A policy with the weights of a Hugging Face folder."""
     layout = config.policy
-    folder = Path(config.model.path)
     return Policy(
         shape,
         policy=layout,
@@ -73,8 +78,22 @@ def make_policy(
             cp_rank=context.cp.rank,
             multiple_of=layout.tp if layout.sequence_parallel else 1,
         ),
-        load=lambda model: load_hf(folder, model, shape=shape, context=context),
+        load=lambda model: load_hf(weights, model, shape=shape, context=context),
     )
+
+
+def make_store(config: Config) -> CheckpointStore:
+    """The run's checkpoints; needs the process group."""
+    return CheckpointStore(
+        Path(config.run.dir) / "checkpoints",
+        keep=config.checkpoint.keep,
+        warn=print if dist.get_rank() == 0 else lambda _: None,
+    )
+
+
+def newest_checkpoint(config: Config) -> Path | None:
+    """What the run continues from; None for a fresh start (collective)."""
+    return make_store(config).newest() if config.checkpoint.resume else None
 
 
 def save_checkpoint(
@@ -131,14 +150,6 @@ def make_curriculum(config: Config, prompts: Sequence[Prompt]) -> Curriculum:
         seed=config.run.seed,
         config=config.curriculum,
     )
-
-
-def make_phases(config: Config) -> list[Phase]:
-    ends = list(accumulate(p.steps for p in config.phases))
-    return [
-        Phase(index, phase.name, end - phase.steps, end)
-        for index, (phase, end) in enumerate(zip(config.phases, ends, strict=True))
-    ]
 
 
 def make_advantages(config: Config) -> Advantages:

@@ -18,6 +18,7 @@ from megatron_qlrl.compose.parts import (
     make_context,
     make_policy,
     make_scorer,
+    make_store,
     model_shape,
     rollout_records,
     run_facts,
@@ -46,6 +47,7 @@ from megatron_qlrl.parallel.collectives import gather_dicts, gather_objects, on_
 from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.platform.env import init_ranks, set_engine_env
+from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.policy.optimizer import learning_rate
 from megatron_qlrl.policy.selfcheck import check_sharing
 from megatron_qlrl.policy.step import Loss, Policy
@@ -61,7 +63,7 @@ from megatron_qlrl.types import (
     StepReport,
     TrainGroup,
 )
-from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint
+from megatron_qlrl.weights.checkpoint import load_checkpoint, load_weights
 from megatron_qlrl.weights.hf_map import hf_shapes
 from megatron_qlrl.weights.release import write_release
 from megatron_qlrl.weights.stream import WeightStream, untied
@@ -73,44 +75,60 @@ EVALUATION_STEP = -1
 
 
 @contextmanager
-def open_run(config: Config, *, temperature: float) -> Iterator["Run"]:
-    """Process group, policy, trackers; the engine follows at its first use."""
+def joined() -> Iterator[None]:
+    """The process group of the job."""
     ranks = init_ranks()
-    set_engine_env(cpu_kv_cache_gib=config.rollout.cpu_kv_cache_gib)
     with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
-        run = Run(config, temperature=temperature)
-        try:
-            yield run
-        except (RewardError, StabilityError):
-            run.save()
-            raise
-        finally:
-            run.close()
+        yield
+
+
+@contextmanager
+def open_run(
+    config: Config,
+    *,
+    temperature: float,
+    whole: Config | None = None,
+    weights: Path | None = None,
+) -> Iterator["Run"]:
+    """Policy, trackers; the engine follows at its first use. Inside `joined()`.
+
+    Args:
+        config: what the parts are made from.
+        whole: the config of the whole run, where `config` is that of some of its phases.
+        weights: Hugging Face folder that the policy starts from, else model.path.
+    """
+    set_engine_env(cpu_kv_cache_gib=config.rollout.cpu_kv_cache_gib)
+    folder = weights or Path(config.model.path)
+    run = Run(config, whole=whole or config, temperature=temperature, weights=folder)
+    try:
+        yield run
+    except (RewardError, StabilityError):
+        run.save()
+        raise
+    finally:
+        run.close()
 
 
 class Run:
     """The parts of one run, joined. Methods are collective unless they say otherwise."""
 
-    def __init__(self, config: Config, *, temperature: float) -> None:
-        self.config = config
+    def __init__(self, config: Config, *, whole: Config, temperature: float, weights: Path) -> None:
+        self.config, self.whole = config, whole
         self.folder = Path(config.run.dir)
         self.shape = model_shape(config)
         self.context = make_context(config)
-        self._temperature = temperature
+        self._temperature, self._weights = temperature, weights
         self.leads = self.context.rank == 0
         self.tokenizer = load_tokenizer(Path(config.model.path))
         self.tracker = Tracker.silent()
-        self.store = CheckpointStore(
-            self.folder / "checkpoints",
-            keep=config.checkpoint.keep,
-            warn=print if self.leads else lambda _: None,
-        )
+        self.store = make_store(config)
         self.monitor = Monitor(config.stability, warn=self.warn)
         self.scores: dict[str, float] = {}
         self._sharing_checked = False
         self.scorer = on_all_ranks(partial(make_scorer, config))
         self._unsaved: tuple[int, Mapping[str, Any]] | None = None
-        self._on_disk(lambda: save_config(config, self.folder / "config.yaml"))
+        self._fresh_from: Path | None = None
+        self._on_disk(lambda: save_config(whole, self.folder / "config.yaml"))
 
     def close(self) -> None:
         self.tracker.close()
@@ -122,7 +140,13 @@ class Run:
 
     @cached_property
     def policy(self) -> Policy:
-        return make_policy(self.config, self.shape, self.context, temperature=self._temperature)
+        return make_policy(
+            self.config,
+            self.shape,
+            self.context,
+            temperature=self._temperature,
+            weights=self._weights,
+        )
 
     @cached_property
     def stream(self) -> WeightStream:
@@ -139,7 +163,7 @@ class Run:
         """RL prompts that fit the last phase; longer ones are reported (not collective)."""
         prompts = self._prompts(self.config.data.train_files)
         check_sources(prompts)
-        kept, report = drop_overlong(prompts, self.config.max_input_tokens)
+        kept, report = drop_overlong(prompts, self.whole.max_input_tokens)
         if report:
             self.warn(report)
         return kept
@@ -393,13 +417,15 @@ class Run:
 
     # --- record -------------------------------------------------------------------------
 
-    def restore(self) -> dict[str, Any]:
-        """Newest good checkpoint into the policy; its state ({} for a fresh start)."""
-        config = self.config
-        path = self.store.newest() if config.checkpoint.resume else None
+    def restore(self, path: Path | None, *, fresh_optimizer: bool = False) -> dict[str, Any]:
+        """A checkpoint into the policy; its state ({} for a fresh start, without a checkpoint).
+
+        `fresh_optimizer` takes the weights alone: Adam starts anew.
+        """
         state: dict[str, Any] = {}
         if path is not None:
-            state = load_checkpoint(path, model=self.policy.model, optimizer=self.policy.optimizer)
+            self._fresh_from = path if fresh_optimizer else None
+            state = self._load(path)
             self.policy.version = state["version"]
             self.scores = state["scores"]
             self.monitor.load_state_dict(state["monitor"])
@@ -409,12 +435,21 @@ class Run:
         self.tracker = opened or self.tracker
         return state
 
+    def _load(self, path: Path) -> dict[str, Any]:
+        model, optimizer = self.policy.model, self.policy.optimizer
+        if path != self._fresh_from:
+            return load_checkpoint(path, model=model, optimizer=optimizer)
+        state = load_weights(path, model=model)
+        with megatron_device():
+            optimizer.reload_model_params()
+        return state
+
     def _open_tracker(self, state: Mapping[str, Any] | None) -> Tracker:
         return Tracker(
             self.folder,
             config=self.config.logging,
             run_name=self.config.run.name,
-            resolved=self.config.model_dump(mode="json"),
+            resolved=self.whole.model_dump(mode="json"),
             state=state,
         )
 
@@ -453,7 +488,7 @@ class Run:
         if path is None:
             self.warn(f"{self.monitor.reason}; there is no checkpoint to go back to: it goes on")
             return False
-        load_checkpoint(path, model=self.policy.model, optimizer=self.policy.optimizer)
+        self._load(path)
         self.monitor.rolled_back()
         self.warn(f"{self.monitor.reason}; weights and optimizer are those of {path} again")
         return True
@@ -482,11 +517,11 @@ class Run:
         )
         self._unsaved = None
 
-    def release(self) -> None:
-        """The final weights as a Hugging Face folder at <run.dir>/hf."""
+    def release(self, folder: Path) -> None:
+        """The present weights as a Hugging Face folder."""
         write_release(
             self.stream,
-            self.folder / "hf",
+            folder,
             companions=Path(self.config.model.path),
             facts=run_facts(self.config) | {k: f"{v:.4f}" for k, v in self.scores.items()},
             writer=self.leads,

@@ -7,8 +7,8 @@ mistake costs a second.
 import json
 import struct
 import tempfile
-from collections.abc import Mapping
-from math import gcd
+from collections.abc import Iterable, Mapping
+from math import gcd, lcm
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,10 +171,11 @@ def check_run_dir(config: Config) -> None:
         ) from error
 
 
-def smallest_world_size(config: Config) -> int:
-    """Fewest processes that hold both the training and the rollout layout."""
-    train = config.policy.tp * config.policy.pp * config.policy.cp
-    return train * config.rollout.tp // gcd(train, config.rollout.tp)
+def smallest_world_size(configs: Iterable[Config]) -> int:
+    """Fewest processes that hold the training and the rollout layouts of all configs."""
+    return lcm(
+        *(n for c in configs for n in (c.policy.tp * c.policy.pp * c.policy.cp, c.rollout.tp))
+    )
 
 
 def _check_weights(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """YAML file + dotted overrides -> `Config`; every mistake becomes one `ConfigError`."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read as a config: {error}") from error
+    config = _checked(f"{path}: ", lambda: Config.model_validate(raw))
+    for index in range(len(config.phases)):
+        where = f"{path}: phases.{index}.overrides: "
+        _checked(where, partial(config.for_phase, index))
+    return config
+
+
+def _checked(where: str, make: Callable[[], Config]) -> Config:
     try:
-        return Config.model_validate(raw)
+        return make()
     except ValidationError as error:
-        lines = [f"{path}: {len(error.errors())} problem(s) in the configuration"]
+        lines = [f"{where}{len(error.errors())} problem(s) in the configuration"]
         lines += [f"  {_explain(item)}" for item in error.errors()]
         raise ConfigError("\n".join(lines)) from error
 

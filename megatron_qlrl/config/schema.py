@@ -5,7 +5,7 @@ A check that needs only the config lives here; a check that needs the model's sh
 `megatron_qlrl.config.checks`.
 """
 
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -54,6 +54,33 @@ class PhaseConfig(Section):
     """L_k: the phase trains on prompts with L_{k-1} < tokens <= L_k."""
     steps: int = Field(gt=0)
     """Optimizer steps (rollout batches) of the phase."""
+    overrides: dict[str, dict[str, Any]] = {}
+    """Settings that are others in this phase, as sections of the config (the ones in
+    OVERRIDABLE): {policy: {cp: 2, max_tokens_per_row: 72000}, optimizer: {lr: 1.0e-6}}."""
+    reference: Literal["keep", "renew"] = "keep"
+    """Reference policy of the phase: that of the phase before (of the first phase: model.path), or
+    the weights at the phase's start."""
+    optimizer_state: Literal["keep", "reset"] = "keep"
+    """Adam's moments at the phase's start."""
+
+    @field_validator("overrides")
+    @classmethod
+    def _allowed(cls, overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        wrong = sorted(overrides.keys() - set(OVERRIDABLE))
+        if wrong:
+            raise ValueError(
+                f"phases: overrides cannot change {', '.join(wrong)}; a phase may change settings "
+                f"of {', '.join(OVERRIDABLE)}"
+            )
+        if "distributed_optimizer" in overrides.get("policy", {}):
+            raise ValueError(
+                "phases: policy.distributed_optimizer is the same in all phases (the two kinds "
+                "cannot read each other's checkpoints); set it for the whole run"
+            )
+        return overrides
+
+
+OVERRIDABLE = ("policy", "rollout", "algorithm", "optimizer", "curriculum", "stability")
 
 
 class CurriculumConfig(Section):
@@ -357,6 +384,27 @@ class Config(Section):
             raise ValueError(
                 f"phases: max_input_tokens must grow from phase to phase, got {limits}"
             )
+        if not any(p.overrides for p in self.phases):
+            self._check_sizes()  # else each phase's own config is checked: `for_phase`
+        return self
+
+    def for_phase(self, index: int) -> "Config":
+        """The config of phase `index`: its overrides applied, later phases left out.
+
+        Raises:
+            ValidationError: the overrides are not settings, or do not fit the phase.
+        """
+        tree = self.model_dump()
+        for section, settings in tree["phases"][index]["overrides"].items():
+            tree[section] |= settings
+        tree["phases"] = [p | {"overrides": {}} for p in tree["phases"][: index + 1]]
+        return Config.model_validate(tree)
+
+    def phase_configs(self) -> "list[Config]":
+        """Of all phases; the config itself when there are none."""
+        return [self.for_phase(k) for k in range(len(self.phases))] or [self]
+
+    def _check_sizes(self) -> None:
         if self.rollout.prompts_per_step % self.algorithm.updates_per_step:
             raise ValueError(
                 f"algorithm.updates_per_step={self.algorithm.updates_per_step} must divide "
@@ -377,4 +425,3 @@ class Config(Section):
                 f"longest prompt plus response ({self.max_input_tokens} + "
                 f"{self.rollout.max_response_tokens}); set it to at least {need}"
             )
-        return self

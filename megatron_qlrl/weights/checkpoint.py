@@ -141,12 +141,18 @@ def load_checkpoint(path: Path, *, model: Any, optimizer: Any) -> dict[str, Any]
     return state
 
 
-def load_weights(path: Path, *, model: Any) -> None:
-    """Fills the model alone, for export and evaluation."""
-    on_all_ranks(lambda: _read_state(path))
+def step_of(path: Path) -> int:
+    """Steps done at a checkpoint, by its name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def load_weights(path: Path, *, model: Any) -> dict[str, Any]:
+    """Fills the model alone, for export and for an optimizer that starts anew; the saved state."""
+    state = on_all_ranks(lambda: _read_state(path))
     with megatron_device():
         sharded = {"model": model.sharded_state_dict(metadata=_metadata())}
         model.load_state_dict(on_all_ranks(lambda: _read(sharded, path))["model"])
+    return state
 
 
 def torn(folder: Path) -> str | None:

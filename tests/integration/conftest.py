@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,27 @@ def qlrl() -> Callable[..., Outcome]:
 @pytest.fixture(scope="session")
 def start_qlrl() -> Callable[..., subprocess.Popen[str]]:
     return start
+
+
+@pytest.fixture(scope="session")
+def kill_when() -> Callable[..., None]:
+    """Ends a running command with kill -9 as soon as `condition` holds."""
+
+    def kill(
+        process: subprocess.Popen[str], condition: Callable[[], bool], *, delay_s: float = 0.0
+    ) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while process.poll() is None and not condition() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        held = condition()
+        time.sleep(delay_s)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()
+        assert held, output
+        assert process.returncode == -signal.SIGKILL, "the run was over before the kill"
+
+    return kill
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,8 @@ Runs: whole (the reference), cut (killed, its newest checkpoint damaged, started
 of the reference that goes on under another layout.
 """
 
-import os
 import random
 import shutil
-import signal
-import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,18 +35,21 @@ class Cut:
 
 @pytest.fixture(scope="module")
 def cut(
-    qlrl: Any, start_qlrl: Any, write_config: Any, tmp_path_factory: pytest.TempPathFactory
+    qlrl: Any,
+    start_qlrl: Any,
+    kill_when: Any,
+    write_config: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Cut:
     folder = tmp_path_factory.mktemp("cut")
     config = write_config(folder)
-    process = start_qlrl("rl", config)
     record = folder / "run" / "metrics.jsonl"
-    logged = _wait_for(lambda: record.is_file() and '"step": 2' in record.read_text(), process)
-    assert logged, process.communicate()
-    time.sleep(random.uniform(0.0, 0.3))  # in the save of step 2's checkpoint, or in step 3
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run was over before the kill"
+
+    def logged() -> bool:
+        return record.is_file() and '"step": 2' in record.read_text()
+
+    # In the save of step 2's checkpoint, or in step 3.
+    kill_when(start_qlrl("rl", config), logged, delay_s=random.uniform(0.0, 0.3))
     assert not (folder / "run" / "hf").exists()
     torn = sorted((folder / "run" / "checkpoints").glob("step_????????"))[-1]
     file = _flip_a_byte(torn / "weights")
@@ -66,14 +64,6 @@ def _flip_a_byte(folder: Path) -> Path:
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     return largest
-
-
-def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
-    while process.poll() is None:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def test_torn_checkpoint_is_passed_over(cut: Cut) -> None:

@@ -83,7 +83,7 @@ def test_layout_that_fits(fake_hf: MakeModel) -> None:
     hf = checks.read_hf_config(fake_hf())
     config = make_config(policy={"tp": 4, "pp": 3, "cp": 2}, rollout={"tp": 2})
     checks.check_layout(config, hf, world_size=48)
-    assert checks.smallest_world_size(config) == 24
+    assert checks.smallest_world_size([config]) == 24
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_layout_that_fits(fake_hf: MakeModel) -> None:
 def test_smallest_world_size(train: tuple[int, ...], rollout_tp: int, smallest: int) -> None:
     policy = dict(zip(("tp", "pp", "cp"), train, strict=True))
     config = make_config(policy=policy, rollout={"tp": rollout_tp})
-    assert checks.smallest_world_size(config) == smallest
+    assert checks.smallest_world_size([config]) == smallest
 
 
 @pytest.mark.parametrize(

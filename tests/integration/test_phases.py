@@ -1,0 +1,124 @@
+"""Two phases with another layout each, by one command; killed before, at and after the boundary.
+
+Runs: whole (the reference), and cut (three times killed and started again).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TIMING = ("timing_s/", "perf/")
+PHASES = [
+    {"name": "short", "max_input_tokens": 250, "steps": 2},
+    {
+        "name": "long",
+        "max_input_tokens": 500,
+        "steps": 2,
+        "reference": "renew",
+        "optimizer_state": "reset",
+        "overrides": {
+            "policy": {"cp": 2},
+            "rollout": {"prompts_per_step": 6, "group_size": 3},
+            "optimizer": {"lr": 1.0e-4},
+        },
+    },
+]
+SECTIONS: dict[str, Any] = {
+    "phases": PHASES,
+    "curriculum": {"carried_share": 0.5},
+    # Groups wait from step to step, in checkpoints too.
+    "algorithm": {"oversampling": 1.25, "max_staleness": 4},
+    "evaluation": {"at_phase_end": False},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(qlrl: Any, write_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("whole")
+    done = qlrl("rl", write_config(folder, **SECTIONS), "--processes", "2").check()
+    return folder / "run", done
+
+
+@pytest.fixture(scope="module")
+def cut(
+    qlrl: Any,
+    start_qlrl: Any,
+    kill_when: Any,
+    write_config: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Any:
+    folder = tmp_path_factory.mktemp("cut")
+    config = write_config(folder, **SECTIONS)
+    record, checkpoints = folder / "run" / "metrics.jsonl", folder / "run" / "checkpoints"
+
+    def logged(step: int) -> bool:
+        return record.is_file() and f'"step": {step},' in record.read_text()
+
+    boundary = checkpoints / "step_00000002"
+    for condition in (lambda: logged(0), boundary.is_dir, lambda: logged(2)):
+        kill_when(start_qlrl("rl", config, "--processes", "2"), condition)
+    done = qlrl("rl", config, "--processes", "2").check()
+    return folder / "run", done
+
+
+def untimed(record: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if not k.startswith(TIMING)} for line in record]
+
+
+def test_phases_see_their_lengths_layouts_and_settings(whole: Any, read_jsonl: Any) -> None:
+    run, done = whole
+    record = read_jsonl(run / "metrics.jsonl")
+    assert [line["step"] for line in record] == [0, 1, 2, 3]
+    assert [line["curriculum/phase"] for line in record] == [0, 0, 1, 1]
+    assert [line["batch/kept_groups"] for line in record] == [4, 4, 6, 6]
+    assert [line["actor/lr"] for line in record] == [5e-4, 5e-4, 1e-4, 1e-4]
+    assert f"resuming from {run}/checkpoints/step_00000002 at step 2" in done.out
+    short, long = record[1], record[2]
+    assert short["prompt_length/max"] <= 250 < long["prompt_length/max"] <= 500
+    assert record[3]["curriculum/carried/drawn"] > 0
+    for line in record[2:]:
+        carried = line["source/carried/batch/groups"]
+        assert 0 < carried <= 3
+    assert [line["batch/held_groups"] > 0 for line in record] == [True] * 4
+    assert short["batch/staleness/max"] == record[3]["batch/staleness/max"] == 1
+    assert long["batch/staleness/max"] == 0  # what waited is of another phase
+    assert long["batch/expired_groups"] == short["batch/held_groups"]
+
+
+def test_prompts_beyond_the_last_phase_are_reported(whole: Any) -> None:
+    _, done = whole
+    report = "longer than every phase allows (500 tokens) and are left out (train: "
+    assert done.out.count(report) == 2  # once for each process
+
+
+def test_reference_is_renewed_at_the_boundary(whole: Any, read_jsonl: Any) -> None:
+    run, _ = whole
+    kl = [line["actor/kl_loss"] for line in read_jsonl(run / "metrics.jsonl")]
+    assert kl[0] == pytest.approx(0, abs=1e-12)
+    assert kl[2] == pytest.approx(0, abs=1e-9)
+    assert kl[1] > 1e-7 and kl[3] > 1e-7
+
+
+def test_killed_run_has_the_same_record(whole: Any, cut: Any, read_jsonl: Any) -> None:
+    here, there = (untimed(read_jsonl(run / "metrics.jsonl")) for run, _ in (whole, cut))
+    assert here == there
+
+
+def test_killed_run_draws_the_same_prompts_and_tokens(whole: Any, cut: Any) -> None:
+    for step in range(4):
+        here, there = (run / "rollouts" / f"step_{step:06d}.jsonl" for run, _ in (whole, cut))
+        assert here.read_bytes() == there.read_bytes(), step
+
+
+def test_killed_run_ends_with_the_same_weights(whole: Any, cut: Any, base_model: Path) -> None:
+    here, there = (load_file(run / "hf" / "model.safetensors") for run, _ in (whole, cut))
+    assert not [name for name in here if not torch.equal(here[name], there[name])]
+    start = load_file(base_model / "model.safetensors")
+    boundary = load_file(whole[0] / "references" / "phase_1" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in here:
+            assert not torch.equal(start[name], boundary[name])
+            assert not torch.equal(boundary[name], here[name])

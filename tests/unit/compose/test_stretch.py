@@ -1,0 +1,94 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_qlrl.compose.stretch import (
+    make_phases,
+    reference_folder,
+    renews_reference,
+    resets_optimizer,
+    stretch_at,
+)
+from megatron_qlrl.config.schema import Config
+
+
+def make_config(*changes: dict[str, Any]) -> Config:
+    """Phases of 2, 3, 4 ... steps up to 100, 200, 300 ... tokens."""
+    phases = [
+        {"name": f"p{k}", "max_input_tokens": 100 * (k + 1), "steps": k + 2, **change}
+        for k, change in enumerate(changes)
+    ]
+    return Config.model_validate({"model": {"path": "m"}, "run": {"dir": "r"}, "phases": phases})
+
+
+CP2 = {"overrides": {"policy": {"cp": 2}}}
+
+
+def test_phases_follow_each_other() -> None:
+    phases = make_phases(make_config({}, {}, {}))
+    assert [(p.index, p.first_step, p.end_step) for p in phases] == [
+        (0, 0, 2),
+        (1, 2, 5),
+        (2, 5, 9),
+    ]
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 5, 8, 9])
+def test_phases_alike_are_one_stretch(step: int) -> None:
+    stretch = stretch_at(make_config({}, {}, {}), step)
+    assert [p.index for p in stretch.phases] == [0, 1, 2]
+    assert stretch.is_last
+    assert stretch.config.max_input_tokens == 300
+
+
+@pytest.mark.parametrize(
+    "anew", [CP2, {"reference": "renew"}, {"optimizer_state": "reset"}], ids=lambda v: str(*v)
+)
+@pytest.mark.parametrize(
+    ("step", "want", "is_last"),
+    [
+        (0, [0], False),
+        (1, [0], False),
+        (2, [1], False),
+        (4, [1], False),
+        (5, [2], True),
+        (9, [2], True),
+    ],
+)
+def test_a_change_starts_a_stretch_at_its_first_step(
+    anew: dict[str, Any], step: int, want: list[int], is_last: bool
+) -> None:
+    third = {"overrides": {"rollout": {"group_size": 4}}}
+    stretch = stretch_at(make_config({}, anew, third), step)
+    assert [p.index for p in stretch.phases] == want
+    assert stretch.is_last == is_last
+    assert stretch.config.max_input_tokens == 100 * (want[0] + 1)
+    assert stretch.config.policy.cp == (2 if want == [1] and anew is CP2 else 1)
+    assert stretch.config.rollout.group_size == (4 if want == [2] else 8)
+
+
+def test_equal_overrides_share_a_stretch() -> None:
+    config = make_config({}, CP2, CP2)
+    assert [p.index for p in stretch_at(config, 3).phases] == [1, 2]
+    assert stretch_at(config, 3).config.policy.cp == 2
+
+
+def test_reference_is_of_the_newest_phase_that_renewed_it() -> None:
+    config = make_config({"reference": "renew"}, {}, {"reference": "renew"}, {})
+    folders = [reference_folder(config, k) for k in range(4)]
+    own = Path("r/references/phase_2")
+    assert folders == [Path("m"), Path("m"), own, own]
+    # The first phase starts from model.path in any case; there is no fifth.
+    assert [renews_reference(config, k) for k in range(5)] == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "reset"), [("step_00000002", True), ("step_00000003", False), (None, False)]
+)
+def test_optimizer_starts_anew_at_the_boundary_alone(checkpoint: str | None, reset: bool) -> None:
+    path = Path(checkpoint) if checkpoint else None
+    config = make_config({}, {"optimizer_state": "reset"})
+    assert resets_optimizer(config, make_phases(config)[1], path) is reset
+    kept = make_config({}, {})
+    assert resets_optimizer(kept, make_phases(kept)[1], path) is False

@@ -1,0 +1,74 @@
+"""Overrides of single phases: applied, checked like any other setting, refused where they cannot
+be changed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_qlrl.config.checks import smallest_world_size
+from megatron_qlrl.config.load import load_config, save_config
+from megatron_qlrl.config.schema import Config
+from megatron_qlrl.errors import ConfigError
+
+
+def write(folder: Path, overrides: dict[str, Any], **sections: Any) -> Path:
+    tree = {
+        "model": {"path": "m"},
+        "phases": [
+            {"name": "short", "max_input_tokens": 100, "steps": 2},
+            {"name": "long", "max_input_tokens": 900, "steps": 3, "overrides": overrides},
+        ],
+        "rollout": {"max_response_tokens": 50},
+        "policy": {"max_tokens_per_row": 160},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree | sections))
+    return path
+
+
+FITS = {"max_tokens_per_row": 1000}
+
+
+def test_each_phase_has_its_own_settings(tmp_path: Path) -> None:
+    overrides = {"policy": FITS | {"cp": 2}, "optimizer": {"lr": 1e-7}, "rollout": {"tp": 3}}
+    config = load_config(write(tmp_path, overrides), ["phases.1.overrides.policy.tp=4"])
+    short, long = config.phase_configs()
+    assert (short.policy.cp, short.policy.max_tokens_per_row, short.optimizer.lr) == (1, 160, 2e-6)
+    assert (long.policy.cp, long.policy.max_tokens_per_row, long.optimizer.lr) == (2, 1000, 1e-7)
+    assert (long.policy.tp, long.rollout.max_response_tokens) == (4, 50)
+    assert (short.max_input_tokens, long.max_input_tokens) == (100, 900)
+    assert smallest_world_size([short, long]) == 24  # of 1, 8 and 3
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_without_phases_the_config_is_its_own() -> None:
+    config = Config.model_validate({"model": {"path": "m"}})
+    assert config.phase_configs() == [config]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"policy": FITS | {"tpp": 2}}, ["phases.1.overrides", "'policy.tpp'", "mean 'tp'"]),
+        ({"policy": FITS | {"cp": 0}}, ["phases.1.overrides", "policy.cp", "greater than 0"]),
+        ({"policy": {"cp": 2}}, ["phases.1.overrides", "max_tokens_per_row=160", "900 + 50"]),
+        ({"model": {"path": "x"}}, ["cannot change model", "policy, rollout, algorithm"]),
+        ({"policy": {"distributed_optimizer": False}}, ["the same in all phases"]),
+        ({"policy": 3}, ["phases.1.overrides.policy", "a section"]),
+    ],
+)
+def test_wrong_overrides(tmp_path: Path, overrides: dict[str, Any], expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, overrides))
+    for text in expected:
+        assert text in str(caught.value)
+
+
+def test_overlong_buffer_must_fit_the_response(tmp_path: Path) -> None:
+    path = write(tmp_path, {}, policy={}, algorithm={"overlong_buffer_tokens": 51})
+    with pytest.raises(ConfigError, match="overlong_buffer_tokens=51 is longer than .*=50"):
+        load_config(path)
+    assert load_config(path, ["algorithm.overlong_buffer_tokens=50"])

@@ -1,0 +1,42 @@
+"""A process that replaces itself, seen from outside."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import os, sys
+from megatron_qlrl.launch.again import start_again
+
+print(os.getpid(), sys.argv[1:], os.environ["MASTER_PORT"], os.environ["RANK"],
+      os.environ.get("TORCHELASTIC_USE_AGENT_STORE"))
+if os.environ["MASTER_PORT"] < "1003":
+    left_open = os.open(sys.argv[0], os.O_RDONLY)
+    os.set_inheritable(left_open, True)
+    start_again(int(os.environ["MASTER_PORT"]) + 1, settings=["x.y=true"])
+print(len(os.listdir("/proc/self/fd")))
+"""
+
+
+def test_same_process_same_command_other_port(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, str(program), "rl", "c.yaml"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).resolve().parents[3],
+        env={
+            "PYTHONPATH": str(Path(__file__).resolve().parents[3]),
+            "MASTER_PORT": "1001",
+            "RANK": "1",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        },
+    )
+    first, second, third, descriptors = done.stdout.splitlines()
+    pid = first.split()[0]
+    assert first == f"{pid} ['rl', 'c.yaml'] 1001 1 True"
+    assert second == f"{pid} ['rl', 'c.yaml', 'x.y=true'] 1002 1 None"
+    assert third == f"{pid} ['rl', 'c.yaml', 'x.y=true'] 1003 1 None"
+    assert descriptors == "4"  # stdin, stdout, stderr and the listing itself
