@@ -18,10 +18,10 @@ from megatron_qlrl.compose.parts import (
 from megatron_qlrl.compose.run import joined, open_run
 from megatron_qlrl.compose.stretch import (
     Stretch,
+    fresh_steps,
     make_phases,
     reference_folder,
     renews_reference,
-    resets_optimizer,
     stretch_at,
 )
 from megatron_qlrl.config.schema import Config, ModelConfig, PolicyConfig
@@ -63,7 +63,7 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
         curriculum = on_all_ranks(partial(make_curriculum, whole, prompts))
         if config.algorithm.reference:
             run.policy.keep_reference()
-        state = run.restore(newest, fresh_optimizer=resets_optimizer(whole, begin, newest))
+        state = run.restore(newest, fresh_steps=fresh_steps(whole))
         run.evaluate_start(benchmarks, state)
         sampler = run.sampler(curriculum)
         if state:

@@ -63,7 +63,7 @@ from megatron_qlrl.types import (
     StepReport,
     TrainGroup,
 )
-from megatron_qlrl.weights.checkpoint import load_checkpoint, load_weights
+from megatron_qlrl.weights.checkpoint import load_checkpoint, load_weights, step_of
 from megatron_qlrl.weights.hf_map import hf_shapes
 from megatron_qlrl.weights.release import write_release
 from megatron_qlrl.weights.stream import WeightStream, untied
@@ -127,7 +127,7 @@ class Run:
         self._sharing_checked = False
         self.scorer = on_all_ranks(partial(make_scorer, config))
         self._unsaved: tuple[int, Mapping[str, Any]] | None = None
-        self._fresh_from: Path | None = None
+        self._fresh_steps: frozenset[int] = frozenset()
         self._on_disk(lambda: save_config(whole, self.folder / "config.yaml"))
 
     def close(self) -> None:
@@ -417,14 +417,16 @@ class Run:
 
     # --- record -------------------------------------------------------------------------
 
-    def restore(self, path: Path | None, *, fresh_optimizer: bool = False) -> dict[str, Any]:
+    def restore(
+        self, path: Path | None, *, fresh_steps: frozenset[int] = frozenset()
+    ) -> dict[str, Any]:
         """A checkpoint into the policy; its state ({} for a fresh start, without a checkpoint).
-
-        `fresh_optimizer` takes the weights alone: Adam starts anew.
+        Of one at `fresh_steps` the weights alone are taken, now and when the run goes back to it:
+        Adam starts anew there.
         """
+        self._fresh_steps = fresh_steps
         state: dict[str, Any] = {}
         if path is not None:
-            self._fresh_from = path if fresh_optimizer else None
             state = self._load(path)
             self.policy.version = state["version"]
             self.scores = state["scores"]
@@ -437,7 +439,7 @@ class Run:
 
     def _load(self, path: Path) -> dict[str, Any]:
         model, optimizer = self.policy.model, self.policy.optimizer
-        if path != self._fresh_from:
+        if step_of(path) not in self._fresh_steps:
             return load_checkpoint(path, model=model, optimizer=optimizer)
         state = load_weights(path, model=model)
         with megatron_device():

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.loop import Phase
-from megatron_qlrl.weights.checkpoint import step_of
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,10 @@ def renews_reference(config: Config, phase: int) -> bool:
     return 0 < phase < len(config.phases) and config.phases[phase].reference == "renew"
 
 
-def resets_optimizer(config: Config, phase: Phase, checkpoint: Path | None) -> bool:
-    """Whether a phase begins at this checkpoint, with an optimizer that starts anew."""
-    begins = checkpoint is not None and step_of(checkpoint) == phase.first_step
-    return begins and config.phases[phase.index].optimizer_state == "reset"
+def fresh_steps(config: Config) -> frozenset[int]:
+    """Steps at which a phase begins with an optimizer that starts anew."""
+    phases = zip(make_phases(config), config.phases, strict=True)
+    return frozenset(p.first_step for p, own in phases if own.optimizer_state == "reset")
 
 
 def _starts_anew(config: Config, phase: int) -> bool:

@@ -4,10 +4,10 @@ from typing import Any
 import pytest
 
 from megatron_qlrl.compose.stretch import (
+    fresh_steps,
     make_phases,
     reference_folder,
     renews_reference,
-    resets_optimizer,
     stretch_at,
 )
 from megatron_qlrl.config.schema import Config
@@ -83,12 +83,7 @@ def test_reference_is_of_the_newest_phase_that_renewed_it() -> None:
     assert [renews_reference(config, k) for k in range(5)] == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize(
-    ("checkpoint", "reset"), [("step_00000002", True), ("step_00000003", False), (None, False)]
-)
-def test_optimizer_starts_anew_at_the_boundary_alone(checkpoint: str | None, reset: bool) -> None:
-    path = Path(checkpoint) if checkpoint else None
-    config = make_config({}, {"optimizer_state": "reset"})
-    assert resets_optimizer(config, make_phases(config)[1], path) is reset
-    kept = make_config({}, {})
-    assert resets_optimizer(kept, make_phases(kept)[1], path) is False
+def test_optimizer_starts_anew_at_the_start_of_the_phases_that_say_so() -> None:
+    reset = {"optimizer_state": "reset"}
+    assert fresh_steps(make_config({}, reset, {}, reset)) == {2, 9}
+    assert fresh_steps(make_config({}, {})) == frozenset()
