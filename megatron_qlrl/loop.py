@@ -102,6 +102,7 @@ def run_phases(
                 g.prompt.num_tokens + sum(len(r.token_ids) for r in g.rollouts)
                 for g in batch.generated
             )
+            summary["perf/total_num_tokens"] = tokens
             summary["perf/throughput"] = tokens / summary["timing_s/step"]
             yield phase, StepReport(step, summary), batch.generated
 

@@ -47,6 +47,7 @@ def run_sft_steps(
         meter.add("batch/examples", len(batch))
         meter.update(monitor.end())
         summary = meter.summary()
+        summary["perf/total_num_tokens"] = tokens
         summary["perf/throughput"] = tokens / summary["timing_s/step"]
         yield StepReport(step, summary)
 

@@ -91,6 +91,8 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
             last = report.step == phase.end_step - 1
             if last and config.evaluation.at_phase_end:
                 run.evaluate(benchmarks, phase.name, report.step)
+            else:
+                run.evaluate_between(benchmarks, report.step)
             if last and renews_reference(whole, phase.index + 1):
                 run.release(reference_folder(whole, phase.index + 1))
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
@@ -133,6 +135,8 @@ def run_sft(config: Config) -> None:
             last = report.step == steps - 1
             if last and config.evaluation.at_phase_end:
                 run.evaluate(benchmarks, "sft", report.step)
+            else:
+                run.evaluate_between(benchmarks, report.step)
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
                 run.save()
         run.release(run.folder / "hf")

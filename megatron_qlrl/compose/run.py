@@ -325,7 +325,21 @@ class Run:
     def evaluate(
         self, benchmarks: Mapping[str, list[Prompt]], name: str, step: int
     ) -> dict[str, float]:
-        """Scores the held-out files; writes eval/<name>.json and, in .jsonl, the answers."""
+        """Scores the held-out files for the record, the model card included."""
+        metrics = self._evaluate(benchmarks, name, step)
+        self.scores |= {f"{name}: {k}": v for k, v in metrics.items() if k.endswith("/score")}
+        return metrics
+
+    def evaluate_between(self, benchmarks: Mapping[str, list[Prompt]], step: int) -> None:
+        """Scores the held-out files after step `step` if it is the turn."""
+        every = self.config.evaluation.every_steps
+        if every is not None and (step + 1) % every == 0:
+            self._evaluate(benchmarks, f"step_{step + 1}", step)
+
+    def _evaluate(
+        self, benchmarks: Mapping[str, list[Prompt]], name: str, step: int
+    ) -> dict[str, float]:
+        """Writes eval/<name>.json and, in .jsonl, the answers."""
         if not benchmarks:
             return {}
         settings = self.config.evaluation
@@ -341,7 +355,6 @@ class Run:
 
         metrics = evaluate(benchmarks, answer)
         metrics |= {f"val/{name}": value for name, value in self._judge_metrics().items()}
-        self.scores |= {f"{name}: {k}": v for k, v in metrics.items() if k.endswith("/score")}
 
         def write() -> None:
             self.tracker.log(step, metrics)

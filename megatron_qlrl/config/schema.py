@@ -332,6 +332,8 @@ class EvaluationConfig(Section):
     """Evaluate the starting weights too, once, when a run starts from the beginning."""
     at_phase_end: bool = True
     """Evaluate data.eval_files after each phase (and after SFT)."""
+    every_steps: int | None = Field(default=None, gt=0)
+    """Evaluate between, too, after every so many steps."""
     temperature: float = Field(default=0.7, ge=0)
     """0 is greedy."""
     top_p: float = Field(default=0.95, gt=0, le=1)

@@ -139,7 +139,7 @@ def write_config(toy_data: Path) -> Callable[..., Path]:
             "algorithm": {"filter_groups": False, "entropy_coef": 0.01},
             "optimizer": {"lr": 5.0e-4},
             "checkpoint": {"every_steps": 1},
-            "evaluation": {"max_input_tokens": 1000, "temperature": 0},
+            "evaluation": {"max_input_tokens": 1000, "temperature": 0, "every_steps": 3},
         }
         for name, value in sections.items():
             config[name] = config.get(name, {}) | value if isinstance(value, dict) else value

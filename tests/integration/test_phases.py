@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-TIMING = ("timing_s/", "perf/")
+TIMING = ("timing_s/", "perf/throughput")
 PHASES = [
     {"name": "short", "max_input_tokens": 250, "steps": 2},
     {

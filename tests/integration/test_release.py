@@ -146,6 +146,13 @@ def test_released_model_answers_as_the_engine_did(
         assert answer["finished"] == (answer["token_ids"][-1] == tokenizer.eos_token_id)
 
 
+def test_evaluations_are_there_and_the_card_has_those_of_phase_ends(finished_run: Path) -> None:
+    found = sorted(file.stem for file in (finished_run / "eval").glob("*.json"))
+    assert found == ["phase1", "phase2", "step_3"]  # evaluation.every_steps is 3
+    card = (finished_run / "hf" / "README.md").read_text()
+    assert "phase1: " in card and "step_3" not in card
+
+
 def test_model_card_and_config_of_a_released_run(finished_run: Path, base_model: Path) -> None:
     card = (finished_run / "hf" / "README.md").read_text()
     scores = json.loads((finished_run / "eval" / "phase2.json").read_text())

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-TIMING = ("timing_s/", "perf/")
+TIMING = ("timing_s/", "perf/throughput")
 
 
 @pytest.fixture(scope="module")

@@ -354,6 +354,7 @@ def test_reports_hold_the_steps_metrics() -> None:
     step, gen, update = (metrics[f"timing_s/{n}"] for n in ("step", "gen", "update_actor"))
     assert step >= gen + update >= 0
     # four groups: a prompt of 7 and responses of 1, 2 and 3 tokens each
+    assert metrics["perf/total_num_tokens"] == 52
     assert metrics["perf/throughput"] * step == pytest.approx(52)
 
 

@@ -103,6 +103,7 @@ def test_steps_train_on_their_batch_and_report() -> None:
     for report, num in zip(reports, (3, 2, 3, 2, 3), strict=True):
         tokens = report.metrics["perf/throughput"] * report.metrics["timing_s/step"]
         assert tokens == pytest.approx(5 * num)
+        assert report.metrics["perf/total_num_tokens"] == 5 * num
 
 
 def test_resumed_run_sees_the_same_batches() -> None:
