@@ -72,6 +72,12 @@ def read_shape(folder: str | Path) -> ModelShape:
     return ModelShape.from_hf(json.loads((Path(folder) / "config.json").read_text()))
 
 
+def padded_vocab(vocab_size: int, tp: int) -> int:
+    """Vocabulary size padded so that it divides into tp shards of a multiple of 8."""
+    step = 8 * tp
+    return -(-vocab_size // step) * step
+
+
 def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Both spellings: transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})

@@ -27,7 +27,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_qlrl.config.schema import PolicyConfig
-from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.config.shape import ModelShape, padded_vocab
 from megatron_qlrl.parallel.context import ParallelContext
 from megatron_qlrl.platform.device import has_gpu, has_transformer_engine
 from megatron_qlrl.policy.attention import AttentionPlan, SegmentAttention
@@ -250,9 +250,3 @@ def _mark_shards(model: torch.nn.Module) -> None:
         # Some have no weight of their own (a tied LM head).
         if weight is not None and dim is not None and not hasattr(weight, "partition_dim"):
             set_tensor_model_parallel_attributes(weight, True, dim, 1)
-
-
-def padded_vocab(vocab_size: int, tp: int) -> int:
-    """Vocabulary size padded so that it divides into tp shards of a multiple of 8."""
-    step = 8 * tp
-    return -(-vocab_size // step) * step

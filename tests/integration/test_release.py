@@ -15,10 +15,10 @@ from harness import run_ranks, tiny_hf
 from safetensors.torch import load_file
 
 from megatron_qlrl.config.schema import PolicyConfig
-from megatron_qlrl.config.shape import read_shape
+from megatron_qlrl.config.shape import padded_vocab, read_shape
 from megatron_qlrl.parallel.context import init_parallel
 from megatron_qlrl.platform.megatron_cpu import megatron_device
-from megatron_qlrl.policy.model import build_model, padded_vocab
+from megatron_qlrl.policy.model import build_model
 from megatron_qlrl.weights.stream import load_hf
 
 VOCAB = 1061  # holds the toy tokenizer and divides by nothing

@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megatron_qlrl.config.shape import ModelShape
-from megatron_qlrl.policy.model import padded_vocab, rope_frequencies
+from megatron_qlrl.config.shape import ModelShape, padded_vocab
+from megatron_qlrl.policy.model import rope_frequencies
 
 
 @pytest.mark.parametrize(

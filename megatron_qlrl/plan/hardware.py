@@ -1,0 +1,84 @@
+"""What a plan assumes of a GPU and of the software on it: every number named, none measured here
+unless its comment says so."""
+
+from dataclasses import dataclass
+
+from megatron_qlrl.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One GPU with its share of node and network.
+
+    Attributes:
+        memory_bytes: what torch sees as the GPU's total memory.
+        bf16_flops, fp8_flops: dense peak of the tensor cores, FLOP/s.
+        bandwidth: of the GPU's memory, bytes/s.
+        network: between nodes, bytes/s for each GPU.
+        host_copy: between GPU and pageable host memory, bytes/s.
+        gpus_per_node: tensor parallel groups must fit into a node.
+        training_efficiency: share of the peak that an update's executed FLOPs reach.
+        fp8_efficiency: the same for FP8 linear layers, of the FP8 peak.
+        prefill_efficiency: share of the peak while the engine reads prompts.
+        decode_efficiency: share of the bandwidth while it generates.
+        decode_step_s: time of a generation step beside reading memory.
+        framework_bytes: CUDA context, NCCL, cuBLAS and Transformer Engine workspaces.
+        fragmentation: of the memory that activations and working tensors take, the share that
+            torch's allocator holds beside them.
+        asleep_bytes: what the sleeping engine keeps (CUDA graphs, communicators).
+        engine_bytes: what the engine takes beside weights and key/value cache while awake.
+    """
+
+    name: str
+    memory_bytes: float
+    bf16_flops: float
+    fp8_flops: float
+    bandwidth: float
+    network: float = 50e9
+    host_copy: float = 5e9
+    gpus_per_node: int = 8
+    training_efficiency: float = 0.35
+    fp8_efficiency: float = 0.30
+    prefill_efficiency: float = 0.45
+    decode_efficiency: float = 0.60
+    decode_step_s: float = 0.005
+    framework_bytes: float = 3 * GIB
+    fragmentation: float = 0.05
+    asleep_bytes: float = 2 * GIB
+    engine_bytes: float = 4 * GIB
+
+    def assumptions(self) -> dict[str, float]:
+        """The numbers that nobody measured for this package."""
+        return {name: float(getattr(self, name)) for name in ASSUMED}
+
+
+ASSUMED = (
+    "training_efficiency",
+    "fp8_efficiency",
+    "prefill_efficiency",
+    "decode_efficiency",
+    "decode_step_s",
+    "network",
+    "host_copy",
+    "framework_bytes",
+    "fragmentation",
+    "asleep_bytes",
+    "engine_bytes",
+)
+
+# Peaks, bandwidth and NVLink: NVIDIA's H100 and H200 data sheets (SXM, dense = half of the figure
+# "with sparsity"); network: one 400 Gbit/s adapter for each GPU, as in a DGX H100. Memory: what
+# torch reports, a little below the nominal 80 and 141 GB.
+HARDWARE = {
+    "h100-80g": Hardware("h100-80g", 79.1 * GIB, 989e12, 1979e12, 3.35e12),
+    "h200-141g": Hardware("h200-141g", 139.8 * GIB, 989e12, 1979e12, 4.8e12),
+}
+
+
+def find_hardware(name: str) -> Hardware:
+    """Raises ConfigError for a name that is not known."""
+    if name not in HARDWARE:
+        raise ConfigError(f"--hardware {name} is not known; use one of {', '.join(HARDWARE)}")
+    return HARDWARE[name]
