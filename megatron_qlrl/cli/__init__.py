@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from megatron_qlrl.cli import bench, convert, data, judge, reward, train
+from megatron_qlrl.cli import bench, convert, data, judge, plan, reward, train
 from megatron_qlrl.cli.ranks import show
 from megatron_qlrl.errors import QlrlError
 from megatron_qlrl.platform.env import quiet_foreign_warnings
@@ -27,6 +27,7 @@ app.command()(train.distill)
 app.command()(convert.export)
 app.command("import")(convert.import_model)
 app.command()(train.check)
+app.command()(plan.plan)
 app.add_typer(data.app, name="data")
 app.add_typer(judge.app, name="judge")
 app.add_typer(reward.app, name="reward")

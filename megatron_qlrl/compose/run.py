@@ -211,16 +211,13 @@ class Run:
     def engine(self) -> VllmEngine:
         assert self.policy  # Megatron's part first: the order that is tested
         config, rollout = self.config, self.config.rollout
-        longest = config.max_input_tokens or config.evaluation.max_input_tokens
-        if config.data.eval_files:
-            longest = max(longest, config.evaluation.max_input_tokens)
         return VllmEngine(
             Path(config.model.path),
             tp=rollout.tp,
             rank=self.context.rank,
             world_size=self.context.world_size,
             dtype=weight_dtype(config),
-            max_model_len=min(longest + rollout.max_response_tokens, self.shape.max_positions),
+            max_model_len=min(config.longest_generation, self.shape.max_positions),
             stop_token_ids=stop_tokens(Path(config.model.path), self.tokenizer),
             manifest=hf_shapes(replace(self.shape, tied=False)),
             gpu_memory_utilization=rollout.gpu_memory_utilization,

@@ -28,12 +28,7 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
         ConfigError: the folder or one of its files is missing, cut short or unreadable.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model folder {folder} does not exist; set model.path to a downloaded Hugging Face "
-            "folder (config.json, *.safetensors, tokenizer)"
-        )
-    hf = _read_json(folder / "config.json")
+    hf = read_model_config(folder)
     _check_weights(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(
@@ -41,6 +36,21 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
             "tokenizer files of the model into it"
         )
     return hf
+
+
+def read_model_config(path: str | Path) -> dict[str, Any]:
+    """`config.json` of a Hugging Face folder, whatever else is there.
+
+    Raises:
+        ConfigError: the folder or the file is missing or unreadable.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model folder {folder} does not exist; set model.path to a downloaded Hugging Face "
+            "folder (config.json, *.safetensors, tokenizer)"
+        )
+    return _read_json(folder / "config.json")
 
 
 def check_layout(config: Config, hf: Mapping[str, Any], *, world_size: int) -> None:

@@ -376,6 +376,14 @@ class Config(Section):
         return max((p.max_input_tokens for p in self.phases), default=0)
 
     @property
+    def longest_generation(self) -> int:
+        """Tokens of prompt and response that the engine must hold at most."""
+        longest = self.max_input_tokens or self.evaluation.max_input_tokens
+        if self.data.eval_files:
+            longest = max(longest, self.evaluation.max_input_tokens)
+        return longest + self.rollout.max_response_tokens
+
+    @property
     def total_rl_steps(self) -> int:
         return sum(p.steps for p in self.phases)
 

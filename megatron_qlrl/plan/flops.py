@@ -47,3 +47,8 @@ def head_flops(shape: ModelShape, tokens: int) -> float:
 def pairs(tokens: int) -> float:
     """(query, key) pairs of causal attention of a sequence on itself."""
     return tokens * (tokens + 1) / 2
+
+
+def prefill_flops(shape: ModelShape, tokens: int) -> float:
+    """Forward FLOPs of reading a prompt: layers on every token, no LM head."""
+    return shape.num_layers * (linear_flops(shape) * tokens + attention_flops(shape, pairs(tokens)))

@@ -16,10 +16,13 @@ class Hardware:
         memory_bytes: what torch sees as the GPU's total memory.
         bf16_flops, fp8_flops: dense peak of the tensor cores, FLOP/s.
         bandwidth: of the GPU's memory, bytes/s.
+        nvlink: between the GPUs of a node, bytes/s each way.
         network: between nodes, bytes/s for each GPU.
         host_copy: between GPU and pageable host memory, bytes/s.
         gpus_per_node: tensor parallel groups must fit into a node.
-        training_efficiency: share of the peak that an update's executed FLOPs reach.
+        training_efficiency: share of the peak that an update's FLOPs reach, communication not
+            counted.
+        link_efficiency: share of nvlink and network that collectives reach, nothing hidden.
         fp8_efficiency: the same for FP8 linear layers, of the FP8 peak.
         prefill_efficiency: share of the peak while the engine reads prompts.
         decode_efficiency: share of the bandwidth while it generates.
@@ -36,11 +39,13 @@ class Hardware:
     bf16_flops: float
     fp8_flops: float
     bandwidth: float
+    nvlink: float = 450e9
     network: float = 50e9
     host_copy: float = 5e9
     gpus_per_node: int = 8
-    training_efficiency: float = 0.35
-    fp8_efficiency: float = 0.30
+    training_efficiency: float = 0.45
+    link_efficiency: float = 0.70
+    fp8_efficiency: float = 0.35
     prefill_efficiency: float = 0.45
     decode_efficiency: float = 0.60
     decode_step_s: float = 0.005
@@ -57,6 +62,7 @@ class Hardware:
 ASSUMED = (
     "training_efficiency",
     "fp8_efficiency",
+    "link_efficiency",
     "prefill_efficiency",
     "decode_efficiency",
     "decode_step_s",

@@ -1,10 +1,10 @@
 """Memory of one rank by part, from the model's shape and the layout alone (no torch).
 
-Everything is counted exactly but what depends on other people's code on a GPU, which is one
-named number each in `hardware.py`.
+Everything is counted but what other people's code takes on a GPU, which is one named number each
+in `hardware.py`. `tests/dist_cpu/test_plan_memory.py` holds the counts against real updates.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_qlrl.config.schema import PolicyConfig
@@ -44,12 +44,13 @@ def stage_parameters(shape: ModelShape, *, tp: int, pp: int, stage: int) -> list
 
 
 def model_state(
-    num: int, policy: PolicyConfig, *, width: int, dp: int, fp8_weights: int = 0
+    numels: Sequence[int], policy: PolicyConfig, *, width: int, dp: int
 ) -> dict[str, float]:
     """Weights, gradients (float32) and Adam's state with the float32 copy of bfloat16 weights.
 
     The distributed optimizer cuts the last over data and context parallel ranks together.
     """
+    num = sum(numels)
     state = FLOAT32 * (2 if width == FLOAT32 else 3) * num
     found = {
         "weights": float(width * num),
@@ -57,27 +58,54 @@ def model_state(
         "optimizer": state / (dp * policy.cp if policy.distributed_optimizer else 1),
     }
     if policy.fp8 != "off":
-        # Transformer Engine keeps each quantized weight and its transpose, a byte each.
-        found["FP8 weights"] = 2.0 * fp8_weights
+        # Transformer Engine keeps each quantized weight and its transpose, a byte each (an upper
+        # bound here: embedding and LM head stay as they are).
+        found["FP8 weights"] = 2.0 * num
     return found
 
 
-def training_peak(activations: Activations, *, dp: int, micro_batches: int, stage: int) -> Peak:
+def update_peak(activations: Activations, *, dp: int, micro_batches: int, stage: int) -> Peak:
     """The fullest moment of an update on a stage: 1F1B has `pp - stage` micro-batches in flight
-    (or all there are) when the first backward pass starts."""
-    policy, shape = activations.policy, activations.shape
-    numels = stage_parameters(shape, tp=policy.tp, pp=policy.pp, stage=stage)
-    linear = sum(n for n in numels if n >= shape.hidden_size**2 // policy.tp)
-    state = model_state(sum(numels), policy, width=activations.width, dp=dp, fp8_weights=linear)
+    (or all there are) when a backward pass starts."""
+    policy = activations.policy
+    numels = stage_parameters(activations.shape, tp=policy.tp, pp=policy.pp, stage=stage)
+    state = model_state(numels, policy, width=activations.width, dp=dp)
     in_flight = min(policy.pp - stage, micro_batches)
     working = activations.working(stage)
     moment = max(working, key=lambda name: working[name])
+    # The gradient that was just sent to the stage before, and the next input from there.
+    passing = 2 * activations.stream() if stage else 0.0
     return Peak(
         moment,
         state
         | {
             "activations": in_flight * activations.stage(stage),
-            "working": working[moment],
-            "gather buffer": activations.gather_buffer(),
+            "working memory": working[moment] + passing + activations.gather_buffer(),
         },
     )
+
+
+def stream_peak(shape: ModelShape, policy: PolicyConfig, *, width: int, bucket_bytes: int) -> float:
+    """The weight stream beside the policy (weights/stream.py): the bucket that is gathered, this
+    rank's part of it, and the bucket and the tensor before, which the engine reads last."""
+    largest = 0.0
+    previous = copied = 0.0
+    for stage in range(policy.pp):
+        numels = stage_parameters(shape, tp=policy.tp, pp=policy.pp, stage=stage)
+        limit = bucket_bytes // (width * policy.tp)
+        for bucket in _buckets(numels, limit=limit):
+            local = sum(bucket) * width
+            largest = max(largest, previous + copied + local * (policy.tp + 1))
+            previous, copied = local * policy.tp, max(bucket) * width * policy.tp
+            largest = max(largest, previous + copied)
+    return largest
+
+
+def _buckets(numels: Sequence[int], *, limit: int) -> list[list[int]]:
+    found: list[list[int]] = []
+    for numel in numels:
+        if found and sum(found[-1]) + numel <= limit:
+            found[-1].append(numel)
+        else:
+            found.append([numel])
+    return found

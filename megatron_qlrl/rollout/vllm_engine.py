@@ -112,14 +112,12 @@ class VllmEngine:
         Raises:
             SyncError: a tensor is missing, unknown, doubled or of another shape.
         """
-        if has_gpu():
-            self._llm.wake_up(tags=["weights"])
+        self._wake("weights")
         try:
             executor: Any = self._llm.llm_engine.model_executor  # pyright: ignore
             # `model.load_weights` does not work after start on CPU, where weights are packed.
             executor.driver_worker.reload_weights(weights_iterator=self._checked(weights))
-            if has_gpu():
-                self._llm.wake_up(tags=["kv_cache"])
+            self._wake("kv_cache")
             self._llm.reset_prefix_cache()
             yield self._generate
         finally:
@@ -129,6 +127,13 @@ class VllmEngine:
         """Ends the engine. vLLM destroys every process group on the way, ours too, so this is
         the last thing a run does; left to the interpreter's exit it fails with a stack trace."""
         self._llm.llm_engine.engine_core.shutdown()
+
+    def _wake(self, part: str) -> None:
+        if has_gpu():
+            # torch keeps what the update and the stream have freed; the engine takes its memory
+            # from the device. Not run on a GPU yet.
+            torch.cuda.empty_cache()
+            self._llm.wake_up(tags=[part])
 
     def _sleep(self) -> None:
         if has_gpu():

@@ -1,4 +1,7 @@
-"""The planner's memory against live bytes of real updates: state exactly, peaks within 10 %."""
+"""The planner against live bytes of real updates: parameters exactly, peaks within 10 %.
+
+Run with -s for the table of docs/planning.md.
+"""
 
 from functools import partial
 from typing import Any
@@ -11,83 +14,86 @@ from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import init_parallel
 from megatron_qlrl.plan.activations import CPU, Activations, Row
-from megatron_qlrl.plan.memory import model_state, stage_parameters, training_peak
+from megatron_qlrl.plan.memory import model_state, stage_parameters, update_peak
 from megatron_qlrl.policy.step import Policy
 from tests.dist_cpu.harness import run_ranks
 from tests.dist_cpu.live_bytes import LiveBytes, existing_storages
 
 TOLERANCE = 0.10
+LONG, SHORT, HEAD = (1500, 16, 2), (500, 16, 4), (200, 60, 8)
+"""Prompt, response and number of responses: a prompt that dominates, a short row, and a row of
+many response tokens."""
+
+CASES: list[dict[str, Any]] = [
+    {"lengths": LONG},
+    {"lengths": SHORT, "dtype": "bfloat16"},
+    {"lengths": HEAD, "dtype": "bfloat16", "vocab": 4096},
+    {"lengths": LONG, "recompute": "full", "dtype": "bfloat16", "distributed_optimizer": True},
+    {"lengths": (3000, 16, 2), "recompute": "full", "cp": 2, "ffn": 64},
+    {"lengths": LONG, "tp": 2},
+    {"lengths": LONG, "cp": 2},
+    {"lengths": LONG, "cp": 2, "recompute": "selective"},
+    {"lengths": LONG, "pp": 2, "rows": 3},
+    {"lengths": HEAD, "pp": 2, "rows": 3, "recompute": "full", "dtype": "bfloat16"},
+]
+
+
+def test_prediction_is_within_a_tenth_of_the_live_bytes() -> None:
+    print()
+    run_ranks(check_case, 2, CASES)
 
 
 def check_case(rank: int, case: dict[str, Any]) -> None:
-    case = dict(case)
-    dtype = getattr(torch, case.pop("dtype", "float32"))
-    prompt, response, group = case.pop("lengths")
-    vocab = case.pop("vocab", 512)
-    rows = case.pop("rows", 1)
-    settings = PolicyConfig(**{"distributed_optimizer": False} | case)
-    context = init_parallel(tp=settings.tp, pp=settings.pp, cp=settings.cp, seed=0)
+    settings = dict(case)
+    dtype = getattr(torch, settings.pop("dtype", "float32"))
+    prompt, response, group = settings.pop("lengths")
+    vocab, ffn = settings.pop("vocab", 512), settings.pop("ffn", 320)
+    rows = settings.pop("rows", 1)
     shape = make_shape(
-        layers=4, hidden=128, heads=8, kv_heads=4, ffn=320, vocab=vocab,
+        layers=2, hidden=128, heads=8, kv_heads=4, ffn=ffn, vocab=vocab,
         positions=prompt + response,
     )  # fmt: skip
+    before = existing_storages()
+    layout = PolicyConfig(**{"distributed_optimizer": False} | settings)
+    context = init_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, seed=0)
     policy = Policy(
         shape,
-        policy=settings,
+        policy=layout,
         optimizer=OptimizerConfig(),  # pyright: ignore[reportCallIssue]
         dtype=dtype,
         temperature=0.7,
         context=context,
         shard=partial(
-            shard_row, cp_size=settings.cp, cp_rank=context.cp.rank,
-            multiple_of=settings.tp if settings.sequence_parallel else 1,
+            shard_row, cp_size=layout.cp, cp_rank=context.cp.rank,
+            multiple_of=layout.tp if layout.sequence_parallel else 1,
         ),
         load=_randomize,
     )  # fmt: skip
-    made = make_group(
-        vocab=vocab, prompt_tokens=prompt, response_tokens=response, group=group, seed=1
-    )
+    made = make_group(vocab=vocab, prompt_tokens=prompt, response_tokens=response, group=group)
     tokens = prompt + response * group
     packed = group_rows(shape, made, max_tokens=tokens, share=True) * rows
     policy.update(packed, LOSS, lr=1e-6)  # makes Adam's state
-    held = sum(s.nbytes() for s in existing_storages())
     with LiveBytes() as live:
         policy.update(packed, LOSS, lr=1e-6)
 
-    width = dtype.itemsize
-    numels = stage_parameters(shape, tp=settings.tp, pp=settings.pp, stage=context.pp.rank)
+    width, stage = dtype.itemsize, context.pp.rank
+    numels = stage_parameters(shape, tp=layout.tp, pp=layout.pp, stage=stage)
     assert sum(numels) == sum(p.numel() for p in policy.model.parameters())
-    state = sum(model_state(sum(numels), settings, width=width, dp=context.dp.size).values())
+    state = model_state(numels, layout, width=width, dp=context.dp.size)
+    known = {s._cdata for s in before}
+    held = sum(s.nbytes() for s in existing_storages() if s._cdata not in known)
     activations = Activations(
-        shape, settings, Row(tokens, response * group), width=width, kernels=CPU
+        shape, layout, Row(tokens, response * group), width=width, kernels=CPU
     )
-    peak = training_peak(
-        activations, dp=context.dp.size, micro_batches=rows, stage=context.pp.rank
+    peak = update_peak(activations, dp=context.dp.size, micro_batches=rows, stage=stage)
+    predicted = peak.total - sum(state.values())
+    label = ", ".join(f"{k} {v}" for k, v in settings.items())
+    length = f"{str(dtype)[6:]}, {prompt} + {group} x {response}"
+    print(
+        f"| {length} | {label} | {peak.moment} | {predicted / 2**20:.1f} | "
+        f"{live.peak / 2**20:.1f} | {predicted / live.peak - 1:+.1%} |",
+        flush=True,
     )
-    print(case, dtype, context.pp.rank, peak.moment, "state", held, round(state), "peak", live.peak, round(peak.total - state), round((peak.total - state)/live.peak, 3), flush=True)
-    return
-
-
-CASES = [
-    {"lengths": (1024, 16, 2)},
-    {"lengths": (1024, 16, 2), "dtype": "bfloat16"},
-    {"lengths": (256, 16, 8), "dtype": "bfloat16", "vocab": 8192},
-    {"lengths": (256, 64, 8), "vocab": 4096},
-    {"lengths": (4096, 16, 2), "recompute": "selective"},
-    {"lengths": (4096, 16, 2), "recompute": "full"},
-    {"lengths": (4096, 16, 2), "recompute": "full", "dtype": "bfloat16"},
-]
-CASES2 = [
-    {"lengths": (2048, 16, 2), "tp": 2},
-    {"lengths": (2048, 16, 2), "tp": 2, "sequence_parallel": False},
-    {"lengths": (2048, 16, 2), "cp": 2},
-    {"lengths": (2048, 16, 2), "cp": 2, "recompute": "selective"},
-    {"lengths": (2048, 16, 2), "pp": 2, "rows": 3},
-    {"lengths": (2048, 16, 2), "pp": 2, "rows": 3, "recompute": "full", "dtype": "bfloat16"},
-    {"lengths": (2048, 16, 2), "distributed_optimizer": True, "dtype": "bfloat16"},
-]
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_plan(world_size: int) -> None:
-    run_ranks(check_case, world_size, CASES if world_size == 1 else CASES2)
+    if layout.tp == layout.pp == 1:  # else Megatron keeps buffers of its own beside the state
+        assert held == pytest.approx(sum(state.values()), rel=0.02), case
+    assert predicted == pytest.approx(live.peak, rel=TOLERANCE), (case, stage, peak.moment)

@@ -1,0 +1,117 @@
+"""`qlrl plan`: memory, time and what does not fit, before anything is downloaded or started."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from megatron_qlrl.cli.train import ConfigPath, Overrides
+from megatron_qlrl.config import checks
+from megatron_qlrl.config.load import load_config
+from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.errors import ConfigError
+from megatron_qlrl.plan.advise import Option, fastest, smallest_change
+from megatron_qlrl.plan.estimate import Lengths
+from megatron_qlrl.plan.hardware import find_hardware
+from megatron_qlrl.plan.phase import Cluster, PhasePlan, plan_phase
+from megatron_qlrl.plan.table import assumptions_line, options_table, plan_table
+
+MODEL_OPTIONS = 5
+"""So many layouts --advise shows."""
+
+
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Default: the fewest that hold the layout.")
+    ] = None,
+    hardware: Annotated[str, typer.Option(help="h100-80g or h200-141g.")] = "h100-80g",
+    mean_tokens: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            help="Mean tokens of prompts and of responses for the time estimate. Default: the "
+            "longest of each phase, the costliest step there is."
+        ),
+    ] = None,
+    advise: Annotated[bool, typer.Option("--advise", help="Also the fastest layouts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Memory of a rank by part, step time and GPU-hours of every phase. Needs no GPU, and of the
+    model only config.json. Exit code 2 when something does not fit."""
+    loaded = load_config(config, overrides or [])
+    stages = loaded.phase_configs()
+    hf = checks.read_model_config(loaded.model.path)
+    shape = checks.model_shape(hf)
+    cluster = Cluster(gpus or checks.smallest_world_size(stages), find_hardware(hardware))
+    lengths = None if mean_tokens is None else Lengths(*mean_tokens)
+    for stage in stages:
+        checks.check_layout(stage, hf, world_size=cluster.gpus)
+    plans = [plan_phase(stage, shape, cluster, lengths=lengths) for stage in stages]
+    best = {
+        p.name: fastest(p.config, hf, shape, cluster, lengths, count=MODEL_OPTIONS)
+        for p in (plans if advise else [])
+    }
+    if as_json:
+        typer.echo(json.dumps(_as_json(plans, cluster, best), indent=1))
+    else:
+        typer.echo(plan_table(plans, shape, cluster))
+        for name, options in best.items():
+            typer.echo(options_table(name, options, cluster))
+        typer.echo(assumptions_line(cluster.hardware))
+    for p in plans:
+        if p.problems:
+            raise ConfigError(_advice(p, hf, shape, cluster, lengths))
+
+
+def _advice(
+    plan: PhasePlan, hf: Any, shape: ModelShape, cluster: Cluster, lengths: Lengths | None
+) -> str:
+    """The first thing that does not fit, and the smallest change after which everything does."""
+    start = f"phase {plan.name} does not fit on {cluster.gpus} x {cluster.hardware.name}: "
+    option = smallest_change(plan.config, hf, shape, cluster, lengths)
+    if option is None:
+        return start + (
+            f"{plan.problems[0]}; no layout of these GPUs fits: use more of them, or shorten "
+            "policy.max_tokens_per_row"
+        )
+    return start + f"{plan.problems[0]}; the smallest change that fits: {changes(option)}"
+
+
+def changes(option: Option) -> str:
+    return " ".join(f"{name}={value}" for name, value in option.changes.items()) or "(as it is)"
+
+
+def _as_json(
+    plans: list[PhasePlan], cluster: Cluster, best: dict[str, list[Option]]
+) -> dict[str, Any]:
+    return {
+        "gpus": cluster.gpus,
+        "hardware": asdict(cluster.hardware),
+        "assumptions": sorted(cluster.hardware.assumptions()),
+        "phases": [
+            {
+                "name": p.name,
+                "layout": {k: getattr(p.config.policy, k) for k in ("tp", "pp", "cp", "recompute")}
+                | {"dp": p.dp, "rollout_tp": p.config.rollout.tp},
+                "row": asdict(p.row),
+                "update_bytes": {"moment": p.update.moment, "total": p.update.total}
+                | dict(p.update.parts),
+                "rollout_bytes": p.rollout
+                and {"moment": p.rollout.moment, "total": p.rollout.total} | dict(p.rollout.parts),
+                "cache_tokens": p.cache_tokens,
+                "longest_sequence": p.longest,
+                "host_bytes": p.host,
+                "flops": asdict(p.work),
+                "mean_tokens": asdict(p.lengths),
+                "seconds": dict(p.seconds),
+                "gpu_hours": p.gpu_hours(cluster.gpus),
+                "problems": list(p.problems),
+                "advice": [
+                    {"changes": dict(o.changes), "seconds": o.seconds} for o in best.get(p.name, [])
+                ],
+            }
+            for p in plans
+        ],
+    }

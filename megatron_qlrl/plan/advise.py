@@ -1,0 +1,118 @@
+"""The smallest change that makes a phase fit, and the fastest layouts: one search for both."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import floor
+from typing import Any
+
+from megatron_qlrl.config.checks import check_layout
+from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.errors import ConfigError
+from megatron_qlrl.plan.estimate import Lengths
+from megatron_qlrl.plan.phase import ENGINE_PARTS, Cluster, PhasePlan, plan_phase
+
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A layout that fits: what it changes (dotted settings) and its plan."""
+
+    changes: Mapping[str, Any]
+    plan: PhasePlan
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.plan.seconds.values())
+
+
+def smallest_change(
+    config: Config, hf: Mapping[str, Any], shape: ModelShape, cluster: Cluster,
+    lengths: Lengths | None,
+) -> Option | None:  # fmt: skip
+    """The option with the fewest changed settings, of those the fastest; None if nothing fits."""
+    found = list(options(config, hf, shape, cluster, lengths))
+    return min(found, key=lambda o: (len(o.changes), o.seconds), default=None)
+
+
+def fastest(
+    config: Config, hf: Mapping[str, Any], shape: ModelShape, cluster: Cluster,
+    lengths: Lengths | None, *, count: int,
+) -> list[Option]:  # fmt: skip
+    """The options with the shortest estimated steps."""
+    found = list(options(config, hf, shape, cluster, lengths))
+    return sorted(found, key=lambda o: (o.seconds, len(o.changes)))[:count]
+
+
+def options(
+    config: Config, hf: Mapping[str, Any], shape: ModelShape, cluster: Cluster,
+    lengths: Lengths | None,
+) -> Iterator[Option]:  # fmt: skip
+    """Every layout of the GPUs that fits, with the memory share of the engine lowered or raised
+    where it has to be."""
+    for settings in _layouts(config, shape, cluster):
+        changed = _changed(config, {"policy": settings})
+        try:
+            check_layout(changed, hf, world_size=cluster.gpus)
+        except ConfigError:
+            continue
+        for tp in _engine_sizes(config, cluster) if config.phases else [config.rollout.tp]:
+            plan = plan_phase(
+                _changed(changed, {"rollout": {"tp": tp}}), shape, cluster, lengths=lengths
+            )
+            if plan.update.total > cluster.hardware.memory_bytes:
+                break  # the engine's size changes nothing about that
+            if plan.problems:
+                plan = plan_phase(
+                    _with_largest_share(plan, cluster), shape, cluster, lengths=lengths
+                )
+            if not plan.problems:
+                yield Option(_difference(config, plan.config), plan)
+
+
+def _with_largest_share(plan: PhasePlan, cluster: Cluster) -> Config:
+    """The engine takes what the policy's state leaves, in steps of 5 %."""
+    assert plan.rollout is not None
+    parts = plan.rollout.parts
+    state = sum(parts[name] for name in parts if name not in ENGINE_PARTS)
+    share = max(floor(20 * (1 - state / cluster.hardware.memory_bytes)), 1) / 20
+    return _changed(plan.config, {"rollout": {"gpu_memory_utilization": share}})
+
+
+def _layouts(config: Config, shape: ModelShape, cluster: Cluster) -> Iterator[dict[str, Any]]:
+    """tp inside a node; pp divides the layers; the default of sequence parallelism stays."""
+    powers = [2**k for k in range(cluster.gpus.bit_length())]
+    for tp in (p for p in powers if p <= cluster.hardware.gpus_per_node):
+        for pp in (p for p in powers if shape.num_layers % p == 0):
+            for cp in (p for p in powers if cluster.gpus % (tp * pp * p) == 0):
+                for recompute in RECOMPUTE:
+                    yield {"tp": tp, "pp": pp, "cp": cp, "recompute": recompute}
+                    if not config.policy.distributed_optimizer:
+                        yield {
+                            "tp": tp, "pp": pp, "cp": cp, "recompute": recompute,
+                            "distributed_optimizer": True,
+                        }  # fmt: skip
+
+
+def _engine_sizes(config: Config, cluster: Cluster) -> list[int]:
+    sizes = [2**k for k in range(4) if 2**k <= cluster.hardware.gpus_per_node]
+    return sorted({config.rollout.tp, *sizes})
+
+
+def _changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
+    sections = {
+        name: getattr(config, name).model_copy(update=dict(settings))
+        for name, settings in changes.items()
+    }
+    return config.model_copy(update=sections)
+
+
+def _difference(before: Config, after: Config) -> dict[str, Any]:
+    found = {}
+    for section in ("policy", "rollout"):
+        old, new = getattr(before, section), getattr(after, section)
+        for name in type(old).model_fields:
+            if getattr(old, name) != getattr(new, name):
+                found[f"{section}.{name}"] = getattr(new, name)
+    return found

@@ -1,0 +1,212 @@
+"""The plan of one phase: memory while training and while generating, what does not fit, time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.plan.activations import GPU, Activations, Row
+from megatron_qlrl.plan.estimate import (
+    Lengths,
+    Work,
+    cache_bytes,
+    generation_seconds,
+    training_seconds,
+    training_work,
+)
+from megatron_qlrl.plan.hardware import GIB, Hardware
+from megatron_qlrl.plan.memory import (
+    Peak,
+    model_state,
+    stage_parameters,
+    stream_peak,
+    update_peak,
+)
+
+ENGINE_PARTS = ("engine's weights", "weight stream", "engine's share")
+"""Parts of a rollout's peak that are not there while the engine sleeps."""
+
+WIDTHS = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a plan is for: so many GPUs of a kind."""
+
+    gpus: int
+    hardware: Hardware
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """All of the fullest rank, bytes and seconds.
+
+    Attributes:
+        config: of the phase, its overrides applied.
+        stage: the fullest pipeline stage.
+        rollout: None where nothing is generated (SFT).
+        cache_tokens: key/value cache of one engine; longest: what it must hold at least.
+        host: host memory of the reference policy's weights, for each rank.
+        problems: what does not fit, the first thing first.
+        seconds: of a step, by part.
+    """
+
+    name: str
+    config: Config
+    dp: int
+    row: Row
+    stage: int
+    update: Peak
+    rollout: Peak | None
+    cache_tokens: float
+    longest: int
+    host: float
+    problems: tuple[str, ...]
+    lengths: Lengths
+    work: Work
+    seconds: Mapping[str, float]
+
+    @property
+    def steps(self) -> int:
+        return self.config.phases[-1].steps if self.config.phases else 0
+
+    def gpu_hours(self, gpus: int) -> float:
+        return sum(self.seconds.values()) * self.steps * gpus / 3600
+
+
+def plan_phase(
+    config: Config, shape: ModelShape, cluster: Cluster, *, lengths: Lengths | None = None
+) -> PhasePlan:
+    """The plan of a phase's own config (`Config.for_phase`), or of SFT where it has no phases.
+
+    `lengths`: mean tokens; without them the longest prompt and response, the costliest step.
+    """
+    policy, hardware = config.policy, cluster.hardware
+    width = WIDTHS[config.model.dtype]
+    dp = max(cluster.gpus // (policy.tp * policy.pp * policy.cp), 1)
+    row = longest_row(config)
+    activations = Activations(shape, policy, row, width=width, kernels=GPU)
+    peaks = [
+        _with_allowance(
+            update_peak(activations, dp=dp, micro_batches=policy.pp, stage=stage), hardware
+        )
+        for stage in range(policy.pp)
+    ]
+    stage = max(range(policy.pp), key=lambda s: peaks[s].total)
+    weights = sum(stage_parameters(replace(shape, tied=False), tp=1, pp=1, stage=0)) * width
+    longest = min(config.longest_generation, shape.max_positions)
+    rollout, cache_tokens = None, 0.0
+    if config.phases:
+        rollout = _rollout_peak(config, shape, hardware, dp=dp, width=width, weights=weights)
+        share = config.rollout.gpu_memory_utilization * hardware.memory_bytes
+        free = (share - hardware.engine_bytes) * config.rollout.tp - weights
+        cache_tokens = max(free, 0.0) / cache_bytes(shape, width)
+    lengths = lengths or Lengths(config.max_input_tokens, config.rollout.max_response_tokens)
+    work = training_work(config, shape, gpus=cluster.gpus, lengths=lengths)
+    seconds: dict[str, float] = {}
+    if config.phases:
+        seconds = generation_seconds(
+            config, shape, gpus=cluster.gpus, hardware=hardware, lengths=lengths,
+            cache_tokens=cache_tokens, width=width, weight_bytes=weights,
+        ) | training_seconds(
+            config, shape, work, gpus=cluster.gpus, hardware=hardware, width=width,
+            weight_bytes=weights,
+        )  # fmt: skip
+    return PhasePlan(
+        name=config.phases[-1].name if config.phases else "sft",
+        config=config,
+        dp=dp,
+        row=row,
+        stage=stage,
+        update=peaks[stage],
+        rollout=rollout,
+        cache_tokens=cache_tokens,
+        longest=longest,
+        host=peaks[stage].parts["weights"] if config.phases and config.algorithm.reference else 0.0,
+        problems=tuple(_problems(config, peaks[stage], rollout, cache_tokens, longest, hardware)),
+        lengths=lengths,
+        work=work,
+        seconds=seconds,
+    )
+
+
+def longest_row(config: Config) -> Row:
+    """A full row with as many response tokens as the phase allows: its prompts are longer than
+    those of the phase before, unless prompts are carried over."""
+    tokens = config.policy.max_tokens_per_row
+    shortest = 1
+    if len(config.phases) > 1 and not config.curriculum.carried_share:
+        shortest = config.phases[-2].max_input_tokens + 1
+    if not config.phases:
+        return Row(tokens, tokens - 1)
+    group = config.rollout.group_size * config.rollout.max_response_tokens
+    # More prompts than fill a row with whole groups only displace responses.
+    counts = range(1, tokens // (group + shortest) + 2)
+    return Row(tokens, max(min(tokens - k * shortest, k * group) for k in counts))
+
+
+def _with_allowance(peak: Peak, hardware: Hardware) -> Peak:
+    """With what is not counted but assumed."""
+    moving = peak.parts["activations"] + peak.parts["working memory"]
+    return Peak(
+        peak.moment,
+        {
+            **peak.parts,
+            "fragmentation": hardware.fragmentation * moving,
+            "framework, sleeping engine": hardware.framework_bytes + hardware.asleep_bytes,
+        },
+    )
+
+
+def _rollout_peak(
+    config: Config, shape: ModelShape, hardware: Hardware, *, dp: int, width: int, weights: float
+) -> Peak:
+    """The awake engine beside the policy's state, which stays where it is: either it loads (its
+    weights and the stream) or it has its whole share."""
+    policy = config.policy
+    states = [
+        model_state(
+            stage_parameters(shape, tp=policy.tp, pp=policy.pp, stage=stage),
+            policy, width=width, dp=dp,
+        )
+        for stage in range(policy.pp)
+    ]  # fmt: skip
+    state = max(states, key=lambda parts: sum(parts.values()))
+    state = state | {"framework": hardware.framework_bytes}
+    bucket = config.rollout.sync_bucket_mib * 2**20
+    loading = {
+        "engine's weights": weights / config.rollout.tp,
+        "weight stream": stream_peak(shape, policy, width=width, bucket_bytes=bucket),
+    }
+    share = config.rollout.gpu_memory_utilization * hardware.memory_bytes
+    if sum(loading.values()) > share:
+        return Peak("loading weights", state | loading)
+    return Peak("generating", state | {"engine's share": share})
+
+
+def _problems(
+    config: Config,
+    update: Peak,
+    rollout: Peak | None,
+    cache_tokens: float,
+    longest: int,
+    hardware: Hardware,
+) -> list[str]:
+    has = hardware.memory_bytes
+    found = []
+    if update.total > has:
+        found.append(
+            f"the update needs {update.total / GIB:.1f} GiB of {has / GIB:.1f} GiB "
+            f"(at: {update.moment})"
+        )
+    if rollout is not None and rollout.total > has:
+        found.append(
+            f"the rollout needs {rollout.total / GIB:.1f} GiB of {has / GIB:.1f} GiB "
+            f"(at: {rollout.moment})"
+        )
+    if rollout is not None and cache_tokens < longest:
+        found.append(
+            f"the engine's cache holds {cache_tokens:,.0f} tokens, and the longest prompt with "
+            f"its response is {longest:,}"
+        )
+    return found
