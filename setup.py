@@ -18,7 +18,6 @@ CORE = [
     "megatron-core==0.16.1",
     "numpy>=2,<2.4",
     "omegaconf>=2.4",
-    "openai>=2.25",
     "pyarrow",
     "pydantic>=2.12,<3",
     "pyyaml",

@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,9 @@ def check_logprobs() -> dict[str, Any]:
 
 def check_sharing_by_layer() -> dict[str, Any]:
     """The check that a run makes at its first batch."""
-    from megatron_qlrl.bench.policy import group_rows, make_group, make_shape, random_policy
+    from megatron_qlrl.bench.policy import make_group, make_shape, random_policy
+    from megatron_qlrl.packing.microbatch import group_rows
+    from megatron_qlrl.plan.flops import block_flops
     from megatron_qlrl.policy.selfcheck import check_sharing
 
     shape = make_shape(
@@ -157,9 +160,11 @@ def check_sharing_by_layer() -> dict[str, Any]:
     )
     group = make_group(vocab=4096, prompt_tokens=256, response_tokens=32, group=3)
     with random_policy(shape) as policy:
-        check_sharing(
-            policy, *(group_rows(shape, group, max_tokens=1024, share=s) for s in (True, False))
+        cost = partial(block_flops, shape)
+        rows = (
+            group_rows(group, max_tokens=1024, share_prompt=s, cost=cost) for s in (True, False)
         )
+        check_sharing(policy, *rows)
     return {"layers": 4}
 
 

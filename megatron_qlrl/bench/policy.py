@@ -10,15 +10,13 @@ import torch
 from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.errors import ConfigError
-from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import init_parallel, process_group
-from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.platform.device import has_gpu
 from megatron_qlrl.platform.env import init_ranks
 from megatron_qlrl.policy.loss import PolicyLoss
 from megatron_qlrl.policy.step import Policy
-from megatron_qlrl.types import PackedRow, TrainGroup, TrainResponse
+from megatron_qlrl.types import TrainGroup, TrainResponse
 
 LOSS = PolicyLoss(
     clip_low=0.2, clip_high=0.28, dual_clip=None, kl_coef=0.0, kl_kind="k3", entropy_coef=0.0
@@ -89,22 +87,6 @@ def make_group(
         tokens(prompt_tokens),
         tuple(TrainResponse(tokens(response_tokens), float(rng.normal())) for _ in range(group)),
     )
-
-
-def group_rows(
-    shape: ModelShape, group: TrainGroup, *, max_tokens: int, share: bool
-) -> list[PackedRow]:
-    """The rows of one group on one rank."""
-    (rows,) = make_rows(
-        [group],
-        num_ranks=1,
-        max_tokens=max_tokens,
-        share_prompts=share,
-        aggregation="token_mean",
-        constant_tokens=1,
-        cost=partial(block_flops, shape),
-    )
-    return rows
 
 
 def _randomize(model: torch.nn.Module) -> None:

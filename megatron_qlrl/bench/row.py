@@ -1,11 +1,13 @@
 """One long shared row through forward, backward and optimizer: does it fit, and what it costs."""
 
 import time
+from functools import partial
 from typing import Any
 
 from megatron_qlrl.bench.measure import measure, report
-from megatron_qlrl.bench.policy import LOSS, group_rows, make_group, random_policy
+from megatron_qlrl.bench.policy import LOSS, make_group, random_policy
 from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.packing.microbatch import group_rows
 from megatron_qlrl.parallel.collectives import gather_objects
 from megatron_qlrl.plan.flops import UPDATE_TO_FORWARD, block_flops, separate_flops
 
@@ -26,7 +28,9 @@ def bench_row(
     started = time.perf_counter()
     with random_policy(shape, cp=cp) as policy:
         built_s = time.perf_counter() - started
-        rows = group_rows(shape, made, max_tokens=tokens, share=True)
+        rows = group_rows(
+            made, max_tokens=tokens, share_prompt=True, cost=partial(block_flops, shape)
+        )
         assert [row.num_tokens for row in rows] == [tokens]
         found: dict[str, float] = {}
         cost = measure(lambda: found.update(policy.update(rows, LOSS, lr=1e-6)))

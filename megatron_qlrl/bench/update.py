@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from megatron_qlrl.bench.measure import compare, measure, report
-from megatron_qlrl.bench.policy import LOSS, group_rows, make_group, random_policy
+from megatron_qlrl.bench.policy import LOSS, make_group, random_policy
 from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.packing.microbatch import group_rows
 from megatron_qlrl.plan.flops import block_flops, separate_flops
 from megatron_qlrl.policy.step import Policy
 
@@ -37,12 +38,9 @@ def bench_update(
         group=group,
     )
     each = prompt_tokens + response_tokens
-    shared = group_rows(shape, made, max_tokens=each + response_tokens * (group - 1), share=True)
-    separate = {
-        n: group_rows(shape, made, max_tokens=n * each, share=False)
-        for n in (1, 2, 4)
-        if n <= group
-    }
+    rows = partial(group_rows, made, cost=partial(block_flops, shape))
+    shared = rows(max_tokens=each + response_tokens * (group - 1), share_prompt=True)
+    separate = {n: rows(max_tokens=n * each, share_prompt=False) for n in (1, 2, 4) if n <= group}
     with random_policy(shape) as policy:
         # At a rate of 0 the weights stay, and all rounds compute the same.
         update = partial(policy.update, loss=LOSS, lr=0.0)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_qlrl.compose.data import read_examples, read_train_prompts
 from megatron_qlrl.compose.parts import (
     make_advantages,
     make_context,
@@ -58,7 +59,7 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
     temperature = config.rollout.temperature
     weights = reference_folder(whole, begin.index)
     with open_run(config, temperature=temperature, whole=whole, weights=weights) as run:
-        prompts = on_all_ranks(run.train_prompts)
+        prompts = on_all_ranks(partial(read_train_prompts, whole, run.tokenizer, warn=run.warn))
         benchmarks = on_all_ranks(run.benchmarks)
         curriculum = on_all_ranks(partial(make_curriculum, whole, prompts))
         if config.algorithm.reference:
@@ -107,7 +108,7 @@ def run_sft(config: Config) -> None:
     """Warm-up SFT, from the newest checkpoint on; ends with a Hugging Face folder."""
     sft = config.sft
     with joined(), open_run(config, temperature=1.0) as run:
-        examples = on_all_ranks(run.examples)
+        examples = on_all_ranks(partial(read_examples, config, run.tokenizer))
         benchmarks = on_all_ranks(run.benchmarks)
         steps = num_sft_steps(
             len(examples), batch_size=sft.batch_size, epochs=sft.epochs, max_steps=sft.max_steps

@@ -2,48 +2,38 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_qlrl.advantage.filters import has_spread
+from megatron_qlrl.compose.data import read_benchmarks
 from megatron_qlrl.compose.parts import (
     changed_rope,
-    check_masked,
-    judge_metrics,
     load_tokenizer,
     make_context,
     make_policy,
-    make_scorer,
     make_store,
     model_shape,
     rollout_records,
     run_facts,
     save_checkpoint,
-    stop_tokens,
     weight_dtype,
 )
+from megatron_qlrl.compose.rollouts import Rollouts
 from megatron_qlrl.config.load import save_config
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.curriculum.dynamic import DynamicSampler
-from megatron_qlrl.data.dataset import (
-    drop_overlong,
-    load_examples,
-    load_prompts,
-    middle_truncate,
-)
-from megatron_qlrl.errors import ConfigError, DataError, RewardError, StabilityError
+from megatron_qlrl.errors import ConfigError, RewardError, StabilityError
 from megatron_qlrl.evaluate.benchmarks import evaluate
 from megatron_qlrl.loop import Trainer
 from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.metrics.sinks import Tracker
-from megatron_qlrl.packing.microbatch import make_rows
+from megatron_qlrl.packing.microbatch import group_rows, make_rows
 from megatron_qlrl.packing.rows import slice_group
-from megatron_qlrl.parallel.collectives import gather_dicts, gather_objects, on_all_ranks
+from megatron_qlrl.parallel.collectives import gather_dicts, on_all_ranks
 from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.platform.env import init_ranks, set_engine_env
@@ -51,27 +41,18 @@ from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.policy.optimizer import learning_rate
 from megatron_qlrl.policy.selfcheck import check_sharing
 from megatron_qlrl.policy.step import Loss, Policy
-from megatron_qlrl.reward.score import check_sources
-from megatron_qlrl.rollout.sampler import sample_groups, share_prompts
-from megatron_qlrl.rollout.vllm_engine import Sampling, VllmEngine
 from megatron_qlrl.types import (
     PackedRow,
     Prompt,
-    Rollout,
-    Score,
     ScoredGroup,
     StepReport,
     TrainGroup,
 )
 from megatron_qlrl.weights.checkpoint import load_checkpoint, load_weights, step_of
-from megatron_qlrl.weights.hf_map import hf_shapes
 from megatron_qlrl.weights.release import write_release
-from megatron_qlrl.weights.stream import WeightStream, untied
+from megatron_qlrl.weights.stream import WeightStream
 
 T = TypeVar("T")
-
-EVALUATION_STEP = -1
-"""Seeds of evaluation are drawn at this step, so that they never meet those of training."""
 
 
 @contextmanager
@@ -125,16 +106,20 @@ class Run:
         self.monitor = Monitor(config.stability, warn=self.warn)
         self.scores: dict[str, float] = {}
         self._sharing_checked = False
-        self.scorer = on_all_ranks(partial(make_scorer, config))
+        self.rollouts = Rollouts(
+            config,
+            shape=self.shape,
+            context=self.context,
+            tokenizer=self.tokenizer,
+            weights=lambda: (self.stream, self.policy.version),
+        )
         self._unsaved: tuple[int, Mapping[str, Any]] | None = None
         self._fresh_steps: frozenset[int] = frozenset()
         self._on_disk(lambda: save_config(whole, self.folder / "config.yaml"))
 
     def close(self) -> None:
         self.tracker.close()
-        self.scorer.close()
-        if "engine" in self.__dict__:
-            self.engine.close()
+        self.rollouts.close()
 
     # Made at first use, so that bad data is found before minutes of loading weights.
 
@@ -157,73 +142,11 @@ class Run:
             bucket_bytes=self.config.rollout.sync_bucket_mib * 2**20,
         )
 
-    # --- data ---------------------------------------------------------------------------
-
-    def train_prompts(self) -> list[Prompt]:
-        """RL prompts that fit the last phase; longer ones are reported (not collective)."""
-        prompts = self._prompts(self.config.data.train_files)
-        check_sources(prompts)
-        kept, report = drop_overlong(prompts, self.whole.max_input_tokens)
-        if report:
-            self.warn(report)
-        return kept
-
     def benchmarks(self) -> dict[str, list[Prompt]]:
-        """Held-out prompts by file stem, cut in the middle to the limit and to what the model's
-        positions leave beside a response (not collective)."""
-        room = self.shape.max_positions - self.config.rollout.max_response_tokens
-        if room <= 0 and self.config.data.eval_files:
-            raise ConfigError(
-                f"rollout.max_response_tokens={self.config.rollout.max_response_tokens} leaves no "
-                f"room for a prompt in the model's {self.shape.max_positions} positions; lower it"
-            )
-        limit = min(self.config.evaluation.max_input_tokens, room)
-        found = {Path(f).stem: self._prompts([f]) for f in self.config.data.eval_files}
-        check_sources([p for prompts in found.values() for p in prompts])
-        return {
-            name: [replace(p, token_ids=middle_truncate(p.token_ids, limit)) for p in prompts]
-            for name, prompts in found.items()
-        }
+        """Held-out prompts by file stem (not collective)."""
+        return read_benchmarks(self.config, self.tokenizer, max_positions=self.shape.max_positions)
 
-    def examples(self) -> Any:
-        """SFT rows; every one must fit into a packed row (not collective)."""
-        data = self.config.data
-        examples = load_examples(
-            data.sft_files, tokenizer=self.tokenizer, enable_thinking=data.enable_thinking
-        )
-        limit = self.config.policy.max_tokens_per_row
-        for e in examples:
-            if e.prompt.num_tokens + len(e.response_ids) > limit:
-                raise DataError(
-                    f"SFT row {e.prompt.uid} has {e.prompt.num_tokens + len(e.response_ids)} "
-                    f"tokens, more than policy.max_tokens_per_row={limit}"
-                )
-        return examples
-
-    def _prompts(self, files: Sequence[str]) -> list[Prompt]:
-        return load_prompts(
-            files, tokenizer=self.tokenizer, enable_thinking=self.config.data.enable_thinking
-        )
-
-    # --- rollout ------------------------------------------------------------------------
-
-    @cached_property
-    def engine(self) -> VllmEngine:
-        assert self.policy  # Megatron's part first: the order that is tested
-        config, rollout = self.config, self.config.rollout
-        return VllmEngine(
-            Path(config.model.path),
-            tp=rollout.tp,
-            rank=self.context.rank,
-            world_size=self.context.world_size,
-            dtype=weight_dtype(config),
-            max_model_len=min(config.longest_generation, self.shape.max_positions),
-            stop_token_ids=stop_tokens(Path(config.model.path), self.tokenizer),
-            manifest=hf_shapes(replace(self.shape, tied=False)),
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            rope=changed_rope(config),
-            seed=config.run.seed,
-        )
+    # --- curriculum, evaluation ---------------------------------------------------------
 
     def sampler(self, curriculum: Curriculum) -> DynamicSampler:
         config = self.config
@@ -232,7 +155,7 @@ class Run:
             config=config.algorithm,
             carried_share=config.curriculum.carried_share,
             keep=has_spread if config.algorithm.filter_groups else lambda rewards: True,
-            collect=self.collect,
+            collect=self.rollouts.collect,
             version=lambda: self.policy.version,
             warn=self.warn,
         )
@@ -241,72 +164,6 @@ class Run:
         """One line on the console, from rank 0 (not collective)."""
         if self.leads:
             print(f"qlrl: warning: {message}", flush=True)
-
-    def collect(self, prompts: Sequence[Prompt], step: int) -> list[ScoredGroup]:
-        rollout = self.config.rollout
-        sampling = Sampling(rollout.temperature, rollout.top_p, rollout.max_response_tokens)
-        return self._generate(prompts, step, sampling, rollout.group_size)
-
-    def _generate(
-        self, prompts: Sequence[Prompt], step: int, sampling: Sampling, samples: int
-    ) -> list[ScoredGroup]:
-        """Every engine generates its share and scores each response as it ends; all ranks get
-        all groups, in order.
-
-        Raises:
-            RewardError: too many responses have no verdict.
-        """
-        engine, scorer = self.engine, self.scorer
-        share = share_prompts(prompts, engine.num_engines)[engine.engine_index]
-        mine = [prompts[i] for i in share]
-        scores: dict[tuple[int, int], Future[Score]] = {}
-
-        def submit(number: int, rollout: Rollout) -> None:
-            if engine.leads:
-                prompt = mine[number]
-                scores[number, rollout.sample] = scorer.submit(
-                    data_source=prompt.data_source,
-                    question=prompt.question,
-                    ground_truth=prompt.ground_truth,
-                    response=rollout.text,
-                )
-
-        with engine.awake(untied(self.stream)) as generate:
-            found = sample_groups(
-                mine,
-                generate,
-                group_size=samples,
-                sampling=sampling,
-                run_seed=self.config.run.seed,
-                step=step,
-                weight_version=self.policy.version,
-                decode=partial(self.tokenizer.decode, skip_special_tokens=True),
-                on_done=submit,
-            )
-
-        def finish() -> dict[int, ScoredGroup]:
-            if not engine.leads:
-                return {}
-            wait(scores.values())  # one awakening in place of one for each
-            return {
-                share[n]: ScoredGroup(
-                    mine[n], group, tuple(scores[n, r.sample].result() for r in group)
-                )
-                for n, group in enumerate(found)
-            }
-
-        parts = gather_objects((on_all_ranks(finish), scorer.last_failure))
-        merged = {index: group for part, _ in parts for index, group in part.items()}
-        groups = [merged[i] for i in range(len(prompts))]
-        reason = next((failure for _, failure in parts if failure), "")
-        check_masked(groups, max_share=self.config.reward.max_masked_share, reason=reason)
-        return groups
-
-    def _judge_metrics(self) -> dict[str, float]:
-        """What the judge did since the last call; nothing without a judge."""
-        if self.config.reward.judge is None:
-            return {}
-        return judge_metrics(gather_objects(self.scorer.take_counts()))
 
     def evaluate_start(
         self, benchmarks: Mapping[str, list[Prompt]], state: Mapping[str, Any]
@@ -339,19 +196,15 @@ class Run:
         """Writes eval/<name>.json and, in .jsonl, the answers."""
         if not benchmarks:
             return {}
-        settings = self.config.evaluation
-        sampling = Sampling(
-            settings.temperature, settings.top_p, self.config.rollout.max_response_tokens
-        )
         answers: list[ScoredGroup] = []
 
         def answer(prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-            groups = self._generate(prompts, EVALUATION_STEP, sampling, settings.samples)
+            groups = self.rollouts.answer(prompts)
             answers.extend(groups)
             return groups
 
         metrics = evaluate(benchmarks, answer)
-        metrics |= {f"val/{name}": value for name, value in self._judge_metrics().items()}
+        metrics |= {f"val/{name}": value for name, value in self.rollouts.judge_metrics().items()}
 
         def write() -> None:
             self.tracker.log(step, metrics)
@@ -411,15 +264,12 @@ class Run:
         if first is None:
             return
         shared, separate = (
-            make_rows(
-                [first],
-                num_ranks=1,
+            group_rows(
+                first,
                 max_tokens=self.config.policy.max_tokens_per_row,
-                share_prompts=share,
-                aggregation="token_mean",
-                constant_tokens=1,
+                share_prompt=share,
                 cost=partial(block_flops, self.shape),
-            )[0]
+            )
             for share in (True, False)
         )
         check_sharing(self.policy, shared, separate)
@@ -467,7 +317,7 @@ class Run:
 
     def log(self, report: StepReport, groups: Sequence[ScoredGroup]) -> None:
         shown = groups[: self.config.logging.rollouts_per_step]
-        metrics = {**report.metrics, **self._judge_metrics()}
+        metrics = {**report.metrics, **self.rollouts.judge_metrics()}
 
         def write() -> None:
             self.tracker.log(report.step, metrics)

@@ -50,3 +50,19 @@ def make_rows(
         members = [[parts[share[i]] for i in row] for row in rows]
         found.append([build_row(groups, row, weights) for row in members] or [empty_row()])
     return found
+
+
+def group_rows(
+    group: TrainGroup, *, max_tokens: int, share_prompt: bool, cost: Cost
+) -> list[PackedRow]:
+    """The rows of one group alone on one rank, each token with the same weight."""
+    (rows,) = make_rows(
+        [group],
+        num_ranks=1,
+        max_tokens=max_tokens,
+        share_prompts=share_prompt,
+        aggregation="token_mean",
+        constant_tokens=1,
+        cost=cost,
+    )
+    return rows

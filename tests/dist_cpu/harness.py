@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from megatron_qlrl.parallel.context import process_group
+from megatron_qlrl.packing.microbatch import make_rows
+from megatron_qlrl.parallel.context import ParallelContext, process_group
+from megatron_qlrl.types import PackedRow, TrainGroup
 
 
 def run_ranks(worker: Callable[..., None], world_size: int, cases: Sequence[Any]) -> None:
@@ -30,6 +32,25 @@ def _start(
             init_method=f"file://{folder}/{number}",
         ):
             worker(rank, case)
+
+
+def rows_of(
+    groups: Sequence[TrainGroup],
+    context: ParallelContext,
+    *,
+    max_tokens: int = 64,
+    share_prompts: bool = True,
+) -> list[PackedRow]:
+    """This data-parallel rank's rows of an optimizer batch."""
+    return make_rows(
+        groups,
+        num_ranks=context.dp.size,
+        max_tokens=max_tokens,
+        share_prompts=share_prompts,
+        aggregation="token_mean",
+        constant_tokens=1,
+        cost=lambda prompt, responses: prompt + sum(responses),
+    )[context.dp.rank]
 
 
 def tiny_hf(folder: Path, kind: str, *, seed: int = 0, **overrides: Any) -> Path:

@@ -16,11 +16,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks, tiny_hf
+from harness import rows_of, run_ranks, tiny_hf
 from test_policy_parity import LOSS, groups_of, make_policy
 
 from megatron_qlrl.errors import CheckpointError
-from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.weights import checkpoint
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights, torn
 from megatron_qlrl.weights.stream import WeightStream
@@ -29,15 +28,7 @@ Layout = tuple[int, int, int]
 
 
 def train(policy: Any, context: Any, steps: int) -> list[float]:
-    rows = make_rows(
-        groups_of(policy.shape.vocab_size),
-        num_ranks=context.dp.size,
-        max_tokens=64,
-        share_prompts=True,
-        aggregation="token_mean",
-        constant_tokens=1,
-        cost=lambda prompt, responses: prompt + sum(responses),
-    )[context.dp.rank]
+    rows = rows_of(groups_of(policy.shape.vocab_size), context)
     return [policy.update(rows, LOSS, lr=1e-3)["actor/grad_norm"] for _ in range(steps)]
 
 

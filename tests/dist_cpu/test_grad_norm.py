@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import run_ranks, tiny_hf
+from harness import rows_of, run_ranks, tiny_hf
 
 from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
 from megatron_qlrl.config.shape import read_shape
-from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import init_parallel
 from megatron_qlrl.policy.loss import sft_loss
@@ -64,15 +63,7 @@ def check_case(rank: int, case: tuple[Path, tuple[int, int, int], bool, float]) 
         ),
         load=lambda model: load_hf(folder, model, shape=shape, context=context),
     )
-    rows = make_rows(
-        groups(),
-        num_ranks=context.dp.size,
-        max_tokens=64,
-        share_prompts=True,
-        aggregation="token_mean",
-        constant_tokens=1,
-        cost=lambda prompt, responses: prompt + sum(responses),
-    )[context.dp.rank]
+    rows = rows_of(groups(), context)
     found = policy.update(rows, sft_loss, lr=1e-3)["actor/grad_norm"]
     assert found == pytest.approx(expected, rel=1e-4), (folder.name, tp, pp, cp, distributed)
 

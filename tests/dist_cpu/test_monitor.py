@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import run_ranks, tiny_hf
+from harness import rows_of, run_ranks, tiny_hf
 from test_policy_parity import LOSS, groups_of, make_policy
 
 from megatron_qlrl.config.schema import StabilityConfig
 from megatron_qlrl.metrics.monitor import Monitor
-from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.parallel.collectives import gather_objects
 from megatron_qlrl.types import PackedRow
 
@@ -21,17 +20,9 @@ GOOD_STEPS = 3
 Layout = tuple[int, int, int]
 
 
-def rows_of(policy: Any, context: Any) -> list[PackedRow]:
+def rows_with_reference(policy: Any, context: Any) -> list[PackedRow]:
     """This rank's rows; the reference is the policy itself, so that the KL starts at 0."""
-    rows = make_rows(
-        groups_of(policy.shape.vocab_size),
-        num_ranks=context.dp.size,
-        max_tokens=64,
-        share_prompts=True,
-        aggregation="token_mean",
-        constant_tokens=1,
-        cost=lambda prompt, responses: prompt + sum(responses),
-    )[context.dp.rank]
+    rows = rows_of(groups_of(policy.shape.vocab_size), context)
     return policy.add_logprobs(rows, "ref_logprobs")
 
 
@@ -68,7 +59,7 @@ def step(
 ) -> dict[str, float]:
     reward = 0.0 if fault == "reward_collapse" else 0.5
     monitor.begin(number, 0, {"critic/rewards/mean": reward})
-    rows = rows_of(policy, context)
+    rows = rows_with_reference(policy, context)
     if fault is not None:
         rows = inject(fault, rows, context)
     policy.update(rows, LOSS, lr=1e-3, permit=monitor.permit)
@@ -118,7 +109,7 @@ def test_refused_update_leaves_no_trace(tmp_path: Path) -> None:
 def check_plain(rank: int, folder: Path) -> None:
     policy, context = make_policy(folder, (1, 1, 1))
     before = state_of(policy)
-    rows = inject("non_finite", rows_of(policy, context), context)
+    rows = inject("non_finite", rows_with_reference(policy, context), context)
     metrics = policy.update(rows, LOSS, lr=1e-3)
     assert np.isnan(metrics["actor/grad_norm"])
     assert policy.version == 0

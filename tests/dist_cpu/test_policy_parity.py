@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import run_ranks, tiny_hf
+from harness import rows_of, run_ranks, tiny_hf
 
 from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
 from megatron_qlrl.config.shape import read_shape
-from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import init_parallel
 from megatron_qlrl.policy.loss import PolicyLoss
@@ -108,17 +107,10 @@ def make_policy(
 def check_layout(
     rank: int, folder: Path, layout: tuple[int, int, int], expected: Any, settings: dict[str, Any]
 ) -> None:
-    packing = {"max_tokens": 64, "share_prompts": True} | settings.pop("packing", {})
+    packing = settings.pop("packing", {})
     policy, context = make_policy(folder, layout, **settings)
     groups = groups_of(policy.shape.vocab_size)
-    rows = make_rows(
-        groups,
-        num_ranks=context.dp.size,
-        aggregation="token_mean",
-        constant_tokens=1,
-        cost=lambda prompt, responses: prompt + sum(responses),
-        **packing,
-    )[context.dp.rank]
+    rows = rows_of(groups, context, **packing)
 
     rows = policy.add_logprobs(rows, "logprobs")
     for row in rows:

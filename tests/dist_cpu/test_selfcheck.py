@@ -11,7 +11,7 @@ from harness import run_ranks, tiny_hf
 from test_policy_parity import groups_of, make_policy
 
 from megatron_qlrl.errors import KernelError
-from megatron_qlrl.packing.microbatch import make_rows
+from megatron_qlrl.packing.microbatch import group_rows
 from megatron_qlrl.packing.rows import slice_group
 from megatron_qlrl.policy.kernels import AtenCpu
 from megatron_qlrl.policy.selfcheck import check_sharing
@@ -45,12 +45,9 @@ class NotANumber(AtenCpu):
 def sides() -> tuple[list[PackedRow], list[PackedRow]]:
     group = slice_group(groups_of(157)[0], prompt_tokens=20, responses=3, response_tokens=9)
     shared, separate = (
-        make_rows(
-            [group], num_ranks=1, max_tokens=60, share_prompts=share, aggregation="token_mean",
-            constant_tokens=1, cost=lambda prompt, responses: 1.0,
-        )[0]
+        group_rows(group, max_tokens=60, share_prompt=share, cost=lambda prompt, responses: 1.0)
         for share in (True, False)
-    )  # fmt: skip
+    )
     assert (len(shared[0].blocks[0].responses), len(separate[0].blocks[0].responses)) == (3, 1)
     return shared, separate
 

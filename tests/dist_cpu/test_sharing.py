@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import run_ranks, tiny_hf
+from harness import rows_of, run_ranks, tiny_hf
 from test_policy_parity import LOSS, make_policy
 
-from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.types import TrainGroup, TrainResponse
 from megatron_qlrl.weights.stream import WeightStream
 
@@ -51,15 +50,12 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     """Hugging Face name -> summed gradient, in float64."""
     policy, context = make_policy(folder, layout, dtype=getattr(torch, dtype), **settings)
-    rows = make_rows(
+    rows = rows_of(
         make_groups(),
-        num_ranks=context.dp.size,
+        context,
         max_tokens=150 if share else 60,  # several prompts in a row; one response in a row
         share_prompts=share,
-        aggregation="token_mean",
-        constant_tokens=1,
-        cost=lambda prompt, responses: prompt + sum(responses),
-    )[context.dp.rank]
+    )
     if share:
         assert any(len(row.blocks) > 1 for row in rows) or context.dp.size > 1
     policy.optimizer.step = lambda: (True, 0.0, None)  # leave gradients as they are
