@@ -1,6 +1,7 @@
 """Plans as Markdown tables, for a terminal and for a README alike."""
 
 from collections.abc import Sequence
+from textwrap import fill
 
 from rich import box
 from rich.console import Console
@@ -51,9 +52,8 @@ def options_table(name: str, options: Sequence[Option], cluster: Cluster) -> str
 def assumptions_line(hardware: Hardware) -> str:
     """What the plan takes for granted."""
     found = hardware.assumptions()
-    return "Assumed, not measured: " + ", ".join(
-        f"{name} {_short(found[name])}" for name in ASSUMED
-    )
+    numbers = ", ".join(f"{name} {_short(found[name])}" for name in ASSUMED)
+    return fill(f"Assumed, not measured: {numbers}", width=100)
 
 
 def _add(table: Table, label: str, cells: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ def _add_times(table: Table, plans: Sequence[PhasePlan], cluster: Cluster) -> No
     _add(table, "- together", [f"**{sum(p.seconds.values()):,.0f}**" for p in plans])
     ratios = [p.work.separate / p.work.forward for p in plans]
     _add(table, "forward pass, PFLOP", [f"{p.work.forward / 1e15:,.0f}" for p in plans])
-    _add(table, "separate rows would take", [f"{ratio:.1f} times" for ratio in ratios])
+    _add(table, "without sharing prompts", [f"{ratio:.1f} times" for ratio in ratios])
     hours = [p.gpu_hours(cluster.gpus) for p in plans]
     cells = [f"{p.steps} steps, {h:,.0f}" for p, h in zip(plans, hours, strict=True)]
     _add(table, "**GPU-hours**", cells)

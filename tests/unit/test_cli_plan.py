@@ -1,0 +1,116 @@
+"""`qlrl plan` as a user meets it: exit codes, one message, JSON, nothing heavy loaded."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_qlrl.cli import main
+
+SHAPE = Path(__file__).resolve().parents[2] / "examples" / "qwenlong-l1-14b-4n8g" / "shape"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"model: {{path: {SHAPE}}}\n"
+        "phases:\n"
+        "  - {name: short, max_input_tokens: 20000, steps: 3}\n"
+        "  - {name: long, max_input_tokens: 60000, steps: 2, overrides: {policy: {cp: 1}}}\n"
+        "policy: {tp: 8, cp: 4}\n"
+    )
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["qlrl", "plan", *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_what_does_not_fit_is_one_message_with_the_change_that_fits(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, config, "--gpus", 32) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(
+        "qlrl: error: phase long does not fit on 32 x h100-80g: the update needs "
+    )
+    assert err.rstrip().count("\n") == 0
+    assert "(at: log-probs backward); the smallest change that fits: policy.cp=2" in err
+    assert (
+        "| layout tp x pp x cp x dp               | 8 x 1 x 4 x 1" in out
+    )  # the plan all the same
+    assert run(monkeypatch, config, "phases.1.overrides.policy.cp=2", "--gpus", 32) == 0
+
+
+def test_no_layout_is_said_so(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = ["policy.cp=1", "policy.tp=1", "--gpus", 1]
+    assert run(monkeypatch, config, *tiny) == 2
+    assert "no layout of these GPUs fits: use more of them" in capsys.readouterr().err
+
+
+def test_json_says_the_same(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [
+        "phases.1.overrides.policy.cp=4",
+        "--gpus",
+        32,
+        "--mean-tokens",
+        9000,
+        500,
+        "--json",
+        "--advise",
+    ]
+    assert run(monkeypatch, config, *args) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["gpus"], found["hardware"]["name"]) == (32, "h100-80g")
+    short, long = found["phases"]
+    assert (short["name"], long["name"]) == ("short", "long")
+    assert long["layout"] == {
+        "tp": 8, "pp": 1, "cp": 4, "recompute": "none", "dp": 1, "rollout_tp": 1,
+    }  # fmt: skip
+    parts = dict(long["update_bytes"])
+    del parts["moment"]
+    assert parts.pop("total") == pytest.approx(sum(parts.values()))
+    assert long["mean_tokens"] == {"prompt": 9000, "response": 500}
+    assert long["gpu_hours"] == pytest.approx(sum(long["seconds"].values()) * 2 * 32 / 3600)
+    assert long["problems"] == []
+    assert len(long["advice"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--hardware", "a100"], "--hardware a100 is not known; use one of h100-80g, h200-141g"),
+        (["--gpus", "24"], "24 processes cannot hold policy.tp=8 x pp=1 x cp=4"),
+        (["model.path=nowhere"], "model folder nowhere does not exist"),
+    ],
+)
+def test_bad_input(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: list[str],
+    message: str,
+) -> None:
+    assert run(monkeypatch, config, *args) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_heavy_is_loaded(config: Path) -> None:
+    code = (
+        "import sys; from megatron_qlrl.cli import app\n"
+        f"sys.argv = ['qlrl', 'plan', {str(config)!r}, 'phases.1.overrides.policy.cp=4']\n"
+        "app(standalone_mode=False)\n"
+        "print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
