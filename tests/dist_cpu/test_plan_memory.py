@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qlrl.bench.policy import LOSS, _randomize, group_rows, make_group, make_shape
+from megatron_qlrl.bench.policy import LOSS, _randomize, make_group, make_shape
 from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
+from megatron_qlrl.packing.microbatch import group_rows
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import init_parallel
 from megatron_qlrl.plan.activations import CPU, Activations, Row
+from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.plan.memory import model_state, stage_parameters, update_peak
 from megatron_qlrl.policy.step import Policy
 from tests.dist_cpu.harness import run_ranks
@@ -71,7 +73,8 @@ def check_case(rank: int, case: dict[str, Any]) -> None:
     )  # fmt: skip
     made = make_group(vocab=vocab, prompt_tokens=prompt, response_tokens=response, group=group)
     tokens = prompt + response * group
-    packed = group_rows(shape, made, max_tokens=tokens, share=True) * rows
+    cost = partial(block_flops, shape)
+    packed = group_rows(made, max_tokens=tokens, share_prompt=True, cost=cost) * rows
     policy.update(packed, LOSS, lr=1e-6)  # makes Adam's state
     with LiveBytes() as live:
         policy.update(packed, LOSS, lr=1e-6)
