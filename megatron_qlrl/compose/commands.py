@@ -74,15 +74,17 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
         for phase in make_phases(whole):
             if first == phase.end_step and config.evaluation.at_phase_end:
                 run.evaluate_owed(benchmarks, phase.name, first - 1)
-        for phase, report, groups in run_phases(
-            stretch.phases,
-            first_step=first,
-            prompts_per_step=config.rollout.prompts_per_step,
-            updates_per_step=config.algorithm.updates_per_step,
-            sampler=sampler,
-            advantages=make_advantages(config),
-            trainer=trainer,
-            monitor=run.monitor,
+        for phase, report, groups in run.watched(
+            run_phases(
+                stretch.phases,
+                first_step=first,
+                prompts_per_step=config.rollout.prompts_per_step,
+                updates_per_step=config.algorithm.updates_per_step,
+                sampler=sampler,
+                advantages=make_advantages(config),
+                trainer=trainer,
+                monitor=run.monitor,
+            )
         ):
             run.log(report, groups)
             if run.went_back():
@@ -119,15 +121,17 @@ def run_sft(config: Config) -> None:
         first = state.get("step", 0)
         if first == steps and config.evaluation.at_phase_end:
             run.evaluate_owed(benchmarks, "sft", first - 1)
-        for report in run_sft_steps(
-            examples,
-            first_step=first,
-            num_steps=steps,
-            batch_size=sft.batch_size,
-            seed=config.run.seed,
-            pack=trainer.pack,
-            update=trainer.update,
-            monitor=run.monitor,
+        for report in run.watched(
+            run_sft_steps(
+                examples,
+                first_step=first,
+                num_steps=steps,
+                batch_size=sft.batch_size,
+                seed=config.run.seed,
+                pack=trainer.pack,
+                update=trainer.update,
+                monitor=run.monitor,
+            )
         ):
             run.log(report, [])
             run.went_back()

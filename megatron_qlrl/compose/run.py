@@ -38,6 +38,7 @@ from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.platform.env import init_ranks, set_engine_env
 from megatron_qlrl.platform.megatron_cpu import megatron_device
+from megatron_qlrl.platform.watchdog import watch_steps
 from megatron_qlrl.policy.optimizer import learning_rate
 from megatron_qlrl.policy.selfcheck import check_sharing
 from megatron_qlrl.policy.step import Loss, Policy
@@ -252,6 +253,11 @@ class Run:
         keeps = config.algorithm.reference and aggregation is None
         reference = policy.as_reference if keeps else None
         return Trainer(pack, policy.add_logprobs, reference, update, gather_dicts)
+
+    def watched(self, steps: Iterator[T]) -> Iterator[T]:
+        """`steps`; one that hangs ends this process (not collective)."""
+        file = self.folder / "stacks" / f"rank_{self.context.rank}.txt"
+        return watch_steps(steps, stacks=file, floor_s=self.config.run.hang_after_s)
 
     def _check_sharing(self, groups: Sequence[TrainGroup]) -> None:
         """Once, before the first batch with a shared prompt is trained on."""

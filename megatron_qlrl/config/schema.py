@@ -24,6 +24,9 @@ class RunConfig(Section):
     """Folder for checkpoints, logs, rollouts and the resolved config."""
     seed: int = Field(default=0, ge=0)
     """Seeds data order and every sampled token (with step, prompt and sample index)."""
+    hang_after_s: float = Field(default=3600, gt=0)
+    """A step that takes longer than this, and than ten times the longest before it, is taken for
+    hung: every rank writes its stacks to <run.dir>/stacks and ends."""
 
 
 class ModelConfig(Section):

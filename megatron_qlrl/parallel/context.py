@@ -10,9 +10,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_qlrl.platform.device import backend, has_gpu
 from megatron_qlrl.platform.megatron_cpu import megatron_device
+
+JOIN_TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for the last one to join."""
+TIMEOUT = timedelta(hours=4)
+"""Of collectives: ranks wait for one whose responses are longer, and a step that hangs is ended
+by the watchdog."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,9 @@ def process_group(
     """Joins the job's process group (by default at MASTER_ADDR) and leaves it at the end."""
     if has_gpu():
         torch.cuda.set_device(local_rank)
+    store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=JOIN_TIMEOUT))
     dist.init_process_group(
-        backend(),
-        init_method=init_method,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(minutes=30),
+        backend(), store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
     )
     try:
         yield
@@ -72,6 +76,7 @@ def init_parallel(*, tp: int, pp: int, cp: int, seed: int) -> ParallelContext:
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             context_parallel_size=cp,
+            distributed_timeout_minutes=int(TIMEOUT.total_seconds() / 60),
         )
         # Attention fails with "cuda rng state ... is not added" without it, dropout or not.
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
