@@ -31,7 +31,7 @@ SECTIONS: dict[str, Any] = {
     "curriculum": {"carried_share": 0.5},
     # Groups wait from step to step, in checkpoints too.
     "algorithm": {"oversampling": 1.25, "max_staleness": 4},
-    "evaluation": {"at_phase_end": False},
+    "evaluation": {"at_phase_end": False, "every_steps": None},
 }
 
 
