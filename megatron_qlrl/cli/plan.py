@@ -17,7 +17,7 @@ from megatron_qlrl.plan.hardware import find_hardware
 from megatron_qlrl.plan.phase import Cluster, PhasePlan, plan_phase
 from megatron_qlrl.plan.table import assumptions_line, options_table, plan_table
 
-MODEL_OPTIONS = 5
+NUM_OPTIONS = 5
 """So many layouts --advise shows."""
 
 
@@ -50,7 +50,7 @@ def plan(
         checks.check_layout(stage, hf, world_size=cluster.gpus)
     plans = [plan_phase(stage, shape, cluster, lengths=lengths) for stage in stages]
     best = {
-        p.name: fastest(p.config, hf, shape, cluster, lengths, count=MODEL_OPTIONS)
+        p.name: fastest(p.config, hf, shape, cluster, lengths, count=NUM_OPTIONS)
         for p in (plans if advise else [])
     }
     if as_json:
@@ -76,11 +76,7 @@ def _advice(
             f"{plan.problems[0]}; no layout of these GPUs fits: use more of them, or shorten "
             "policy.max_tokens_per_row"
         )
-    return start + f"{plan.problems[0]}; the smallest change that fits: {changes(option)}"
-
-
-def changes(option: Option) -> str:
-    return " ".join(f"{name}={value}" for name, value in option.changes.items()) or "(as it is)"
+    return start + f"{plan.problems[0]}; the smallest change that fits: {option}"
 
 
 def _as_json(

@@ -22,6 +22,9 @@ class Option:
     changes: Mapping[str, Any]
     plan: PhasePlan
 
+    def __str__(self) -> str:
+        return " ".join(f"{k}={v}" for k, v in self.changes.items()) or "as configured"
+
     @property
     def seconds(self) -> float:
         return sum(self.plan.seconds.values())

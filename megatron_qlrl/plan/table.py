@@ -40,10 +40,11 @@ def options_table(name: str, options: Sequence[Option], cluster: Cluster) -> str
         f"{name}: fastest layouts", "step, s", "update, GiB", "rollout, GiB", box=box.MARKDOWN
     )
     for option in options:
-        settings = " ".join(f"{k}={v}" for k, v in option.changes.items()) or "as configured"
         plan = option.plan
         rollout = "" if plan.rollout is None else f"{plan.rollout.total / GIB:.1f}"
-        table.add_row(settings, f"{option.seconds:,.0f}", f"{plan.update.total / GIB:.1f}", rollout)
+        table.add_row(
+            str(option), f"{option.seconds:,.0f}", f"{plan.update.total / GIB:.1f}", rollout
+        )
     if not options:
         table.add_row(f"none fits {cluster.gpus} x {cluster.hardware.name}", "", "", "")
     return _text(table)
