@@ -5,6 +5,13 @@ message alone (no stack trace) and exits with code 2. Our own broken invariants 
 `assert`s, never one of these.
 """
 
+STOPPED = 85
+"""Exit code of a run that was asked to stop and is saved: started again, it goes on."""
+
+
+class StopRequested(Exception):
+    """No error: the job asked the run to stop, and it is saved."""
+
 
 class QlrlError(Exception):
     """Base of every error whose message is meant for the user."""

@@ -2,17 +2,17 @@
 
     qlrl rl CONFIG -> config, files, model and layout are checked -> ranks start -> run_rl
 
-Bad input ends here with one line on stderr and exit code 2.
+Bad input ends here with one line on stderr and exit code 2, a run that was asked to stop with 85.
 """
 
 import sys
 
 import typer
 
-from megatron_qlrl.cli import bench, convert, data, judge, plan, reward, train
+from megatron_qlrl.cli import bench, convert, data, judge, plan, reward, slurm, train
 from megatron_qlrl.cli.ranks import show
-from megatron_qlrl.errors import QlrlError
-from megatron_qlrl.platform.env import quiet_foreign_warnings
+from megatron_qlrl.errors import STOPPED, QlrlError, StopRequested
+from megatron_qlrl.platform.env import quiet_foreign_warnings, read_ranks
 
 app = typer.Typer(
     help="Long-context reasoning RL on Megatron-core and vLLM.",
@@ -31,6 +31,7 @@ app.command()(plan.plan)
 app.add_typer(data.app, name="data")
 app.add_typer(judge.app, name="judge")
 app.add_typer(reward.app, name="reward")
+app.add_typer(slurm.app, name="slurm")
 app.add_typer(bench.app, name="bench")
 
 
@@ -42,3 +43,7 @@ def main() -> None:
     except QlrlError as error:
         show(error)
         sys.exit(2)
+    except StopRequested as stopped:
+        if read_ranks().rank == 0:
+            print(f"qlrl: {stopped}", flush=True)
+        sys.exit(STOPPED)

@@ -118,18 +118,8 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
     with shown_once():
         config = load_config(path, overrides)
 
-    stages = config.phase_configs() if command == "rl" else [config]
-
     def check(world_size: int) -> None:
-        checks.check_files(config, command)
-        hf = checks.read_hf_config(config.model.path)
-        # Under torchrun and srun the job may span machines: their ranks here are not counted.
-        here = world_size if read_ranks().world_size == 1 else 1
-        for stage in stages:
-            checks.check_layout(stage, hf, world_size=world_size)
-            checks.check_machine(stage, processes=here, num_gpus=local.num_gpus())
-        checks.check_run_dir(config)
-        _check_judge(config)
+        check_command(command, config, world_size)
 
     def run() -> None:
         from megatron_qlrl import compose
@@ -143,8 +133,29 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
         if port is not None:
             start_again(port, settings=["checkpoint.resume=true"])
 
-    processes = wanted or _default_processes(stages)
+    processes = wanted or _default_processes(_stages(command, config))
     on_ranks([command, str(path), *overrides], processes, check=check, run=run)
+
+
+def check_command(command: checks.Command, config: Config, world_size: int) -> None:
+    """All that can be checked before `world_size` ranks start.
+
+    Raises:
+        QlrlError: naming what does not fit.
+    """
+    checks.check_files(config, command)
+    hf = checks.read_hf_config(config.model.path)
+    # Under torchrun and srun the job may span machines: their ranks here are not counted.
+    here = world_size if read_ranks().world_size == 1 else 1
+    for stage in _stages(command, config):
+        checks.check_layout(stage, hf, world_size=world_size)
+        checks.check_machine(stage, processes=here, num_gpus=local.num_gpus())
+    checks.check_run_dir(config)
+    _check_judge(config)
+
+
+def _stages(command: checks.Command, config: Config) -> list[Config]:
+    return config.phase_configs() if command == "rl" else [config]
 
 
 def _check_judge(config: Config) -> None:

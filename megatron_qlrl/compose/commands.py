@@ -33,6 +33,7 @@ from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import init_parallel, process_group
 from megatron_qlrl.platform.env import free_port, init_ranks
 from megatron_qlrl.platform.megatron_cpu import megatron_device
+from megatron_qlrl.platform.stop import stop_signals
 from megatron_qlrl.policy.loss import sft_loss
 from megatron_qlrl.policy.model import build_model
 from megatron_qlrl.sft import num_sft_steps, run_sft_steps
@@ -58,7 +59,8 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
     config, begin = stretch.config, stretch.phases[0]
     temperature = config.rollout.temperature
     weights = reference_folder(whole, begin.index)
-    with open_run(config, temperature=temperature, whole=whole, weights=weights) as run:
+    opened = open_run(config, temperature=temperature, whole=whole, weights=weights)
+    with stop_signals() as asked, opened as run:
         prompts = on_all_ranks(partial(read_train_prompts, whole, run.tokenizer, warn=run.warn))
         benchmarks = on_all_ranks(run.benchmarks)
         curriculum = on_all_ranks(partial(make_curriculum, whole, prompts))
@@ -100,6 +102,7 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
                 run.release(reference_folder(whole, phase.index + 1))
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
                 run.save()
+            run.stop_if_asked(asked())
         if not stretch.is_last:
             return gather_objects(free_port())[0]
         run.release(run.folder / "hf")
@@ -109,7 +112,7 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
 def run_sft(config: Config) -> None:
     """Warm-up SFT, from the newest checkpoint on; ends with a Hugging Face folder."""
     sft = config.sft
-    with joined(), open_run(config, temperature=1.0) as run:
+    with stop_signals() as asked, joined(), open_run(config, temperature=1.0) as run:
         examples = on_all_ranks(partial(read_examples, config, run.tokenizer))
         benchmarks = on_all_ranks(run.benchmarks)
         steps = num_sft_steps(
@@ -144,6 +147,7 @@ def run_sft(config: Config) -> None:
                 run.evaluate_between(benchmarks, report.step)
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
                 run.save()
+            run.stop_if_asked(asked())
         run.release(run.folder / "hf")
 
 

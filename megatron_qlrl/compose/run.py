@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_qlrl import __version__
 from megatron_qlrl.advantage.filters import has_spread
 from megatron_qlrl.compose.data import read_benchmarks
 from megatron_qlrl.compose.parts import (
@@ -26,17 +28,18 @@ from megatron_qlrl.config.load import save_config
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.curriculum.dynamic import DynamicSampler
-from megatron_qlrl.errors import ConfigError, RewardError, StabilityError
+from megatron_qlrl.errors import ConfigError, RewardError, StabilityError, StopRequested
 from megatron_qlrl.evaluate.benchmarks import evaluate
 from megatron_qlrl.loop import Trainer
 from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.metrics.sinks import Tracker
 from megatron_qlrl.packing.microbatch import group_rows, make_rows
 from megatron_qlrl.packing.rows import slice_group
-from megatron_qlrl.parallel.collectives import gather_dicts, on_all_ranks
+from megatron_qlrl.parallel.collectives import gather_dicts, gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.platform.env import init_ranks, set_engine_env
+from megatron_qlrl.platform.machine import commit
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.platform.watchdog import watch_steps
 from megatron_qlrl.policy.optimizer import learning_rate
@@ -84,6 +87,11 @@ def open_run(
     run = Run(config, whole=whole or config, temperature=temperature, weights=folder)
     try:
         yield run
+        run.finish()
+    except StopRequested:
+        run.save()
+        run.finish()
+        raise
     except (RewardError, StabilityError):
         run.save()
         raise
@@ -116,7 +124,25 @@ class Run:
         )
         self._unsaved: tuple[int, Mapping[str, Any]] | None = None
         self._fresh_steps: frozenset[int] = frozenset()
-        self._on_disk(lambda: save_config(whole, self.folder / "config.yaml"))
+        self._on_disk(self._record_start)
+
+    def _record_start(self) -> None:
+        """The resolved config, and a line for every start: which code, on how many ranks."""
+        save_config(self.whole, self.folder / "config.yaml")
+        start = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "version": __version__,
+            "commit": commit(),
+            "world_size": self.context.world_size,
+        }
+        with (self.folder / "starts.jsonl").open("a") as stream:
+            stream.write(json.dumps(start) + "\n")
+
+    def finish(self) -> None:
+        """All that is left to write is written, before any rank leaves: srun, like any launcher,
+        ends the others a while after the first one has left."""
+        self.tracker.close()
+        gather_objects(None)
 
     def close(self) -> None:
         self.tracker.close()
@@ -369,6 +395,12 @@ class Run:
                 "the settings (optimizer.lr, or the rule under stability) and start again: it "
                 "resumes"
             )
+
+    def stop_if_asked(self, asked: bool) -> None:
+        """Raises StopRequested on every rank if the job told any of them; the run is then saved
+        as reached."""
+        if any(gather_objects(asked)):
+            raise StopRequested("asked to stop; the run is saved: the same command goes on")
 
     def reached(self, step: int, state: Mapping[str, Any]) -> None:
         """`step` steps are done: what the next `save` writes."""

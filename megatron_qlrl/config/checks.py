@@ -181,6 +181,15 @@ def check_run_dir(config: Config) -> None:
         ) from error
 
 
+def checkpoint_bytes(model_path: str | Path) -> int:
+    """About the size of a checkpoint, from the weight files: 16 bytes a parameter (float32 weights
+    and Adam's two moments, and the weights as they are trained)."""
+    folder = Path(model_path)
+    hf = read_hf_config(folder)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return size // (4 if hf.get("dtype", hf.get("torch_dtype")) == "float32" else 2) * 16
+
+
 def smallest_world_size(configs: Iterable[Config]) -> int:
     """Fewest processes that hold the training and the rollout layouts of all configs."""
     return lcm(

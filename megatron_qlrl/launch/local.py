@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from megatron_qlrl.errors import STOPPED
 from megatron_qlrl.platform.env import free_port
+from megatron_qlrl.platform.stop import STOP_SIGNALS
 
 ERROR_DIR = "QLRL_ERROR_DIR"
 """Variable naming the folder for users' errors; set for children of `launch` only."""
@@ -27,7 +29,7 @@ POLL_S = 0.05
 SETTLE_S = 0.5
 """A user's error that every rank meets is reported by each: how long to wait for the others."""
 GRACE_S = 15.0
-"""After a rank failed, the others get this long between SIGTERM and SIGKILL."""
+"""A rank that reported a user's error gets this long to leave by itself."""
 SIGNAL_GRACE_S = 120.0
 """After SIGINT or SIGTERM to the job: time to finish a checkpoint."""
 TAIL_LINES = 30
@@ -53,17 +55,18 @@ def launch(argv: list[str], *, processes: int, module: str = "megatron_qlrl") ->
 
     Rank 0's output is shown as it comes. When a rank fails, the others are ended and its
     message is shown: the user's error it reported, else the end of its output. SIGINT and
-    SIGTERM reach every rank; a second one ends them at once.
+    those that ask a run to stop reach every rank; a second one ends them at once.
 
     Returns:
-        0, or the exit code of the first failing rank, or 128 + n after signal n.
+        0, or the exit code of the first failing rank, or 128 + n after signal n; STOPPED if that
+        is how all ranks ended.
     """
     signals: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
         signals.append(number)
 
-    before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, note) for n in (signal.SIGINT, *STOP_SIGNALS)}
     children: list[Child] = []
     with tempfile.TemporaryDirectory(prefix="qlrl_") as name:
         folder = Path(name)
@@ -159,11 +162,11 @@ def _watch(children: list[Child], signals: list[int], folder: Path) -> int:
     while True:
         if signals:
             return _stop(children, signals)
-        failed = [c for c in children if c.code]
+        failed = [c for c in children if c.code not in (None, 0, STOPPED)]
         if failed or _messages(folder):
             return _fail(children, failed, folder)
-        if all(c.code == 0 for c in children):
-            return 0
+        if all(c.code is not None for c in children):
+            return max(c.code or 0 for c in children)
         time.sleep(POLL_S)
 
 
@@ -172,14 +175,15 @@ def _stop(children: list[Child], signals: list[int]) -> int:
     for child in children:
         child.process.send_signal(signals[0])
     _wait(children, SIGNAL_GRACE_S, signals)
-    return 128 + signals[0]
+    stopped = all(c.code == STOPPED for c in children)
+    return STOPPED if stopped else 128 + signals[0]
 
 
 def _fail(children: list[Child], failed: list[Child], folder: Path) -> int:
     time.sleep(SETTLE_S)
     for child in children:
         if child.rank not in _messages(folder):
-            child.process.terminate()
+            child.process.kill()  # it waits for the one that failed, whatever it is asked
     # A rank that reported leaves by itself (it may be closing its logs).
     _wait(children, GRACE_S, [])
     _kill(children)

@@ -164,6 +164,40 @@ def finished_run(
 
 
 @pytest.fixture(scope="session")
+def phased_sections() -> dict[str, Any]:
+    """Sections for `write_config`: two phases with another layout each, for two processes."""
+    overrides = {
+        "policy": {"cp": 2},
+        "rollout": {"prompts_per_step": 6, "group_size": 3},
+        "optimizer": {"lr": 1.0e-4},
+    }
+    long = {"name": "long", "max_input_tokens": 500, "steps": 2, "overrides": overrides}
+    return {
+        "phases": [
+            {"name": "short", "max_input_tokens": 250, "steps": 2},
+            long | {"reference": "renew", "optimizer_state": "reset"},
+        ],
+        "curriculum": {"carried_share": 0.5},
+        # Groups wait from step to step, in checkpoints too.
+        "algorithm": {"oversampling": 1.25, "max_staleness": 4},
+        "evaluation": {"at_phase_end": False, "every_steps": None},
+    }
+
+
+@pytest.fixture(scope="session")
+def phased_run(
+    qlrl: Callable[..., Outcome],
+    write_config: Callable[..., Path],
+    phased_sections: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Outcome]:
+    """run.dir of a whole run of `phased_sections`, and how it ended."""
+    folder = tmp_path_factory.mktemp("phased")
+    done = qlrl("rl", write_config(folder, **phased_sections), "--processes", "2").check()
+    return folder / "run", done
+
+
+@pytest.fixture(scope="session")
 def read_jsonl() -> Callable[[Path], list[dict[str, Any]]]:
     def read(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -11,35 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 TIMING = ("timing_s/", "perf/throughput")
-PHASES = [
-    {"name": "short", "max_input_tokens": 250, "steps": 2},
-    {
-        "name": "long",
-        "max_input_tokens": 500,
-        "steps": 2,
-        "reference": "renew",
-        "optimizer_state": "reset",
-        "overrides": {
-            "policy": {"cp": 2},
-            "rollout": {"prompts_per_step": 6, "group_size": 3},
-            "optimizer": {"lr": 1.0e-4},
-        },
-    },
-]
-SECTIONS: dict[str, Any] = {
-    "phases": PHASES,
-    "curriculum": {"carried_share": 0.5},
-    # Groups wait from step to step, in checkpoints too.
-    "algorithm": {"oversampling": 1.25, "max_staleness": 4},
-    "evaluation": {"at_phase_end": False, "every_steps": None},
-}
 
 
 @pytest.fixture(scope="module")
-def whole(qlrl: Any, write_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("whole")
-    done = qlrl("rl", write_config(folder, **SECTIONS), "--processes", "2").check()
-    return folder / "run", done
+def whole(phased_run: Any) -> Any:
+    return phased_run
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +24,11 @@ def cut(
     start_qlrl: Any,
     kill_when: Any,
     write_config: Any,
+    phased_sections: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
     folder = tmp_path_factory.mktemp("cut")
-    config = write_config(folder, **SECTIONS)
+    config = write_config(folder, **phased_sections)
     record, checkpoints = folder / "run" / "metrics.jsonl", folder / "run" / "checkpoints"
 
     def logged(step: int) -> bool:

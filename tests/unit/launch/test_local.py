@@ -162,6 +162,33 @@ time.sleep(600)
     assert saved == [str(int(number))] * 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_ranks_that_stop_as_asked_give_their_own_code(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    body = """
+for n in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(n, lambda *_: sys.exit(85))
+seen("up")
+time.sleep(600)
+"""
+    process = _launcher(tmp_path, body)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 85
+
+
+def test_a_rank_that_stopped_ends_no_other(run: Run, tmp_path: Path) -> None:
+    body = """
+if rank == 1:
+    sys.exit(85)
+time.sleep(1)
+seen("wrote")
+sys.exit(85)
+"""
+    assert run(body, 2) == 85
+    assert (tmp_path / "wrote_0").exists()
+
+
 def test_second_signal_ends_ranks_at_once(tmp_path: Path) -> None:
     body = """
 signal.signal(signal.SIGTERM, lambda *_: seen("asked"))
