@@ -92,14 +92,15 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
             if run.went_back():
                 sampler.release()
             run.reached(report.step + 1, {"sampler": sampler.state_dict()})
-            run.stop_if_unstable()
             last = report.step == phase.end_step - 1
+            if last and renews_reference(whole, phase.index + 1):
+                # Before anything that may end the run with a checkpoint: the next phase needs it.
+                run.release(reference_folder(whole, phase.index + 1))
+            run.stop_if_unstable()
             if last and config.evaluation.at_phase_end:
                 run.evaluate(benchmarks, phase.name, report.step)
             else:
                 run.evaluate_between(benchmarks, report.step)
-            if last and renews_reference(whole, phase.index + 1):
-                run.release(reference_folder(whole, phase.index + 1))
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
                 run.save()
             run.stop_if_asked(asked())

@@ -1,72 +1,57 @@
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from megatron_qlrl.platform.watchdog import watch_steps
-
 PROGRAM = """
-import sys, time
+import json, sys, time
 from pathlib import Path
 from megatron_qlrl.platform import watchdog
 
-def hang_here():
-    time.sleep(60)
+def pause_here(seconds):
+    time.sleep(seconds)
 
-def steps():
-    for number in range(3):
-        if number == int(sys.argv[2]):
-            hang_here()
+def steps(pauses):
+    for number, seconds in enumerate(pauses):
+        pause_here(seconds)
         yield number
 
 watchdog.GRACE_S = 0.2
-for number in watchdog.watch_steps(steps(), stacks=Path(sys.argv[1]), floor_s=0.5):
+stacks, in_step, in_caller = sys.argv[1:]
+for number in watchdog.watch_steps(steps(json.loads(in_step)), stacks=Path(stacks), floor_s=2.0):
     print("step", number, flush=True)
-    if number == int(sys.argv[3]):
-        hang_here()
+    pause_here(json.loads(in_caller)[number])
+pause_here(2.5)  # a timer that was left running would end the program
+print("done")
 """
-NEVER = "9"
 
 
-def run(
-    stacks: Path, *, step: str = NEVER, caller: str = NEVER
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PROGRAM, str(stacks), step, caller]
+def run(stacks: Path, *, steps: list[float], caller: list[float]) -> Any:
+    """The program with pauses of so many seconds, under a floor of 2."""
+    command = [sys.executable, "-c", PROGRAM, str(stacks), str(steps), str(caller)]
     return subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
 
 
 def test_hung_step_leaves_stacks_and_ends(tmp_path: Path) -> None:
     stacks = tmp_path / "stacks" / "rank_3.txt"
-    done = run(stacks, step="2")
+    done = run(stacks, steps=[0, 0, 40], caller=[0, 0, 0])
     assert (done.returncode, done.stdout) == (1, "step 0\nstep 1\n")
-    assert "no step has ended for 0 s" in done.stderr and "run.hang_after_s" in done.stderr
-    assert "hang_here" in stacks.read_text()
+    assert "no step has ended for 2 s" in done.stderr and "run.hang_after_s" in done.stderr
+    assert "pause_here" in stacks.read_text()
 
 
 def test_hung_work_with_a_step_ends_too(tmp_path: Path) -> None:
     stacks = tmp_path / "rank_0.txt"
-    done = run(stacks, caller="0")
+    done = run(stacks, steps=[0, 0, 0], caller=[40, 0, 0])
     assert (done.returncode, done.stdout) == (1, "step 0\n")
-    assert "hang_here" in stacks.read_text()
+    assert "pause_here" in stacks.read_text()
 
 
-def test_steps_in_time_pass_and_nothing_is_left_running(tmp_path: Path) -> None:
+def test_slow_steps_raise_the_limit_and_no_timer_is_left(tmp_path: Path) -> None:
     stacks = tmp_path / "rank_0.txt"
-    assert list(watch_steps(iter([1, 2, 3]), stacks=stacks, floor_s=0.3)) == [1, 2, 3]
-    time.sleep(0.6)  # had a timer been left, this process would have ended
-    done = run(stacks)
-    assert (done.returncode, done.stdout) == (0, "step 0\nstep 1\nstep 2\n")
+    # Half a second with the caller's work: from then on five seconds are in time.
+    done = run(stacks, steps=[0.25, 2.5], caller=[0.25, 0])
+    assert (done.returncode, done.stdout) == (0, "step 0\nstep 1\ndone\n"), done.stderr
     assert not stacks.exists()
-
-
-def test_slow_steps_raise_the_limit(tmp_path: Path) -> None:
-    def steps():
-        for seconds in (0.1, 0.4, 0.4):  # all under ten times the first, above the floor
-            time.sleep(seconds)
-            yield seconds
-
-    watched = watch_steps(steps(), stacks=tmp_path / "rank_0.txt", floor_s=0.3)
-    assert list(watched) == [0.1, 0.4, 0.4]
 
 
 PEERS = """
