@@ -1,0 +1,82 @@
+"""The arms of the ablations: {no SFT, SFT} x {single stage, phased, phased + retrospective} x
+{GRPO, DAPO}, and long SFT for the trade-off; every arm has the same budget of RL tokens."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Start = Literal["base", "sft", "long_sft"]
+Curriculum = Literal["single", "phased", "retrospective"]
+Algorithm = Literal["grpo", "dapo"]
+
+SHORT, LONG = 250, 800
+"""Input limits of the two phases, in tokens."""
+
+SFT_STEPS: dict[Start, int] = {"sft": 30, "long_sft": 120}
+
+ALGORITHMS: dict[Algorithm, tuple[str, ...]] = {
+    "grpo": (
+        "algorithm.aggregation=sequence_mean",
+        "algorithm.clip_high=0.2",
+        "algorithm.filter_groups=false",
+    ),
+    "dapo": (
+        "algorithm.aggregation=token_mean",
+        "algorithm.clip_high=0.28",
+        # 32 groups are generated here too; at most 16 of those with spread are trained on.
+        "rollout.prompts_per_step=16",
+        "algorithm.oversampling=2.0",
+        "algorithm.overlong_buffer_tokens=8",
+    ),
+}
+
+# Steps of the phases for equal budgets of 1.24M tokens, a prompt counted once: a step generates 32
+# groups, about 10.9K tokens of short documents, 15.8K of both, 20.6K of long ones. The table gives
+# the tokens that were really used.
+STEPS: dict[Curriculum, tuple[int, ...]] = {
+    "single": (79,),
+    "phased": (23, 48),
+    "retrospective": (23, 53),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    start: Start
+    curriculum: Curriculum
+    algorithm: Algorithm
+
+    @property
+    def name(self) -> str:
+        return f"{self.start}-{self.curriculum}-{self.algorithm}"
+
+    @property
+    def every_steps(self) -> int:
+        """Steps between evaluations: about five points on each curve."""
+        return sum(STEPS[self.curriculum]) // 5
+
+    @property
+    def settings(self) -> list[str]:
+        """Dotted settings for `qlrl rl`."""
+        steps = STEPS[self.curriculum]
+        limits = (SHORT, LONG) if len(steps) == 2 else (LONG,)
+        phases = ", ".join(
+            f"{{name: up_to_{limit}, max_input_tokens: {limit}, steps: {num}}}"
+            for limit, num in zip(limits, steps, strict=True)
+        )
+        share = 0.25 if self.curriculum == "retrospective" else 0.0
+        return [
+            f"phases=[{phases}]",
+            f"curriculum.carried_share={share}",
+            *ALGORITHMS[self.algorithm],
+        ]
+
+
+MAIN = [
+    Arm(start, curriculum, algorithm)
+    for start in ("base", "sft")
+    for curriculum in ("single", "phased", "retrospective")
+    for algorithm in ("grpo", "dapo")
+]
+TRADE_OFF = Arm("long_sft", "retrospective", "grpo")
+"""Against the same arm after short SFT."""
+ARMS = [*MAIN, TRADE_OFF]

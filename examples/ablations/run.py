@@ -1,0 +1,106 @@
+"""Runs every arm of arms.py with several seeds on the toy task, and reports.
+
+    python examples/ablations/run.py runs/ablations --seeds 3 --jobs 2
+
+Each run is one `qlrl` process on one thread. What is finished is not run again and what was
+interrupted resumes: the same command goes on. Ends with results.json, table.md and the curves under
+OUT/report, made from the runs' own records (report.py).
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from arms import ARMS, SFT_STEPS, Arm, Start
+from report import report
+
+HERE = Path(__file__).resolve().parent
+BASE = HERE.parent / "quickstart" / "base"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    args = parser.parse_args()
+
+    data = args.out / "data"
+    if not (data / "eval_long.parquet").exists():
+        qlrl(args.out / "data.log", "data", "toy", data, "--train", 10000, "--eval", 256)
+    seeds = range(args.seeds)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for start in SFT_STEPS:
+            list(pool.map(lambda seed, start=start: train_sft(args.out, start, seed), seeds))
+        # Seed by seed, so that an early look compares whole sets of arms.
+        list(
+            pool.map(lambda pair: train_rl(args.out, *pair), [(a, s) for s in seeds for a in ARMS])
+        )
+    report(args.out, seeds)
+
+
+def train_sft(out: Path, start: Start, seed: int) -> None:
+    train(
+        out / start / f"seed_{seed}",
+        "sft",
+        f"data.sft_files=[{out}/data/sft.parquet]",
+        f"sft.max_steps={SFT_STEPS[start]}",
+        f"run.seed={seed}",
+        f"model.path={BASE}",
+        "algorithm.updates_per_step=1",
+        "optimizer.lr=1.0e-3",
+        "optimizer.min_lr_ratio=0.1",
+        f"data.eval_files={eval_files(out)}",
+    )
+
+
+def train_rl(out: Path, arm: Arm, seed: int) -> None:
+    train(
+        out / arm.name / f"seed_{seed}",
+        "rl",
+        f"data.train_files=[{out}/data/train.parquet]",
+        f"model.path={start_folder(out, arm.start, seed)}",
+        f"run.seed={seed}",
+        f"data.eval_files={eval_files(out)}",
+        f"evaluation.every_steps={arm.every_steps}",
+        "evaluation.before_training=true",
+        *arm.settings,
+    )
+
+
+def start_folder(out: Path, start: Start, seed: int) -> Path:
+    return BASE if start == "base" else out / start / f"seed_{seed}" / "hf"
+
+
+def eval_files(out: Path) -> str:
+    return f"[{out}/data/eval_short.parquet,{out}/data/eval_long.parquet]"
+
+
+def train(folder: Path, command: str, *settings: str) -> None:
+    """One run, unless it is finished: the Hugging Face folder is the last thing a run writes."""
+    if (folder / "hf" / "README.md").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    qlrl(folder / "log.txt", command, HERE / "config.yaml", f"run.dir={folder}", *settings)
+    print(f"done: {folder}", flush=True)
+
+
+def qlrl(log: Path, *argv: object) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_qlrl", *map(str, argv)],
+            check=False,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    if done.returncode:
+        sys.exit(f"ablations: {log} ends with an error; mend it and start again: it goes on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_qlrl.config.load import load_config
+
+FOLDER = Path(__file__).resolve().parents[3] / "examples" / "ablations"
+
+
+@pytest.fixture
+def ablations(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The example's modules, which are scripts beside each other."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import arms  # pyright: ignore[reportMissingImports]
+    import report  # pyright: ignore[reportMissingImports]
+
+    yield arms, report
+    for name in ("arms", "report"):
+        sys.modules.pop(name)
+
+
+def test_arms_are_the_whole_grid_and_the_trade_off(ablations: Any) -> None:
+    arms, _ = ablations
+    names = {arm.name for arm in arms.ARMS}
+    assert len(names) == len(arms.ARMS) == 2 * 3 * 2 + 1
+    assert {"base-single-grpo", "sft-retrospective-dapo", "long_sft-retrospective-grpo"} <= names
+
+
+def test_settings_of_an_arm_make_the_config_it_names(ablations: Any) -> None:
+    arms, _ = ablations
+    configs = {a.name: load_config(FOLDER / "config.yaml", a.settings) for a in arms.ARMS}
+    single, phased = configs["sft-single-grpo"], configs["base-phased-dapo"]
+    assert [(p.max_input_tokens, p.steps) for p in single.phases] == [(800, 79)]
+    assert [(p.max_input_tokens, p.steps) for p in phased.phases] == [(250, 23), (800, 48)]
+    assert single.algorithm.clip_high == 0.2 and phased.algorithm.clip_high == 0.28
+    assert (single.algorithm.aggregation, phased.algorithm.aggregation) == (
+        "sequence_mean",
+        "token_mean",
+    )
+    shares = {name: c.curriculum.carried_share for name, c in configs.items()}
+    assert {n for n, s in shares.items() if s > 0} == {n for n in shares if "retrospective" in n}
+    # Every arm generates 32 groups a step: the budgets are those of the table of steps.
+    generated = [c.rollout.prompts_per_step * c.algorithm.oversampling for c in configs.values()]
+    assert generated == [32] * 13
+
+
+def write_record(folder: Path, *, start: float, end: float) -> None:
+    """Two steps of 100 and 300 tokens, evaluations before and after."""
+
+    def evaluation(score: float) -> dict[str, float]:
+        return {"val/eval_short/score": 2 * score, "val/eval_long/score": score}
+
+    step = {"critic/rewards/mean": 0.5, "actor/entropy": 0.2, "response_length/mean": 20.0}
+    lines = [
+        {"step": 0, **evaluation(start)},
+        {"step": 0, "perf/total_num_tokens": 100, "actor/kl_loss": 0.75, **step},
+        {"step": 1, "perf/total_num_tokens": 300, "actor/kl_loss": 0.25, **step},
+        {"step": 1, **evaluation(end)},
+    ]
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_report_of_records(ablations: Any, tmp_path: Path) -> None:
+    arms, report = ablations
+    for arm in arms.ARMS:
+        for seed, end in enumerate((0.3, 0.4)):
+            write_record(tmp_path / arm.name / f"seed_{seed}", start=0.1, end=end)
+    report.report(tmp_path, range(2))
+    table = (tmp_path / "report" / "table.md").read_text().splitlines()
+    # 60 % and 80 % on short documents, 30 % and 40 % on long ones: sample deviations of
+    # sqrt(200) = 14.1, sqrt(50) = 7.1; of their means 45 % and 60 %, 10.6.
+    assert table[2] == (
+        "| no SFT | single | GRPO | 70.0 ± 14.1 | 35.0 ± 7.1 | 52.5 ± 10.6 | 0.200 ± 0.000 | "
+        "0.500 ± 0.000 | 0.75 | 0.00 ± 0.00 |"
+    )
+    # All arms have the same records: no difference to the single stage.
+    assert "| SFT | DAPO | retrospective | 0.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in table
+    assert table[-1] == (
+        "| 120 | 20.0 ± 0.0 | 70.0 ± 14.1 | 10.0 ± 0.0 | 35.0 ± 7.1 | 37.5 ± 10.6 |"
+    )
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert [run["tokens"] for run in results["base-single-grpo"]] == [400, 400]
+    for name in ("curves_sft.png", "curves_base.png"):
+        assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_curve_is_over_the_tokens_used_so_far(ablations: Any) -> None:
+    _, report = ablations
+    record = [
+        {"val/eval_long/score": 0.1},
+        {"perf/total_num_tokens": 100, "actor/kl_loss": 0.5},
+        {"perf/total_num_tokens": 300, "actor/kl_loss": 0.3},
+        {"val/eval_long/score": 0.4},
+    ]
+    tokens, values = report.curve(record, "val/eval_long/score")
+    assert (tokens.tolist(), values.tolist()) == ([0, 400], [0.1, 0.4])
+    tokens, values = report.curve(record, "actor/kl_loss")
+    assert tokens.tolist() == [100, 400]
+    assert values.tolist() == pytest.approx([0.5, 0.4])  # a running mean
