@@ -76,7 +76,7 @@ def make_policy(
             shard_row,
             cp_size=layout.cp,
             cp_rank=context.cp.rank,
-            multiple_of=layout.tp if layout.sequence_parallel else 1,
+            multiple_of=layout.tokens_multiple,
         ),
         load=lambda model: load_hf(weights, model, shape=shape, context=context),
     )

@@ -8,11 +8,12 @@ import json
 import struct
 import tempfile
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from math import gcd, lcm
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.schema import Config, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.errors import ConfigError
 
@@ -76,6 +77,7 @@ def check_layout(config: Config, hf: Mapping[str, Any], *, world_size: int) -> N
             f"values: {_listed(_divisors(gcd(world_size, *_tp_sizes(shape).values())))}"
         )
     _check_length(config, shape)
+    _check_fp8(config.policy, shape)
 
 
 def model_shape(hf: Mapping[str, Any]) -> ModelShape:
@@ -96,6 +98,24 @@ def check_split(shape: ModelShape, *, tp: int, pp: int) -> None:
     """Raises ConfigError unless tp divides heads, KV heads and FFN, and pp the layers."""
     _must_divide("policy.tp", tp, _tp_sizes(shape))
     _must_divide("policy.pp", pp, {"num_hidden_layers": shape.num_layers})
+
+
+def _check_fp8(policy: PolicyConfig, shape: ModelShape) -> None:
+    """Whether a tensor parallel shard of every linear layer is made of whole FP8 blocks."""
+    block, tp = policy.fp8_block, policy.tp
+    sizes = {
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_size // tp,
+        "query heads x head_dim": shape.num_heads * shape.head_dim // tp,
+        "key/value heads x head_dim": shape.num_kv_heads * shape.head_dim // tp,
+    }
+    wrong = [f"{name} {size}" for name, size in sizes.items() if size % block]
+    if wrong:
+        raise ConfigError(
+            f"policy.fp8={policy.fp8} with fp8_recipe={policy.fp8_recipe} needs multiples of "
+            f"{block} on each of policy.tp={tp} ranks, but this model has {', '.join(wrong)} "
+            "there; use a smaller tp, fp8_recipe=tensorwise (multiples of 16), or fp8=off"
+        )
 
 
 def check_files(config: Config, command: Command) -> None:
@@ -143,7 +163,8 @@ def check_machine(config: Config, *, processes: int, num_gpus: int) -> None:
     """Whether this machine can run `processes` ranks of the configuration.
 
     Raises:
-        ConfigError: more ranks than GPUs, FP8 without a GPU, or float32 on one.
+        ConfigError: more ranks than GPUs, FP8 without a GPU or Transformer Engine, or float32 on
+            a GPU.
     """
     if num_gpus and processes > num_gpus:
         raise ConfigError(
@@ -154,6 +175,11 @@ def check_machine(config: Config, *, processes: int, num_gpus: int) -> None:
         raise ConfigError(
             f"policy.fp8={config.policy.fp8} needs a GPU and this machine has none; set "
             "policy.fp8=off"
+        )
+    if num_gpus and config.policy.fp8 != "off" and find_spec("transformer_engine") is None:
+        raise ConfigError(
+            f"policy.fp8={config.policy.fp8} needs Transformer Engine, which is not installed; "
+            'pip install "transformer-engine[pytorch]", or set policy.fp8=off'
         )
     if num_gpus and config.model.dtype == "float32":
         raise ConfigError(

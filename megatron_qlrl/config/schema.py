@@ -181,6 +181,19 @@ class PolicyConfig(Section):
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "blockwise"
     """Transformer Engine's scaling recipe (GPU only)."""
 
+    @property
+    def fp8_block(self) -> int:
+        """Sizes of an FP8 product are multiples of this (1 without FP8): what the tensor cores
+        take, and whole blocks where blocks are scaled."""
+        blocks = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+        return 1 if self.fp8 == "off" else blocks[self.fp8_recipe]
+
+    @property
+    def tokens_multiple(self) -> int:
+        """A rank's tokens of a row are padded to a multiple of this: sequence parallel shards are
+        equal, and each is a whole number of FP8 blocks."""
+        return (self.tp if self.sequence_parallel else 1) * self.fp8_block
+
 
 class OptimizerConfig(Section):
     lr: float = Field(default=2e-6, gt=0)

@@ -15,7 +15,7 @@ from megatron_qlrl.types import Block, MicroBatch, PackedRow, Piece
 
 def shard_row(row: PackedRow, *, cp_size: int, cp_rank: int, multiple_of: int = 1) -> MicroBatch:
     """The micro-batch of rank `cp_rank`; local length is padded to a multiple of `multiple_of`
-    (tensor parallel size with sequence parallelism)."""
+    (sequence parallelism, FP8) with tokens that nothing attends to and that attend to nothing."""
     chunks = [_chunks(row, cp_size, rank) for rank in range(cp_size)]
     owned = [_positions(c) for c in chunks]
     longest = max(len(o) for o in owned)

@@ -67,7 +67,7 @@ def check_case(rank: int, case: dict[str, Any]) -> None:
         context=context,
         shard=partial(
             shard_row, cp_size=layout.cp, cp_rank=context.cp.rank,
-            multiple_of=layout.tp if layout.sequence_parallel else 1,
+            multiple_of=layout.tokens_multiple,
         ),
         load=_randomize,
     )  # fmt: skip

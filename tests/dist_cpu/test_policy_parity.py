@@ -81,8 +81,10 @@ def make_policy(
     layout: tuple[int, int, int],
     *,
     dtype: torch.dtype = torch.float32,
+    block: int = 1,
     **settings: Any,
 ) -> tuple[Policy, Any]:
+    """`block`: the tokens on a rank are padded to a multiple of it, as FP8 needs it."""
     tp, pp, cp = layout
     context = init_parallel(tp=tp, pp=pp, cp=cp, seed=1)
     shape = read_shape(folder)
@@ -97,7 +99,7 @@ def make_policy(
         temperature=TEMPERATURE,
         context=context,
         shard=lambda row: shard_row(
-            row, cp_size=cp, cp_rank=context.cp.rank, multiple_of=tp if tp > 1 else 1
+            row, cp_size=cp, cp_rank=context.cp.rank, multiple_of=config.tokens_multiple * block
         ),
         load=lambda model: load_hf(folder, model, shape=shape, context=context),
     )
@@ -193,4 +195,5 @@ VARIANTS: list[dict[str, Any]] = [
     {"packing": {"max_tokens": 1000}, "recompute": "full"},
     {"recompute": "selective"},
     {"sequence_parallel": False},
+    {"block": 16},
 ]

@@ -1,6 +1,7 @@
 """Each mistake gives one ConfigError that says what, where and how to mend it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -202,12 +203,65 @@ def test_rl_needs_phases_and_benchmarks_need_names(tmp_path: Path) -> None:
 
 
 def test_machine() -> None:
+    plain = make_config()
+    checks.check_machine(plain, processes=8, num_gpus=8)
+    with pytest.raises(ConfigError, match=r"--processes 9 on a machine with 8 usable"):
+        checks.check_machine(plain, processes=9, num_gpus=8)
+
+
+def test_fp8_needs_a_gpu_and_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     fp8 = make_config(policy={"fp8": "hybrid"})
-    checks.check_machine(fp8, processes=8, num_gpus=8)
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"policy\.fp8=hybrid needs a GPU"):
         checks.check_machine(fp8, processes=1, num_gpus=0)
-    with pytest.raises(ConfigError, match=r"--processes 9 on a machine with 8 usable"):
-        checks.check_machine(fp8, processes=9, num_gpus=8)
+    with pytest.raises(ConfigError, match=r"fp8=hybrid needs Transformer Engine, which is not"):
+        checks.check_machine(fp8, processes=8, num_gpus=8)
+    monkeypatch.setattr(checks, "find_spec", {"transformer_engine": object()}.get)
+    checks.check_machine(fp8, processes=8, num_gpus=8)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tp", "wrong"),
+    [
+        # Qwen2.5-14B: hidden 5120, FFN 13824 = 108 x 128, 40 and 8 heads of 128.
+        ("blockwise", 1, None),
+        ("blockwise", 4, None),  # FFN 3456 = 27 x 128, 2 key/value heads: 256
+        ("blockwise", 8, "intermediate_size 1728"),  # 13.5 x 128; key/value 128
+        ("mxfp8", 8, None),  # 54 x 32
+        ("tensorwise", 8, None),
+    ],
+)
+def test_fp8_needs_whole_blocks_on_every_rank(recipe: str, tp: int, wrong: str | None) -> None:
+    hf = {
+        "architectures": ["Qwen2ForCausalLM"], "hidden_size": 5120, "intermediate_size": 13824,
+        "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
+        "vocab_size": 152064, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6, "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = make_config(policy={"fp8": "hybrid", "fp8_recipe": recipe, "tp": tp})
+    if wrong is None:
+        checks.check_layout(config, hf, world_size=8)
+        return
+    with pytest.raises(ConfigError, match=re.escape(f"this model has {wrong} there")):
+        checks.check_layout(config, hf, world_size=8)
+
+
+@pytest.mark.parametrize(
+    ("policy", "multiple"),
+    [
+        ({}, 1),
+        ({"tp": 4}, 4),
+        ({"tp": 4, "sequence_parallel": False}, 1),
+        ({"fp8": "hybrid"}, 128),
+        ({"fp8": "e4m3", "fp8_recipe": "tensorwise", "tp": 4}, 64),
+        ({"fp8": "e4m3", "fp8_recipe": "delayed", "tp": 4, "sequence_parallel": False}, 16),
+        ({"fp8": "hybrid", "fp8_recipe": "mxfp8", "tp": 2}, 64),
+    ],
+)
+def test_tokens_of_a_rank_are_padded_for_shards_and_blocks(
+    policy: dict[str, Any], multiple: int
+) -> None:
+    assert make_config(policy=policy).policy.tokens_multiple == multiple
 
 
 def test_float32_is_for_machines_without_a_gpu() -> None:

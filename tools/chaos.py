@@ -1,0 +1,253 @@
+"""Kills, stops and damages a real run at random points, again and again, and verifies its end.
+
+    python tools/chaos.py /tmp/chaos --blows 50 --processes 2 --json chaos.json
+
+One reference run of the toy task is left alone. Others take a blow in every start, go on from what
+is left, and must end with the same weights, metrics and rollouts, bit for bit. The blows:
+
+    kill_all    kill -9 of the launcher and all ranks
+    kill_rank   kill -9 of one rank: the launcher must end the others with a message
+    stop_rank   one rank frozen for a moment: the run must go on as if nothing had been
+    ask         SIGUSR1: the run must save, and end with the code for it
+    flip        kill_all, then one bit of the newest checkpoint turned: it must not be chosen
+    cut         kill_all, then a file of the newest checkpoint cut short: it must not be chosen
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_qlrl.errors import STOPPED
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOWS = ("kill_all", "kill_rank", "stop_rank", "ask", "flip", "cut")
+STEPS = 24
+LIMIT_S = 900
+
+
+class Failed(Exception):
+    """A run that did not behave."""
+
+
+@dataclass
+class Chain:
+    """One run with a blow in every start, until it has finished."""
+
+    folder: Path
+    config: Path
+    processes: int
+    rng: random.Random
+    blows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def until_finished(self, most_blows: int) -> None:
+        """Starts the run until it ends; `most_blows` of the starts at most are disturbed."""
+        while True:
+            blow = self.rng.choice(BLOWS) if len(self.blows) < most_blows else None
+            before = newest(self.run)
+            process = start(self.config, self.processes, self.folder / "log.txt")
+            mark = (self.folder / "log.txt").stat().st_size
+            if blow is not None and self._wait_for_the_moment(process):
+                record = self._strike(process, blow)
+                self.blows.append(record | {"found": before})
+            code = process.wait(timeout=LIMIT_S)
+            text = (self.folder / "log.txt").read_text()[mark:]
+            resumed = re.search(r"resuming from \S+/step_0*(\d+)", text)
+            if self.blows:
+                self._check_start(int(resumed[1]) if resumed else None, before)
+            if code == 0:
+                return
+            if blow is None:
+                raise Failed(f"an undisturbed start ended with {code}: {self.folder}/log.txt")
+
+    def _check_start(self, resumed: int | None, before: int | None) -> None:
+        """A checkpoint that was whole is what a start goes on from."""
+        if resumed is not None and before is not None and resumed != before:
+            raise Failed(f"resumed at {resumed}, but step {before} was whole")
+
+    def _wait_for_the_moment(self, process: subprocess.Popen[bytes]) -> bool:
+        """A random moment: in the start, or up to some steps after it; False if the run is over."""
+        lines = self.run / "metrics.jsonl"
+        size = lines.stat().st_size if lines.is_file() else 0
+        if self.rng.random() < 0.8:
+            while process.poll() is None:
+                if lines.is_file() and lines.stat().st_size != size:
+                    break
+                time.sleep(0.01)
+            time.sleep(self.rng.uniform(0, 3.0))
+        else:
+            time.sleep(self.rng.uniform(0, 15.0))
+        return process.poll() is None
+
+    def _strike(self, process: subprocess.Popen[bytes], blow: str) -> dict[str, Any]:
+        record: dict[str, Any] = {"blow": blow, "at": newest(self.run)}
+        ranks = children(process.pid)
+        if blow in ("kill_rank", "stop_rank") and not ranks:
+            record["blow"] = blow = "kill_all"  # no rank has been started yet
+        if blow == "ask":
+            process.send_signal(signal.SIGUSR1)
+            record["code"] = process.wait(timeout=LIMIT_S)
+            if record["code"] not in (0, STOPPED, 128 + signal.SIGUSR1, -signal.SIGUSR1):
+                raise Failed(f"asked to stop, it ended with {record['code']}")
+        elif blow == "kill_rank":
+            with suppress(ProcessLookupError):
+                os.kill(self.rng.choice(ranks), signal.SIGKILL)
+            record["code"] = process.wait(timeout=LIMIT_S)
+        elif blow == "stop_rank":
+            rank = self.rng.choice(ranks)
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGSTOP)
+                time.sleep(self.rng.uniform(0.1, 3.0))
+                os.kill(rank, signal.SIGCONT)
+            record["code"] = process.wait(timeout=LIMIT_S)
+            if record["code"]:
+                raise Failed(f"a rank was frozen for a moment, and it ended with {record['code']}")
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=LIMIT_S)
+            if blow in ("flip", "cut"):
+                record["damaged"] = self._damage(blow)
+        return record
+
+    def _damage(self, blow: str) -> str | None:
+        step = newest(self.run)
+        if step is None:
+            return None
+        folder = self.run / "checkpoints" / f"step_{step:08d}"
+        files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.stat().st_size]
+        file = self.rng.choice(files)
+        data = bytearray(file.read_bytes())
+        if blow == "flip":
+            data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
+        else:
+            del data[self.rng.randrange(len(data)) :]
+        file.write_bytes(data)
+        return str(file.relative_to(self.run))
+
+
+def start(config: Path, processes: int, log: Path) -> subprocess.Popen[bytes]:
+    """`qlrl rl` in a session of its own."""
+    command = [sys.executable, "-m", "megatron_qlrl", "rl", str(config)]
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [*command, "--processes", str(processes)],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+
+def children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(c) for c in path.read_text().split()] if path.exists() else []
+
+
+def newest(run: Path) -> int | None:
+    """Step of the newest checkpoint that is whole, by its checksums."""
+    from megatron_qlrl.weights.checkpoint import torn
+
+    folders = sorted((run / "checkpoints").glob("step_????????"), reverse=True)
+    whole = (f for f in folders if torn(f) is None)
+    return next((int(f.name.removeprefix("step_")) for f in whole), None)
+
+
+def write_config(folder: Path, data: Path) -> Path:
+    config = {
+        "model": {"path": str(ROOT / "examples/quickstart/base")},
+        "run": {"dir": str(folder / "run"), "seed": 7},
+        "data": {"train_files": [str(data / "train.parquet")]},
+        "phases": [
+            {"name": "short", "max_input_tokens": 250, "steps": STEPS // 2},
+            {"name": "long", "max_input_tokens": 1000, "steps": STEPS - STEPS // 2},
+        ],
+        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 24},
+        "curriculum": {"carried_share": 0.25},
+        "policy": {"tp": 2, "max_tokens_per_row": 2048},
+        "algorithm": {"filter_groups": False, "entropy_coef": 0.01},
+        "optimizer": {"lr": 5.0e-4},
+        "checkpoint": {"every_steps": 2, "keep": 3},
+        "evaluation": {"max_input_tokens": 1000},
+    }
+    folder.mkdir(parents=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def differences(run: Path, reference: Path) -> list[str]:
+    """Names of what is not equal bit for bit (times left out)."""
+
+    def record(folder: Path) -> list[dict[str, Any]]:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        timed = ("timing_s/", "perf/throughput")
+        return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
+
+    files = [f.relative_to(reference) for f in sorted((reference / "rollouts").iterdir())]
+    files.append(Path("hf/model.safetensors"))
+    found = [str(f) for f in files if (run / f).read_bytes() != (reference / f).read_bytes()]
+    return found + (["metrics.jsonl"] if record(run) != record(reference) else [])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--blows", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=2, help="a multiple of 2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where the result goes, too")
+    args = parser.parse_args()
+
+    rng = random.Random(args.seed)
+    data = args.out / "data"
+    toy = ["data", "toy", str(data), "--train", "200", "--eval", "8"]
+    subprocess.run([sys.executable, "-m", "megatron_qlrl", *toy], check=True, cwd=ROOT)
+    whole = Chain(args.out / "reference", write_config(args.out / "reference", data),
+                  args.processes, rng)  # fmt: skip
+    whole.until_finished(0)
+    blows: list[dict[str, Any]] = []
+    unequal: list[str] = []
+    number = 0
+    while len(blows) < args.blows:
+        folder = args.out / f"run_{number}"
+        chain = Chain(folder, write_config(folder, data), args.processes, rng)
+        chain.until_finished(args.blows - len(blows))
+        wrong = differences(chain.run, whole.run)
+        unequal += [f"run_{number}: {name}" for name in wrong]
+        blows += chain.blows
+        print(f"run_{number}: {len(chain.blows)} blow(s), {len(wrong)} difference(s)", flush=True)
+        number += 1
+    result = {
+        "blows": len(blows),
+        "kinds": dict(Counter(b["blow"] for b in blows)),
+        "runs": number,
+        "processes": args.processes,
+        "seed": args.seed,
+        "steps": STEPS,
+        "unequal": unequal,
+    }
+    print(json.dumps(result))
+    if args.json:
+        args.json.write_text(json.dumps(result | {"all": blows}, indent=1) + "\n")
+    sys.exit(1 if unequal else 0)
+
+
+if __name__ == "__main__":
+    main()
