@@ -14,10 +14,16 @@ import os
 import sys
 from pathlib import Path
 
-import nemo_run as run
-from nemo_run.config import set_nemorun_home
+try:
+    import nemo_run as run
+    from nemo_run.config import set_nemorun_home
 
-from megatron_qlrl.launch import nemo
+    from megatron_qlrl.launch import nemo
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"pipeline.py: no module {error.name}; start it in NeMo-Run's environment from the "
+        "repository's root, with PYTHONPATH=$PWD: see examples/nemo_run/README.md"
+    )
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,4 +58,8 @@ def main(where: str, config: str, out: str, *settings: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4 or sys.argv[1] not in ("local", "slurm", "dryrun"):
+        sys.exit(__doc__)
+    if sys.argv[1] != "local" and "ACCOUNT" not in os.environ:
+        sys.exit("pipeline.py: set ACCOUNT to the Slurm account that the jobs run under")
     main(*sys.argv[1:])
