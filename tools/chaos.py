@@ -162,11 +162,11 @@ def children(pid: int) -> list[int]:
 
 def newest(run: Path) -> int | None:
     """Step of the newest checkpoint that is whole, by its checksums."""
-    from megatron_qlrl.weights.checkpoint import torn
+    from megatron_qlrl.weights.checkpoint import step_of, torn
 
     folders = sorted((run / "checkpoints").glob("step_????????"), reverse=True)
     whole = (f for f in folders if torn(f) is None)
-    return next((int(f.name.removeprefix("step_")) for f in whole), None)
+    return next((step_of(f) for f in whole), None)
 
 
 def write_config(folder: Path, data: Path) -> Path:

@@ -14,6 +14,7 @@ from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.plan.advise import Option, fastest, smallest_change
 from megatron_qlrl.plan.estimate import Lengths
 from megatron_qlrl.plan.hardware import find_hardware
+from megatron_qlrl.plan.memory import Peak
 from megatron_qlrl.plan.phase import Cluster, PhasePlan, plan_phase
 from megatron_qlrl.plan.table import assumptions_line, options_table, plan_table
 
@@ -79,6 +80,10 @@ def _advice(
     return start + f"{plan.problems[0]}; the smallest change that fits: {option}"
 
 
+def _peak(peak: Peak) -> dict[str, Any]:
+    return {"moment": peak.moment, "total": peak.total} | dict(peak.parts)
+
+
 def _as_json(
     plans: list[PhasePlan], cluster: Cluster, best: dict[str, list[Option]]
 ) -> dict[str, Any]:
@@ -92,10 +97,8 @@ def _as_json(
                 "layout": {k: getattr(p.config.policy, k) for k in ("tp", "pp", "cp", "recompute")}
                 | {"dp": p.dp, "rollout_tp": p.config.rollout.tp},
                 "row": asdict(p.row),
-                "update_bytes": {"moment": p.update.moment, "total": p.update.total}
-                | dict(p.update.parts),
-                "rollout_bytes": p.rollout
-                and {"moment": p.rollout.moment, "total": p.rollout.total} | dict(p.rollout.parts),
+                "update_bytes": _peak(p.update),
+                "rollout_bytes": p.rollout and _peak(p.rollout),
                 "cache_tokens": p.cache_tokens,
                 "longest_sequence": p.longest,
                 "host_bytes": p.host,

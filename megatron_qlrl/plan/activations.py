@@ -67,7 +67,7 @@ class Activations:
         self.width = width
         self.shards = tp if policy.sequence_parallel else 1
         share = -(-row.tokens // policy.cp)
-        self.tokens = -(-share // self.shards) * self.shards
+        self.tokens = -(-share // policy.tokens_multiple) * policy.tokens_multiple
         self.gathered = policy.cp > 1 or self.tokens != row.tokens
         self.hidden = shape.hidden_size / self.shards
         self.q = shape.num_heads * shape.head_dim / tp

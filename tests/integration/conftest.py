@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from megatron_qlrl.platform.env import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "examples" / "quickstart" / "base"
@@ -206,6 +207,17 @@ def read_jsonl() -> Callable[[Path], list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="session")
+def untimed() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """A record without what differs from run to run: the times."""
+    timed = ("timing_s/", "perf/throughput")
+
+    def without(record: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in record]
+
+    return without
+
+
+@pytest.fixture(scope="session")
 def answering_model(
     qlrl: Callable[..., Any],
     write_config: Callable[..., Path],
@@ -227,9 +239,7 @@ def answering_model(
 @pytest.fixture
 def port() -> int:
     """A free port; of each test its own, because a killed server ends a moment later."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture

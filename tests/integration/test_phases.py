@@ -10,8 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-TIMING = ("timing_s/", "perf/throughput")
-
 
 @pytest.fixture(scope="module")
 def whole(phased_run: Any) -> Any:
@@ -39,10 +37,6 @@ def cut(
         kill_when(start_qlrl("rl", config, "--processes", "2"), condition)
     done = qlrl("rl", config, "--processes", "2").check()
     return folder / "run", done
-
-
-def untimed(record: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if not k.startswith(TIMING)} for line in record]
 
 
 def test_phases_see_their_lengths_layouts_and_settings(whole: Any, read_jsonl: Any) -> None:
@@ -79,7 +73,9 @@ def test_reference_is_renewed_at_the_boundary(whole: Any, read_jsonl: Any) -> No
     assert kl[1] > 1e-7 and kl[3] > 1e-7
 
 
-def test_killed_run_has_the_same_record(whole: Any, cut: Any, read_jsonl: Any) -> None:
+def test_killed_run_has_the_same_record(
+    whole: Any, cut: Any, read_jsonl: Any, untimed: Any
+) -> None:
     here, there = (untimed(read_jsonl(run / "metrics.jsonl")) for run, _ in (whole, cut))
     assert here == there
 

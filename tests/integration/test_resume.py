@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-TIMING = ("timing_s/", "perf/throughput")
 STEPS = [0, 1, 1, 2, 2, 3, 3]  # evaluations after 1, 2 and 3
 
 
@@ -94,21 +93,23 @@ def test_killed_run_samples_the_same_responses(whole: Path, cut: Cut) -> None:
         assert here.read_bytes() == there.read_bytes(), name
 
 
-def test_killed_run_has_the_same_record(whole: Path, cut: Cut, read_jsonl: Any) -> None:
-    here, there = (_untimed(read_jsonl(run / "metrics.jsonl")) for run in (whole, cut.run))
+def test_killed_run_has_the_same_record(
+    whole: Path, cut: Cut, read_jsonl: Any, untimed: Any
+) -> None:
+    here, there = (untimed(read_jsonl(run / "metrics.jsonl")) for run in (whole, cut.run))
     assert [line["step"] for line in here] == STEPS
     assert here == there
 
 
 def test_run_goes_on_in_another_layout(
-    whole: Path, qlrl: Any, write_config: Any, read_jsonl: Any, tmp_path: Path
+    whole: Path, qlrl: Any, write_config: Any, read_jsonl: Any, untimed: Any, tmp_path: Path
 ) -> None:
     config = _copy(whole, tmp_path, write_config)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
     done = qlrl("rl", config, "policy.tp=2").check()
     assert "step_00000003 at step 3" in done.out
     here, there = (read_jsonl(run / "metrics.jsonl") for run in (whole, tmp_path / "run"))
-    assert _untimed(there[:5]) == _untimed(here[:5])
+    assert untimed(there[:5]) == untimed(here[:5])
     assert [line["step"] for line in there] == STEPS
     # Sums run in another order, so the step is the same one up to rounding.
     for name in ("actor/grad_norm", "actor/entropy", "prompt_length/mean"):
@@ -124,7 +125,3 @@ def _copy(whole: Path, folder: Path, write_config: Any) -> Path:
     shutil.copytree(whole, folder / "run")
     shutil.rmtree(folder / "run" / "hf")
     return config
-
-
-def _untimed(record: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if not k.startswith(TIMING)} for line in record]

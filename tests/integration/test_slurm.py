@@ -20,7 +20,6 @@ from one_node_slurm import Slurm, one_node_slurm
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMING = ("timing_s/", "perf/throughput")
 TWO_TASKS = ("--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1")
 CRASH = """
 import os, signal, sys
@@ -98,7 +97,9 @@ def test_job_that_lost_a_rank_comes_back(cut: Any) -> None:
     assert (failures["count"], failures["checkpoint"]) in ((1, f"step_0000000{n}") for n in (2, 3))
 
 
-def test_both_end_like_an_uninterrupted_run(cut: Any, phased_run: Any, read_jsonl: Any) -> None:
+def test_both_end_like_an_uninterrupted_run(
+    cut: Any, phased_run: Any, read_jsonl: Any, untimed: Any
+) -> None:
     whole, ended = phased_run[0], cut[0]
     here, there = (load_file(run / "hf" / "model.safetensors") for run in (whole, ended))
     assert here.keys() == there.keys()
@@ -108,10 +109,6 @@ def test_both_end_like_an_uninterrupted_run(cut: Any, phased_run: Any, read_json
     for step in range(4):
         name = f"step_{step:06d}.jsonl"
         assert (whole / "rollouts" / name).read_bytes() == (ended / "rollouts" / name).read_bytes()
-
-
-def untimed(record: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if not k.startswith(TIMING)} for line in record]
 
 
 def test_job_that_fails_again_and_again_is_given_up(

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_qlrl.platform.env import free_port
+
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_S = 30
 
@@ -42,9 +44,7 @@ Serve = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture
