@@ -61,14 +61,15 @@ def compare(sides: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str,
 
 def report(costs: Mapping[str, Cost]) -> dict[str, Any]:
     """The sides and the machine, ready for JSON."""
+    return {"sides": {name: asdict(cost) for name, cost in costs.items()}, "machine": machine()}
+
+
+def machine() -> dict[str, Any]:
     return {
-        "sides": {name: asdict(cost) for name, cost in costs.items()},
-        "machine": {
-            "device": torch.cuda.get_device_name() if has_gpu() else "cpu",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "device": torch.cuda.get_device_name() if has_gpu() else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -126,6 +127,31 @@ def reward(
             samples=samples, latency_s=latency_ms / 1000, in_flight=in_flight, rounds=rounds
         )
     )
+
+
+@app.command()
+def checkpoint(
+    folder: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="On the disk in question.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the updates beside it.")] = 512,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    hidden: Annotated[int, typer.Option(min=1)] = 512,
+    heads: Annotated[int, typer.Option(min=1)] = 8,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 2,
+    ffn: Annotated[int, typer.Option(min=1)] = 1536,
+    vocab: Annotated[int, typer.Option(min=2)] = 32_768,
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 3,
+) -> None:
+    """What a checkpoint takes from training: written beside it, against waited for."""
+    from megatron_qlrl.bench.checkpoint import bench_checkpoint
+    from megatron_qlrl.bench.policy import make_shape
+
+    shape = make_shape(
+        layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab,
+        positions=prompt_tokens + 128,
+    )  # fmt: skip
+    _print(bench_checkpoint(shape, prompt_tokens=prompt_tokens, rounds=rounds, folder=folder))
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -197,3 +197,4 @@ def run_import(hf_folder: Path, out: Path, tp: int, pp: int) -> None:
         policy = make_policy(config, shape, context, temperature=1.0, weights=hf_folder)
         store = CheckpointStore(out / "checkpoints", keep=1, warn=print)
         save_checkpoint(store, policy, 0, hf_folder, config, {})
+        store.wait()

@@ -88,12 +88,9 @@ def open_run(
     try:
         yield run
         run.finish()
-    except StopRequested:
+    except (StopRequested, RewardError, StabilityError):  # on every rank
         run.save()
         run.finish()
-        raise
-    except (RewardError, StabilityError):
-        run.save()
         raise
     finally:
         run.close()
@@ -141,10 +138,12 @@ class Run:
     def finish(self) -> None:
         """All that is left to write is written, before any rank leaves: srun, like any launcher,
         ends the others a while after the first one has left."""
+        self.store.wait()
         self.tracker.close()
         gather_objects(None)
 
     def close(self) -> None:
+        self.store.close()
         self.tracker.close()
         self.rollouts.close()
 
@@ -397,9 +396,12 @@ class Run:
             )
 
     def stop_if_asked(self, asked: bool) -> None:
-        """Raises StopRequested on every rank if the job told any of them; the run is then saved
-        as reached."""
-        if any(gather_objects(asked)):
+        """Raises StopRequested on every rank if the job told any of them (the run is then saved
+        as reached), or CheckpointError if a save has failed since."""
+        told = gather_objects((asked, self.store.failed()))
+        if any(failed for _, failed in told):
+            self.store.wait()
+        if any(stop for stop, _ in told):
             raise StopRequested("asked to stop; the run is saved: the same command goes on")
 
     def reached(self, step: int, state: Mapping[str, Any]) -> None:
@@ -407,7 +409,8 @@ class Run:
         self._unsaved = (step, {**state, "monitor": self.monitor.state_dict()})
 
     def save(self) -> None:
-        """A checkpoint of the last step reached, unless there is one already."""
+        """A checkpoint of the last step reached, unless there is one already; `finish` waits until
+        it is on disk."""
         if self._unsaved is None:
             return
         step, state = self._unsaved

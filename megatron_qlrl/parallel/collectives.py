@@ -38,19 +38,22 @@ class GatherTokens(torch.autograd.Function):
         return local, None
 
 
-def gather_objects(value: T) -> list[T]:
-    """`value` of every rank, in rank order, on every rank (our own objects, our own ranks)."""
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """`value` of every rank, in rank order, on every rank (our own objects, our own ranks).
+
+    `group`: of all ranks, for a thread beside the main one; none: the main one's.
+    """
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=group)
     return found
 
 
-def gather_dicts(value: Mapping[K, T]) -> dict[K, T]:
+def gather_dicts(value: Mapping[K, T], group: dist.ProcessGroup | None = None) -> dict[K, T]:
     """The entries of all ranks together; where ranks have the same key, the last one's."""
-    return {key: entry for part in gather_objects(value) for key, entry in part.items()}
+    return {key: entry for part in gather_objects(value, group) for key, entry in part.items()}
 
 
-def on_all_ranks(work: Callable[[], T]) -> T:
+def on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs `work` here; if it fails on any rank with a user's error, every rank raises the
     first such rank's, of the same type.
 
@@ -65,7 +68,7 @@ def on_all_ranks(work: Callable[[], T]) -> T:
         error = caught
     failures = [
         (rank, name, message)
-        for rank, found in enumerate(gather_objects(_describe(error)))
+        for rank, found in enumerate(gather_objects(_describe(error), group))
         if found is not None
         for name, message in [found]
     ]

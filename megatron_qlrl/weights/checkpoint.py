@@ -1,7 +1,7 @@
-"""Checkpoints: Megatron's sharded format (torch_dist), written aside, hashed, renamed.
+"""Checkpoints: taken in host memory, written aside by a thread, hashed, renamed.
 
     <run.dir>/checkpoints/step_00000012/
-        weights/        model and optimizer; loads under another tp, pp, cp or dp
+        weights/        model and optimizer (megatron_format.py); loads under another layout
         hf/             config and tokenizer, so that a checkpoint can be exported by itself
         state.json      everything else the run needs to go on: step, phase, data order,
                         curriculum, tracker
@@ -9,6 +9,12 @@
 
 The folder gets its name only when all of it is on disk, so a kill leaves either a good
 checkpoint or a `.tmp` folder, which the next good save removes.
+
+    training   --- snapshot ---> step ------> step ------> step --- wait, snapshot --->
+    thread                       tensors, hashes, fsync, rename
+
+The threads of all ranks agree over a process group of their own: collectives of two threads in
+one group would mix.
 
 Trust: `weights/common.pt` and the tensors are read with torch's `weights_only`, but
 `weights/.metadata` is a pickle to torch's reader (and so is the extra state that Transformer
@@ -21,38 +27,31 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from megatron_qlrl.errors import CheckpointError
-from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
-from megatron_qlrl.platform.megatron_cpu import megatron_device
+from megatron_qlrl.parallel.collectives import gather_dicts, gather_objects, on_all_ranks
+from megatron_qlrl.parallel.context import TIMEOUT
+from megatron_qlrl.weights import megatron_format
+from megatron_qlrl.weights.megatron_format import Snapshot, take_snapshot
 
 T = TypeVar("T")
 
 
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. All methods but `failed` are collective."""
 
     def __init__(self, folder: Path, *, keep: int, warn: Callable[[str], None]) -> None:
         """`warn` is told of checkpoints that were passed over."""
         self.folder, self._keep, self._warn = folder, keep, warn
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
 
     def save(
         self,
@@ -63,35 +62,53 @@ class CheckpointStore:
         state: Mapping[str, Any],
         companions: Callable[[Path], None] = lambda folder: None,
     ) -> Path:
-        """Writes a checkpoint and removes all but the newest `keep`; collective.
+        """Takes a checkpoint and returns; a thread writes it to the path returned and removes all
+        but the newest `keep`. Waits for the save before it: there is one snapshot at a time.
 
-        `companions` fills the checkpoint's hf/ folder (called on rank 0).
+        `companions` fills the checkpoint's hf/ folder (called on rank 0, by the thread).
 
         Raises:
-            CheckpointError: it could not be written (every rank); earlier ones are untouched.
+            CheckpointError: it, or the one before, could not be written (every rank); earlier
+                ones are untouched. What fails later is raised by `wait`.
         """
+        self.wait()
         final = self.folder / f"step_{step:08d}"
-        temporary = self.folder / f"{final.name}.tmp"
-        with megatron_device():
-            _complete_adam_state(optimizer)
-            tensors, common = save_preprocess(_sharded_state(model, optimizer, is_loading=False))
-        needed = sum(gather_objects(_local_bytes(tensors)))
-        try:
-            _on_rank_0(self.folder, lambda: self._prepare(temporary, needed))
-            _write(tensors, common, temporary / "weights")
-            _on_rank_0(self.folder, lambda: companions(temporary / "hf"))
-            _on_rank_0(self.folder, lambda: _write_json(temporary / "state.json", state))
-            digests = _digests(temporary)
-            _on_rank_0(self.folder, lambda: _publish(temporary, final, digests))
-            _on_rank_0(self.folder, lambda: self._remove_others(step))
-        except CheckpointError:
-            if dist.get_rank() == 0:  # half a checkpoint only fills the disk
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        snapshot = take_snapshot(model, optimizer)
+        needed = sum(gather_objects(snapshot.num_bytes, self._group))
+        _on_rank_0(self.folder, lambda: self._prepare(_temporary(final), needed))
+        text = json.dumps(state, indent=1)  # now: the run changes what it holds
+        self._pending = self._thread.submit(self._write, snapshot, text, companions, final)
         return final
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup:
+        """Of all ranks' threads; made at the first save."""
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    def wait(self) -> None:
+        """Until the last save is on disk.
+
+        Raises:
+            CheckpointError: it could not be written (every rank).
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def failed(self) -> bool:
+        """Whether `wait` would raise at once."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def close(self) -> None:
+        """Lets the thread end what it writes, before the process group goes."""
+        self._thread.shutdown()
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose files all match its manifest, the same on every rank."""
+        self.wait()
         found = on_all_ranks(self._newest if dist.get_rank() == 0 else lambda: None)
         return gather_objects(found)[0]
 
@@ -105,14 +122,41 @@ class CheckpointStore:
 
     def _prepare(self, temporary: Path, needed: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "weights").mkdir(parents=True)
-        free = shutil.disk_usage(temporary).free
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise CheckpointError(
                 f"disk full: a checkpoint needs about {needed / 1e9:.2f} GB and {self.folder} has "
                 f"{free / 1e9:.2f} GB free; the last good checkpoint is untouched. Free space or "
                 "set run.dir elsewhere, then start again: the run resumes"
             )
+        (temporary / "weights").mkdir(parents=True)
+
+    def _write(
+        self, snapshot: Snapshot, state: str, companions: Callable[[Path], None], final: Path
+    ) -> None:
+        """The thread's work."""
+        temporary, group = _temporary(final), self._group
+        weights = temporary / "weights"
+
+        def write_plain() -> None:
+            snapshot.write_common(weights)
+            companions(temporary / "hf")
+            (temporary / "state.json").write_text(state)
+
+        def finish() -> None:
+            _publish(temporary, final, digests)
+            self._remove_others(step_of(final))
+
+        try:
+            _on_rank_0(temporary, write_plain, group)
+            on_all_ranks(lambda: _write_tensors(snapshot, weights, group), group)
+            digests = _digests(temporary, group)
+            _on_rank_0(self.folder, finish, group)
+        except CheckpointError:
+            if dist.get_rank() == 0:  # half a checkpoint only fills the disk
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
     def _remove_others(self, step: int) -> None:
         """All but the last `keep` up to `step`. What is numbered higher was torn when the run
@@ -131,28 +175,18 @@ def load_checkpoint(path: Path, *, model: Any, optimizer: Any) -> dict[str, Any]
         CheckpointError: the checkpoint does not fit the model, or a rank cannot see it
             (every rank).
     """
-    state = on_all_ranks(lambda: _read_state(path))
-    with megatron_device():
-        _complete_adam_state(optimizer)
-        sharded = _sharded_state(model, optimizer, is_loading=True)
-        loaded = on_all_ranks(lambda: _read(sharded, path))
-        model.load_state_dict(loaded["model"])
-        _load_optimizer(optimizer, loaded["optimizer"])
-    return state
+    read = partial(megatron_format.read_all, model=model, optimizer=optimizer)
+    return _load(path, read)
+
+
+def load_weights(path: Path, *, model: Any) -> dict[str, Any]:
+    """Fills the model alone, for export and for an optimizer that starts anew; the saved state."""
+    return _load(path, partial(megatron_format.read_model, model=model))
 
 
 def step_of(path: Path) -> int:
     """Steps done at a checkpoint, by its name."""
     return int(path.name.removeprefix("step_"))
-
-
-def load_weights(path: Path, *, model: Any) -> dict[str, Any]:
-    """Fills the model alone, for export and for an optimizer that starts anew; the saved state."""
-    state = on_all_ranks(lambda: _read_state(path))
-    with megatron_device():
-        sharded = {"model": model.sharded_state_dict(metadata=_metadata())}
-        model.load_state_dict(on_all_ranks(lambda: _read(sharded, path))["model"])
-    return state
 
 
 def torn(folder: Path) -> str | None:
@@ -169,89 +203,36 @@ def torn(folder: Path) -> str | None:
     return None
 
 
-def _metadata() -> dict[str, Any]:
-    """How Megatron lays out the optimizer state: by model parameter, so that any layout can
-    read it. A new dict each time: Megatron keeps its process group in the one it is given."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
+def _temporary(final: Path) -> Path:
+    return final.with_name(f"{final.name}.tmp")
 
 
-def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    metadata = _metadata()
-    weights = model.sharded_state_dict(metadata=metadata)
-    moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
-    return {"model": weights, "optimizer": moments}
+def _load(path: Path, read: Callable[[Path], None]) -> dict[str, Any]:
+    state = on_all_ranks(lambda: _read_state(path))
+
+    def fill() -> None:
+        try:
+            read(path / "weights")
+        except CheckpointException as error:  # on every rank, whichever failed
+            failure = _first_failure(error)
+            raise CheckpointError(f"{path} does not fit this model: {failure}") from error
+
+    on_all_ranks(fill)
+    return state
 
 
-def _complete_adam_state(optimizer: Any) -> None:
-    """Gives each parameter of torch's Adam both moments and a `step` of its own.
-
-    Megatron 0.16 does not expect torch's Adam (used where Transformer Engine is missing) to
-    have no state yet: its distributed optimizer reads `step` while it prepares to load, and
-    neither optimizer keeps a state that no update has filled. And its distributed optimizer
-    loads ONE step tensor into all parameters; torch adds 1 to it once for each of them.
-    """
-    part = _only_part(optimizer)
-    if isinstance(part.optimizer, torch.optim.Adam):
-        part.init_state_fn(part.optimizer, part.config)
-        for state in part.optimizer.state.values():
-            state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
-
-
-def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
-    """`load_state_dict`, with the distributed optimizer's moments apart: Megatron 0.16 looks in
-    them for all that a parameter's state has, and torch's Adam has a `step`, kept elsewhere."""
-    part = _only_part(optimizer)
-    moments = loaded.pop("param_state", None)
-    inner = loaded.get("optimizer", loaded)
-    if isinstance(part.optimizer, torch.optim.Adam) and "state" in inner:
-        inner["state"].setdefault("common_step", torch.tensor(0.0))  # Megatron saves no 0
-    part.load_state_dict(loaded)
-    if moments is not None:
-        states = part.optimizer.state
-        steps = {p: state.pop("step") for p, state in states.items() if "step" in state}
-        part.load_parameter_state_from_fully_reshardable(moments)
-        for parameter, step in steps.items():
-            states[parameter]["step"] = step
-    _complete_adam_state(optimizer)
-
-
-def _only_part(optimizer: Any) -> Any:
-    """Megatron chains one optimizer for each kind of parameter; a dense model has one kind."""
-    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return part
-
-
-def _write(tensors: Any, common: Any, weights: Path) -> None:
-    """What `dist_checkpointing.save` does, with two differences. Tensors are written by torch's
-    saver in this process, not by Megatron's: that starts three processes for each rank. And no
-    rank is left waiting: Megatron writes some files on rank 0 between collectives, where an
-    error (a full disk) is rank 0's alone."""
-    _on_rank_0(weights, lambda: torch.save(common, weights / "common.pt"))
-    on_all_ranks(lambda: _write_tensors(tensors, weights))
-    config = CheckpointingConfig("torch_dist", 1)
-    _on_rank_0(weights, lambda: save_config(config, str(weights)))
-
-
-def _write_tensors(tensors: Any, weights: Path) -> None:
-    by_key, *_ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+def _write_tensors(snapshot: Snapshot, weights: Path, group: dist.ProcessGroup) -> None:
     try:
-        save_tensors(
-            mcore_to_pyt_state_dict(by_key),
-            storage_writer=FileSystemWriter(weights),
-            planner=MCoreSavePlanner(flatten_state_dict=False),
-        )
+        snapshot.write_tensors(weights, group)
     except CheckpointException as error:  # on every rank, whichever failed
         raise _cannot_write(weights, _first_failure(error)) from error
 
 
-def _on_rank_0(where: Path, work: Callable[[], Any]) -> None:
+def _on_rank_0(
+    where: Path, work: Callable[[], Any], group: dist.ProcessGroup | None = None
+) -> None:
     """Runs `work`, which writes under `where`, on rank 0; its failure is every rank's."""
-    on_all_ranks(lambda: _guarded(where, work) if dist.get_rank() == 0 else None)
+    on_all_ranks(lambda: _guarded(where, work) if dist.get_rank() == 0 else None, group)
 
 
 def _guarded(where: Path, work: Callable[[], Any]) -> Any:
@@ -271,8 +252,8 @@ def _cannot_write(where: Path, reason: str) -> CheckpointError:
 def _read_state(path: Path) -> dict[str, Any]:
     """state.json; also makes sure that this rank sees the files Megatron opens by itself."""
     try:
-        for name in ("weights/common.pt", "weights/metadata.json", "weights/.metadata"):
-            (path / name).open("rb").close()
+        for name in megatron_format.FILES:
+            (path / "weights" / name).open("rb").close()
         return json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -281,27 +262,21 @@ def _read_state(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _read(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
-    try:
-        loaded = dist_checkpointing.load(sharded, str(path / "weights"))
-    except CheckpointException as error:  # on every rank, whichever failed
-        raise CheckpointError(f"{path} does not fit this model: {_first_failure(error)}") from error
-    assert isinstance(loaded, dict)
-    return loaded
-
-
-def _digests(folder: Path) -> dict[str, str]:
+def _digests(folder: Path, group: dist.ProcessGroup) -> dict[str, str]:
     """sha256 by file name, on every rank; the work is shared out over the ranks."""
     found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    names = gather_objects(found)[0]  # one list for all: shared disks show new files late
+    names = gather_objects(found, group)[0]  # one list for all: shared disks show new files late
     mine = names[dist.get_rank() :: dist.get_world_size()]
-    hashed = on_all_ranks(lambda: _guarded(folder, lambda: {n: _digest(folder / n) for n in mine}))
-    return {name: digest for part in gather_objects(hashed) for name, digest in part.items()}
+
+    def hashed() -> dict[str, str]:
+        return _guarded(folder, lambda: {name: _digest(folder / name) for name in mine})
+
+    return gather_dicts(on_all_ranks(hashed, group), group)
 
 
 def _publish(temporary: Path, final: Path, digests: dict[str, str]) -> None:
     """Manifest, all to disk, and only then the name that makes it a checkpoint."""
-    _write_json(temporary / "manifest.json", digests)
+    (temporary / "manifest.json").write_text(json.dumps(digests, indent=1))
     for name in [*digests, "manifest.json"]:
         _sync(temporary / name)
     for folder in [*temporary.rglob("*/"), temporary]:
@@ -310,10 +285,6 @@ def _publish(temporary: Path, final: Path, digests: dict[str, str]) -> None:
         shutil.rmtree(final)
     temporary.rename(final)
     _sync(final.parent)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1))
 
 
 def _sync(path: Path) -> None:
@@ -327,14 +298,6 @@ def _sync(path: Path) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _local_bytes(tensors: Any) -> int:
-    """What this rank writes (of a tensor that several ranks hold, one of them writes it)."""
-    shards = [t for t in nested_values(tensors) if isinstance(t, ShardedTensor)]
-    return sum(
-        t.data.nbytes for t in shards if t.data is not None and is_main_replica(t.replica_id)
-    )
 
 
 def _first_failure(error: CheckpointException) -> str:

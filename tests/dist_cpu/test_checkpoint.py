@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +22,7 @@ from harness import rows_of, run_ranks, tiny_hf
 from test_policy_parity import LOSS, groups_of, make_policy
 
 from megatron_qlrl.errors import CheckpointError
-from megatron_qlrl.weights import checkpoint
+from megatron_qlrl.weights import checkpoint, megatron_format
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights, torn
 from megatron_qlrl.weights.stream import WeightStream
 
@@ -41,9 +43,12 @@ def save_case(rank: int, policy: Any, context: Any, steps: int, out: Path) -> No
     """Trains, saves, trains on; what followed the save goes to expected.pt."""
     train(policy, context, steps)
     store = CheckpointStore(out, keep=1, warn=print)
-    store.save(steps, model=policy.model, optimizer=policy.optimizer, state={"step": steps})
+    state = {"step": steps}
+    store.save(steps, model=policy.model, optimizer=policy.optimizer, state=state)
+    state["step"] = -1  # like the weights, it changes while the checkpoint is written
     saved = weights(policy, context)
     norms = train(policy, context, 2)
+    store.wait()
     if rank == 0:
         after = weights(policy, context)
         torch.save({"norms": norms, "saved": saved, "weights": after}, out / "expected.pt")
@@ -137,7 +142,7 @@ def failures(rank: int) -> dict[str, AbstractContextManager[Any]]:
     return {
         "disk full": only(0, fake_free(1000)),
         "rank 0: the checkpoint could not be written": only(
-            0, patch.object(torch, "save", no_space)
+            0, patch.object(megatron_format, "save_config", no_space)
         ),
         "rank 1: ": only(1, writes_fail(after_bytes=20_000)),
         "No space left on device": only(0, patch.object(checkpoint, "_publish", no_space)),
@@ -150,15 +155,23 @@ def check_failures(rank: int, case: tuple[Path, Path, Path | None]) -> None:
     policy, _ = make_policy(folder, (2, 1, 1))
     mine = {"model": policy.model, "optimizer": policy.optimizer}
     store = CheckpointStore(out, keep=1, warn=print)
-    good = store.save(1, **mine, state={})
+    held, publish = threading.Event(), checkpoint._publish
+    with patch.object(checkpoint, "_publish", lambda *found: held.wait() and publish(*found)):
+        good = store.save(1, **mine, state={})
+        assert not good.exists()  # the thread writes it
+        held.set()
+        store.wait()
     for message, failure in failures(rank).items():
         with failure, pytest.raises(CheckpointError, match=message):
             store.save(2, **mine, state={})
+            while not store.failed():
+                time.sleep(0.01)
+            store.wait()
         dist.barrier()
         assert store.newest() == good
         assert [p.name for p in out.iterdir()] == ["step_00000001"], message
         dist.barrier()
-    assert store.save(2, **mine, state={}) == store.newest()  # the ranks are still in step
+    assert store.save(2, **mine, state={}) == store.newest()  # waits; the ranks are still in step
 
     if small_disk is not None:
         small = CheckpointStore(small_disk, keep=1, warn=print)
@@ -166,6 +179,7 @@ def check_failures(rank: int, case: tuple[Path, Path, Path | None]) -> None:
             small.save(1, **mine, state={})
         with fake_free(10**12), pytest.raises(CheckpointError, match="could not be written"):
             small.save(1, **mine, state={})
+            small.wait()
         dist.barrier()
         assert list(small_disk.iterdir()) == []
 

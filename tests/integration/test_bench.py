@@ -74,6 +74,18 @@ def test_reward(qlrl: Callable[..., Any]) -> None:
     assert found["rule_answers_per_s"] > 1000
 
 
+def test_checkpoint(qlrl: Callable[..., Any], tmp_path: Path) -> None:
+    found = bench(
+        qlrl, "checkpoint", "--prompt-tokens=64", "--rounds=1", f"--folder={tmp_path}", *MODEL
+    )
+    # By hand: 2 layers of 12,288 + 128 + 24,576 + 2 * 64, 2 * 300 * 64 for the vocabulary, 64;
+    # weights and two moments in float32.
+    assert found["checkpoint_bytes"] > 12 * (2 * 37_120 + 38_400 + 64)
+    assert 0 < found["snapshot_s"] < found["waited_s"]
+    assert found["stall_ratio"] == found["stall_s"] / found["waited_s"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_gpu_check_runs_every_part(tmp_path: Path) -> None:
     out = tmp_path / "check.json"
     done = subprocess.run(
