@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_qlrl.platform.env import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "srun")
 WAIT_S = 300
 
@@ -66,13 +68,24 @@ class Slurm:
         """`scontrol show job` as a dict."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "-o", "show", "job", job)))
 
-    def comes_back(self, job: str, start: int) -> None:
+    def comes_back(self, job: str, start: int, *, limit: int | None = None) -> None:
         """Waits until the job is pending for its `start`-th return, and lets it begin soon (Slurm
-        lets it wait for two minutes). Not at once: a node refuses a job for a second after it was
-        taken from it."""
+        lets it wait for two minutes), with a time limit of `limit` minutes. Not at once: a node
+        refuses a job for a second after it was taken from it."""
         self.wait(lambda: self._waits(job, start))
         time.sleep(2)
+        if limit is not None:
+            self.limit(job, limit)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def limit(self, job: str, minutes: int) -> None:
+        """A job's time limit, from its start."""
+        self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
+    def minutes(self, job: str) -> int:
+        """Whole minutes that a job has run."""
+        hours, minutes, _ = self.show(job)["RunTime"].split(":")
+        return int(hours) * 60 + int(minutes)
 
     def _waits(self, job: str, start: int) -> bool:
         shown = self.show(job)
@@ -123,7 +136,7 @@ def one_node_slurm(folder: Path) -> Iterator[Slurm]:
         (folder / name).mkdir(parents=True)
     conf = folder / "slurm.conf"
     cpus = len(os.sched_getaffinity(0))
-    ports = {"ctld_port": _free_port(), "slurmd_port": _free_port()}
+    ports = {"ctld_port": free_port(), "slurmd_port": free_port()}
     conf.write_text(CONF.format(host=host, folder=folder, cpus=cpus, **ports))
     env = dict(os.environ) | {"SLURM_CONF": str(conf)}
     slurm = Slurm(folder, env)
@@ -183,9 +196,3 @@ def _sinfo(env: Mapping[str, str]) -> str:
     command = ["sinfo", "--noheader", "--format=%t"]
     done = subprocess.run(command, env=env, capture_output=True, check=False, timeout=30)
     return done.stdout.decode()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

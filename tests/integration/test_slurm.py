@@ -1,7 +1,7 @@
 """The batch scripts under a real Slurm of one node: stop, save, come back, go on; give up.
 
-Jobs: one of two phases that is asked to stop and, after it came back, loses a rank to kill -9; one
-that crashes at each start; one with a mistake in its settings.
+Jobs: one of two phases whose time is nearly up and that, after it came back, loses a rank to
+kill -9; one that crashes at each start; one with a mistake in its settings.
 """
 
 import json
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,23 @@ def rank_pid(rank: int, config: Path) -> int:
     raise AssertionError("no such rank")
 
 
+@contextmanager
+def frozen(pid: int) -> Iterator[int]:
+    """A process that does not go on inside: the run is still in its step."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def has_pending(pid: int, number: int) -> bool:
+    """Whether a frozen process has been sent a signal."""
+    found = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return bool(int(found[1], 16) >> (number - 1) & 1)
+
+
 @pytest.fixture(scope="module")
 def cut(
     slurm: Slurm,
@@ -60,7 +78,7 @@ def cut(
     phased_sections: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
-    """A run that was asked to stop in its first phase and lost a rank in its second."""
+    """A run whose time limit came near in its first phase and that lost a rank in its second."""
     folder = tmp_path_factory.mktemp("cut")
     config, log = write_config(folder, **phased_sections), folder / "job.log"
     record = folder / "run" / "metrics.jsonl"
@@ -70,8 +88,11 @@ def cut(
 
     job = submit(slurm, log, config)
     slurm.wait(lambda: logged(0))
-    slurm.run("scancel", "--batch", "--signal=USR1", job)
-    slurm.comes_back(job, 1)
+    with frozen(rank_pid(1, config)) as pid:
+        # Less than the five minutes of --signal: Slurm warns when it looks next (every 30 s).
+        slurm.limit(job, slurm.minutes(job) + 5)
+        slurm.wait(lambda: has_pending(pid, signal.SIGUSR1))
+    slurm.comes_back(job, 1, limit=60)
     saved = sorted(p.name for p in (folder / "run" / "checkpoints").iterdir())
     slurm.wait(lambda: logged(2))
     os.kill(rank_pid(1, config), signal.SIGKILL)
