@@ -194,6 +194,12 @@ def layer_spec(*, transformer_engine: bool, qk_norm: bool) -> ModuleSpec:
                 ),
             ),
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
+            # Checkpoints name the norms as Transformer Engine's layers do, which hold them: what a
+            # GPU wrote, a machine without one exports.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
         ),
     )
 

@@ -131,16 +131,17 @@ def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str,
 
 
 def _complete_adam_state(optimizer: Any) -> None:
-    """Gives each parameter of torch's Adam both moments and a `step` of its own.
+    """Gives each parameter both moments and, in torch's Adam, a `step` of its own.
 
-    Megatron 0.16 does not expect torch's Adam (used where Transformer Engine is missing) to
-    have no state yet: its distributed optimizer reads `step` while it prepares to load, and
-    neither optimizer keeps a state that no update has filled. And its distributed optimizer
-    loads ONE step tensor into all parameters; torch adds 1 to it once for each of them.
+    Megatron 0.16 does not expect an Adam that has no state yet: its distributed optimizer reads
+    it while it prepares to save, and torch's `step` while it prepares to load, and neither
+    optimizer keeps a state that no update has filled. And its distributed optimizer loads ONE
+    step tensor into all parameters of torch's Adam (used where Transformer Engine, which keeps
+    one for a group, is missing); torch adds 1 to it once for each of them.
     """
     part = _only_part(optimizer)
+    part.init_state_fn(part.optimizer, part.config)
     if isinstance(part.optimizer, torch.optim.Adam):
-        part.init_state_fn(part.optimizer, part.config)
         for state in part.optimizer.state.values():
             state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
 

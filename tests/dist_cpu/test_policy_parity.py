@@ -12,7 +12,7 @@ from harness import rows_of, run_ranks, tiny_hf
 from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
 from megatron_qlrl.config.shape import read_shape
 from megatron_qlrl.packing.shard import shard_row
-from megatron_qlrl.parallel.context import init_parallel
+from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.policy.loss import PolicyLoss
 from megatron_qlrl.policy.step import Policy
 from megatron_qlrl.types import TrainGroup, TrainResponse
@@ -77,20 +77,27 @@ def reference(folder: Path, groups: list[TrainGroup]) -> dict[str, Any]:
 
 
 def make_policy(
+    folder: Path, layout: tuple[int, int, int], **settings: Any
+) -> tuple[Policy, ParallelContext]:
+    tp, pp, cp = layout
+    context = init_parallel(tp=tp, pp=pp, cp=cp, seed=1)
+    return policy_on(context, folder, **settings), context
+
+
+def policy_on(
+    context: ParallelContext,
     folder: Path,
-    layout: tuple[int, int, int],
     *,
     dtype: torch.dtype = torch.float32,
     block: int = 1,
     **settings: Any,
-) -> tuple[Policy, Any]:
+) -> Policy:
     """`block`: the tokens on a rank are padded to a multiple of it, as FP8 needs it."""
-    tp, pp, cp = layout
-    context = init_parallel(tp=tp, pp=pp, cp=cp, seed=1)
+    tp, pp, cp = context.tp.size, context.pp.size, context.cp.size
     shape = read_shape(folder)
     settings = {"distributed_optimizer": False} | settings
     config = PolicyConfig(tp=tp, pp=pp, cp=cp, **settings)
-    policy = Policy(
+    return Policy(
         shape,
         policy=config,
         # A large eps: Adam must not blow rounding noise of tiny gradients up to full steps.
@@ -103,7 +110,6 @@ def make_policy(
         ),
         load=lambda model: load_hf(folder, model, shape=shape, context=context),
     )
-    return policy, context
 
 
 def check_layout(

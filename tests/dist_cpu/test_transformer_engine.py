@@ -1,0 +1,169 @@
+"""The policy made of Transformer Engine's layers against that of Megatron's own, on real ranks with
+the stand-in of tests/fakes/te, and what FP8 asks of a row, a step and a checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from harness import rows_of, run_ranks, tiny_hf
+from safetensors.torch import load_file
+from test_policy_parity import LOSS, groups_of, policy_on
+
+from megatron_qlrl.parallel.context import ParallelContext, init_parallel
+from megatron_qlrl.policy import model as policy_model
+from megatron_qlrl.policy.attention import SegmentAttention
+from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.types import PackedRow
+from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights
+from megatron_qlrl.weights.stream import WeightStream
+
+FAKES = Path(__file__).resolve().parents[1] / "fakes" / "te"
+# Settings, Transformer Engine's recipe, rows of a block.
+FP8: list[tuple[dict[str, Any], str, int]] = [
+    ({"fp8": "hybrid", "fp8_recipe": "delayed", "recompute": "full"}, "DelayedScaling", 16),
+    ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, "Float8CurrentScaling", 16),
+    ({"fp8": "e4m3", "fp8_recipe": "blockwise", "recompute": "full"}, "Float8BlockScaling", 128),
+    ({"fp8": "e4m3", "fp8_recipe": "mxfp8", "recompute": "selective"}, "MXFP8BlockScaling", 32),
+]
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Models are built of Transformer Engine's layers, in the way they are on a GPU."""
+    with (
+        patch.object(policy_model, "has_transformer_engine", lambda: True),
+        patch.object(policy_model, "has_gpu", lambda: True),
+    ):
+        yield
+
+
+def engine_policy(context: ParallelContext, folder: Path, **settings: Any) -> Policy:
+    with as_on_a_gpu():
+        return policy_on(context, folder, **settings)
+
+
+def check_tree(policy: Policy) -> None:
+    """Which class is where; norms that are fused into the layer behind them are identities."""
+    expected = {
+        "input_layernorm": "IdentityOp",
+        "self_attention.linear_qkv": "TELayerNormColumnParallelLinear",
+        "self_attention.core_attention": "SegmentAttention",
+        "self_attention.linear_proj": "TERowParallelLinear",
+        "self_attention.q_layernorm": "RMSNorm" if policy.shape.qk_norm else "IdentityOp",
+        "self_attention.k_layernorm": "RMSNorm" if policy.shape.qk_norm else "IdentityOp",
+        "pre_mlp_layernorm": "IdentityOp",
+        "mlp.linear_fc1": "TELayerNormColumnParallelLinear",
+        "mlp.linear_fc2": "TERowParallelLinear",
+    }
+    for layer in policy.model.decoder.layers:
+        found = {name: type(layer.get_submodule(name)).__name__ for name in expected}
+        assert found == expected
+        assert isinstance(layer.self_attention.core_attention, SegmentAttention)
+    norm = policy.model.decoder.final_layernorm
+    if policy.context.is_last_stage:
+        assert type(norm).__module__ == "transformer_engine.pytorch.module"
+
+
+def streamed(policy: Policy, *, gradients: bool = False) -> dict[str, torch.Tensor]:
+    """Weights, or the gradients of the last update, by their Hugging Face names."""
+    stream = WeightStream(
+        policy.model, shape=policy.shape, context=policy.context, bucket_bytes=10**6
+    )
+    if gradients:
+        stream._parameters = {n: p.main_grad for n, p in policy.model.named_parameters()}  # pyright: ignore
+    return {name: tensor.clone() for name, tensor in stream}
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, want in theirs.items():
+        error = float((ours[name] - want).norm() / want.norm())
+        assert error < 1e-5, (name, error)
+
+
+def logprobs(policy: Policy, rows: list[PackedRow]) -> np.ndarray:
+    return np.concatenate([r.columns["now"] for r in policy.add_logprobs(rows, "now")])
+
+
+def step(policy: Policy, rows: list[PackedRow]) -> float:
+    return policy.update(rows, LOSS, lr=1e-3)["actor/grad_norm"]
+
+
+def check_case(rank: int, case: tuple[Path, tuple[int, int, int]]) -> None:
+    folder, (tp, pp, cp) = case
+    context = init_parallel(tp=tp, pp=pp, cp=cp, seed=1)
+    local, engine = policy_on(context, folder), engine_policy(context, folder)
+    assert_close(streamed(local), streamed(engine))
+    check_tree(engine)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(streamed(engine)[name], tensor), name
+    rows = rows_of(groups_of(157), context)
+    np.testing.assert_allclose(logprobs(engine, rows), logprobs(local, rows), atol=1e-5, rtol=0)
+    norm = step(local, rows)
+    assert step(engine, rows) == pytest.approx(norm, rel=1e-5)
+    assert_close(streamed(engine, gradients=True), streamed(local, gradients=True))
+    assert_close(streamed(engine), streamed(local))
+    if tp == 2 and not engine.shape.qk_norm:
+        for settings, recipe, block in FP8:
+            policy = engine_policy(context, folder, **settings)
+            check_fp8(policy, rows, (recipe, settings["fp8"].upper()), block)
+            assert_close(streamed(policy), streamed(local))
+    if pp == 2:
+        check_checkpoint(context, folder, rows, local)
+
+
+def check_fp8(policy: Policy, rows: list[PackedRow], recipe: tuple[str, str], block: int) -> None:
+    """Every product of a step runs under the recipe, on whole blocks of rows, also where it is
+    computed again; and the weights that are kept in FP8 follow the update."""
+    from transformer_engine.pytorch.fp8 import PRODUCTS
+
+    PRODUCTS.clear()
+    step(policy, rows)
+    found = logprobs(policy, rows)
+    assert {(p.recipe, p.format) for p in PRODUCTS} == {recipe}
+    assert all(p.rows % block == 0 for p in PRODUCTS)
+    policy.model.config.fp8 = None
+    np.testing.assert_allclose(found, logprobs(policy, rows), atol=1e-5, rtol=0)
+
+
+def check_checkpoint(
+    context: ParallelContext, folder: Path, rows: list[PackedRow], local: Policy
+) -> None:
+    """Checkpoints keep the layers' extra state, go on bitwise, and fit Megatron's own layers."""
+    fp8: dict[str, Any] = {"fp8": "e4m3", "distributed_optimizer": True}
+    first, second = (engine_policy(context, folder, **fp8) for _ in range(2))
+    store = CheckpointStore(folder / f"pp{context.pp.size}", keep=9, warn=print)
+
+    def save(number: int, policy: Policy) -> Path:
+        path = store.save(number, model=policy.model, optimizer=policy.optimizer, state={})
+        store.wait()
+        return path
+
+    def load(path: Path, policy: Policy) -> None:
+        load_checkpoint(path, model=policy.model, optimizer=policy.optimizer)
+
+    load(save(0, first), second)  # nothing has been updated yet
+    assert [step(first, rows) for _ in range(2)] == [step(second, rows) for _ in range(2)]
+    third = engine_policy(context, folder, **fp8)
+    load(save(2, first), third)
+    extra = "decoder.layers.0.mlp.linear_fc2._extra_state"
+    assert first.model.state_dict()[extra].numel() > 0
+    assert torch.equal(third.model.state_dict()[extra], first.model.state_dict()[extra])
+    assert step(third, rows) == step(first, rows)
+    for name, tensor in streamed(first).items():
+        assert torch.equal(streamed(third)[name], tensor), name
+    load_weights(save(3, third), model=local.model)  # as for an export without a GPU
+    for name, tensor in streamed(local).items():
+        assert torch.equal(streamed(third)[name], tensor), name
+
+
+def test_equals_megatrons_own_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FAKES)  # spawned ranks get this process' path
+    biased, normed = (tiny_hf(tmp_path / kind, kind) for kind in ("qwen2", "qwen3"))
+    layouts = [(biased, (2, 1, 1)), (normed, (2, 1, 1)), (biased, (1, 2, 1)), (normed, (1, 1, 1))]
+    run_ranks(check_case, 2, layouts)

@@ -1,0 +1,9 @@
+"""Names that Megatron's annotations mention."""
+
+
+class FusibleOperation:
+    pass
+
+
+class Sequential:
+    pass

@@ -1,0 +1,2 @@
+class QuantizedTensor:
+    """Weights kept in FP8; nothing here is one."""
