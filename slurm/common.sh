@@ -24,6 +24,12 @@ MASTER_ADDR="$(head -n 1 <<< "$node_names")" # the port comes from the job's and
 export MASTER_ADDR PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 
+# The run stops by itself when the time does not suffice for another step. Newer Slurms say when
+# it is up; a limit that is changed later is left to --signal.
+ends_at="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)"
+SLURM_JOB_END_TIME="$(date --date="$ends_at" +%s 2> /dev/null || true)"
+export SLURM_JOB_END_TIME
+
 # A USR1 for this script (#SBATCH --signal=B:USR1@300) goes on to the tasks of the step that runs.
 told=0 srun_pid=""
 trap 'told=$((told + 1)); [ -z "$srun_pid" ] || kill -USR1 "$srun_pid" 2> /dev/null || true' USR1

@@ -6,10 +6,10 @@
 #   CONTAINER=image.sqsh MOUNTS=/scratch:/scratch sbatch slurm/phase_rl.sh examples/quickstart
 #   sbatch --gpus-per-node=0 --ntasks-per-node=2 --cpus-per-task=4 slurm/...    without GPUs
 #
-# Arguments after the example are settings. The job checks its nodes first. Five minutes before its
-# time is up it saves and goes back into the queue; so it does after a failure. --signal must
-# leave time for one training step (an evaluation included) and a checkpoint. Slurm lets a job that
-# comes back wait for two minutes (`scontrol update JobId=... StartTime=now` shortens it).
+# Arguments after the example are settings. The job checks its nodes first. When its time does not
+# suffice for another step, or five minutes before it is up, it saves and goes back into the queue;
+# so it does after a failure. Slurm lets a job that comes back wait for two minutes
+# (`scontrol update JobId=... StartTime=now` shortens it).
 # More: slurm/common.sh.
 #SBATCH --job-name=qlrl-rl
 #SBATCH --nodes=1

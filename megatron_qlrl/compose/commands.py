@@ -31,7 +31,7 @@ from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.loop import run_phases
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import init_parallel, process_group
-from megatron_qlrl.platform.env import free_port, init_ranks
+from megatron_qlrl.platform.env import free_port, init_ranks, job_ends_at
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.platform.stop import stop_signals
 from megatron_qlrl.policy.loss import sft_loss
@@ -60,7 +60,7 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
     temperature = config.rollout.temperature
     weights = reference_folder(whole, begin.index)
     opened = open_run(config, temperature=temperature, whole=whole, weights=weights)
-    with stop_signals() as asked, opened as run:
+    with stop_signals(job_ends_at()) as asked, opened as run:
         prompts = on_all_ranks(partial(read_train_prompts, whole, run.tokenizer, warn=run.warn))
         benchmarks = on_all_ranks(run.benchmarks)
         curriculum = on_all_ranks(partial(make_curriculum, whole, prompts))
@@ -113,7 +113,11 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
 def run_sft(config: Config) -> None:
     """Warm-up SFT, from the newest checkpoint on; ends with a Hugging Face folder."""
     sft = config.sft
-    with stop_signals() as asked, joined(), open_run(config, temperature=1.0) as run:
+    with (
+        stop_signals(job_ends_at()) as asked,
+        joined(),
+        open_run(config, temperature=1.0) as run,
+    ):
         examples = on_all_ranks(partial(read_examples, config, run.tokenizer))
         benchmarks = on_all_ranks(run.benchmarks)
         steps = num_sft_steps(

@@ -395,14 +395,15 @@ class Run:
                 "resumes"
             )
 
-    def stop_if_asked(self, asked: bool) -> None:
-        """Raises StopRequested on every rank if the job told any of them (the run is then saved
-        as reached), or CheckpointError if a save has failed since."""
-        told = gather_objects((asked, self.store.failed()))
+    def stop_if_asked(self, reason: str) -> None:
+        """Raises StopRequested on every rank if any of them has a reason (the run is then saved as
+        reached), or CheckpointError if a save has failed since."""
+        told = gather_objects((reason, self.store.failed()))
         if any(failed for _, failed in told):
             self.store.wait()
-        if any(stop for stop, _ in told):
-            raise StopRequested("asked to stop; the run is saved: the same command goes on")
+        reasons = [reason for reason, _ in told if reason]
+        if reasons:
+            raise StopRequested(f"{reasons[0]}; the run is saved: the same command goes on")
 
     def reached(self, step: int, state: Mapping[str, Any]) -> None:
         """`step` steps are done: what the next `save` writes."""

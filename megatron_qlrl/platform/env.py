@@ -93,6 +93,13 @@ def set_engine_env(*, cpu_kv_cache_gib: int) -> None:
         os.environ.setdefault(name, value)
 
 
+def job_ends_at() -> float | None:
+    """When this job's time is up, in seconds since the epoch (Slurm, or slurm/common.sh, says so);
+    None without a limit."""
+    value = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(value) if value.isdigit() else None
+
+
 def read_secret(variable: str | None) -> str | None:
     """The key in the environment `variable` (None: no key is needed).
 

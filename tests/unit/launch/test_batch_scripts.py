@@ -41,10 +41,13 @@ AGAIN = (
 REQUEUE = "scontrol requeue 42"
 # Logs its command line; srun ends with the next exit code that the test wants.
 FAKE = """#!/bin/bash
-case "$(basename "$0") $1 $2" in "scontrol show hostnames") printf 'n1\\nn2\\n'; exit 0 ;; esac
+case "$(basename "$0") $1 $2" in
+  "scontrol show hostnames") printf 'n1\\nn2\\n'; exit 0 ;;
+  "squeue --noheader --jobs=42") echo "${LIMIT:-2001-09-09T01:46:40}"; exit 0 ;;
+esac
 echo "$(basename "$0") $*" >> "$LOG"
 [ "$(basename "$0")" = srun ] || exit 0
-echo "$MASTER_ADDR $OMP_NUM_THREADS" >> "$LOG.env"
+echo "$MASTER_ADDR $OMP_NUM_THREADS $SLURM_JOB_END_TIME" >> "$LOG.env"
 code="$(head -n 1 "$CODES")"
 sed -i 1d "$CODES"
 [ "$code" != wait ] || { trap 'exit 85' USR1; kill -USR1 "$PPID"; while :; do sleep 0.05; done; }
@@ -63,7 +66,7 @@ def batch(tmp_path: Path, script: str, *argv: str, codes: str, **env: str) -> Do
     """Runs a batch script as on the first of two nodes of eight GPUs each."""
     fakes = tmp_path / "bin"
     fakes.mkdir()
-    for name in ("srun", "scontrol"):
+    for name in ("srun", "scontrol", "squeue"):
         (fakes / name).write_text(FAKE)
         (fakes / name).chmod(0o755)
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes.split()))
@@ -74,6 +77,7 @@ def batch(tmp_path: Path, script: str, *argv: str, codes: str, **env: str) -> Do
             "LOG": str(tmp_path / "log"),
             "CODES": str(tmp_path / "codes"),
             "SLURM_JOB_ID": "42",
+            "TZ": "UTC",
             "SLURM_SUBMIT_DIR": str(submitted(tmp_path)),
             "SLURM_JOB_NODELIST": "n[1-2]",
             "SLURM_NNODES": "2",
@@ -115,7 +119,13 @@ def test_nodes_are_checked_then_one_process_a_task(
     parts = {"command": command, "config": "my/config.yaml", "more": " policy.tp=2 run.name=a b"}
     assert done.calls == [CHECK.format(**parts), RUN.format(**parts)]
     assert done.code == 0
-    assert (tmp_path / "log.env").read_text() == "n1 8\n" * 2
+    assert (tmp_path / "log.env").read_text() == "n1 8 1000000000\n" * 2
+
+
+def test_without_a_time_limit(tmp_path: Path) -> None:
+    done = batch(tmp_path, "phase_rl", "my", codes="0 0", LIMIT="N/A")
+    assert done.code == 0
+    assert (tmp_path / "log.env").read_text() == "n1 8 \n" * 2
 
 
 @pytest.mark.parametrize(

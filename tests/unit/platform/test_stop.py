@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -11,15 +12,24 @@ from megatron_qlrl.platform.stop import stop_signals
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signal_is_noted_and_ends_nothing(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with stop_signals() as asked:
-        assert not asked()
+    with stop_signals(None) as asked:
+        assert asked() == ""
         os.kill(os.getpid(), number)
-        assert asked()
+        assert asked() == "asked to stop"
     assert signal.getsignal(number) == before
 
 
 def test_wish_belongs_to_one_run() -> None:
-    with stop_signals():
+    with stop_signals(None):
         os.kill(os.getpid(), signal.SIGUSR1)
-    with stop_signals() as asked:
-        assert not asked()
+    with stop_signals(None) as asked:
+        assert asked() == ""
+
+
+def test_time_that_does_not_suffice_for_another_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1000.0, 1200.0, 1300.0, 1339.0, 1341.0])
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    with stop_signals(ends_at=1700.0) as asked:  # entered at 1000
+        # The longest step took 200 s: another is begun up to 1700 - 1.5 * 200 - 60 = 1340.
+        assert [asked() for _ in range(3)] == ["", "", ""]
+        assert asked() == "the job's time is up in 359 s, too soon for another step"
