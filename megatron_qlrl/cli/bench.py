@@ -10,21 +10,25 @@ import typer
 from megatron_qlrl.cli.ranks import on_ranks
 from megatron_qlrl.platform.env import read_ranks
 
+Count = Annotated[int, typer.Option(min=1)]
+Vocabulary = Annotated[int, typer.Option(min=2)]
+Rounds = Annotated[int, typer.Option(min=1, help="Medians are over so many.")]
+
 app = typer.Typer(help="Measure; JSON on stdout.", no_args_is_help=True)
 
 
 @app.command()
 def update(
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 2048,
-    response_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    prompt_tokens: Count = 2048,
+    response_tokens: Count = 64,
     group: Annotated[int, typer.Option(min=1, help="Responses to the prompt.")] = 8,
-    layers: Annotated[int, typer.Option(min=1)] = 4,
-    hidden: Annotated[int, typer.Option(min=1)] = 512,
-    heads: Annotated[int, typer.Option(min=1)] = 8,
-    kv_heads: Annotated[int, typer.Option(min=1)] = 2,
-    ffn: Annotated[int, typer.Option(min=1)] = 1536,
-    vocab: Annotated[int, typer.Option(min=2)] = 32_768,
-    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 3,
+    layers: Count = 4,
+    hidden: Count = 512,
+    heads: Count = 8,
+    kv_heads: Count = 2,
+    ffn: Count = 1536,
+    vocab: Vocabulary = 32_768,
+    rounds: Rounds = 3,
 ) -> None:
     """One update with the prompt computed once, against once for each response."""
     from megatron_qlrl.bench.policy import make_shape
@@ -47,10 +51,10 @@ def update(
 
 @app.command()
 def logprob(
-    vocab: Annotated[int, typer.Option(min=2)] = 151_936,
+    vocab: Vocabulary = 151_936,
     tokens: Annotated[int, typer.Option(min=4)] = 4096,
-    hidden: Annotated[int, typer.Option(min=1)] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 3,
+    hidden: Count = 128,
+    rounds: Rounds = 3,
 ) -> None:
     """Log-probs and entropy in blocks, against full logits."""
     from megatron_qlrl.bench.logprob import bench_logprob
@@ -78,15 +82,15 @@ def pack(
 
 @app.command()
 def row(
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 60_000,
-    response_tokens: Annotated[int, typer.Option(min=1)] = 1000,
+    prompt_tokens: Count = 60_000,
+    response_tokens: Count = 1000,
     group: Annotated[int, typer.Option(min=1, help="Responses to the prompt.")] = 8,
-    layers: Annotated[int, typer.Option(min=1)] = 2,
-    hidden: Annotated[int, typer.Option(min=1)] = 128,
-    heads: Annotated[int, typer.Option(min=1)] = 4,
-    kv_heads: Annotated[int, typer.Option(min=1)] = 2,
-    ffn: Annotated[int, typer.Option(min=1)] = 256,
-    vocab: Annotated[int, typer.Option(min=2)] = 32_768,
+    layers: Count = 2,
+    hidden: Count = 128,
+    heads: Count = 4,
+    kv_heads: Count = 2,
+    ffn: Count = 256,
+    vocab: Vocabulary = 32_768,
     cp: Annotated[int, typer.Option(min=1, help="Context parallel size: so many ranks.")] = 1,
 ) -> None:
     """One update on one long shared row, by default of a narrow model: time and peak memory."""
@@ -114,10 +118,10 @@ def row(
 
 @app.command()
 def reward(
-    samples: Annotated[int, typer.Option(min=1)] = 1024,
+    samples: Count = 1024,
     latency_ms: Annotated[float, typer.Option(min=0, help="Of the judge.")] = 50.0,
     in_flight: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 3,
+    rounds: Rounds = 3,
 ) -> None:
     """The judge's verdicts a second over HTTP, and answers a second by the rules alone."""
     from megatron_qlrl.bench.reward import bench_reward
@@ -135,13 +139,13 @@ def checkpoint(
         Path | None, typer.Option(exists=True, file_okay=False, help="On the disk in question.")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the updates beside it.")] = 512,
-    layers: Annotated[int, typer.Option(min=1)] = 4,
-    hidden: Annotated[int, typer.Option(min=1)] = 512,
-    heads: Annotated[int, typer.Option(min=1)] = 8,
-    kv_heads: Annotated[int, typer.Option(min=1)] = 2,
-    ffn: Annotated[int, typer.Option(min=1)] = 1536,
-    vocab: Annotated[int, typer.Option(min=2)] = 32_768,
-    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 3,
+    layers: Count = 4,
+    hidden: Count = 512,
+    heads: Count = 8,
+    kv_heads: Count = 2,
+    ffn: Count = 1536,
+    vocab: Vocabulary = 32_768,
+    rounds: Rounds = 3,
 ) -> None:
     """What a checkpoint takes from training: written beside it, against waited for."""
     from megatron_qlrl.bench.checkpoint import bench_checkpoint
