@@ -40,7 +40,6 @@ from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.platform.env import init_ranks, set_engine_env
 from megatron_qlrl.platform.machine import commit
-from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.platform.watchdog import watch_steps
 from megatron_qlrl.policy.optimizer import learning_rate
 from megatron_qlrl.policy.selfcheck import check_sharing
@@ -117,7 +116,7 @@ class Run:
             shape=self.shape,
             context=self.context,
             tokenizer=self.tokenizer,
-            weights=lambda: (self.stream, self.policy.version),
+            weights=self._present_weights,
         )
         self._unsaved: tuple[int, Mapping[str, Any]] | None = None
         self._fresh_steps: frozenset[int] = frozenset()
@@ -167,6 +166,11 @@ class Run:
             context=self.context,
             bucket_bytes=self.config.rollout.sync_bucket_mib * 2**20,
         )
+
+    def _present_weights(self) -> tuple[WeightStream, int]:
+        """For the engine, with as much memory beside them as there can be."""
+        self.policy.free_gradients()
+        return self.stream, self.policy.version
 
     def benchmarks(self) -> dict[str, list[Prompt]]:
         """Held-out prompts by file stem (not collective)."""
@@ -330,10 +334,10 @@ class Run:
 
     def _load(self, path: Path) -> dict[str, Any]:
         model, optimizer = self.policy.model, self.policy.optimizer
-        if step_of(path) not in self._fresh_steps:
-            return load_checkpoint(path, model=model, optimizer=optimizer)
-        state = load_weights(path, model=model)
-        with megatron_device():
+        with self.policy.optimizer_at_hand():
+            if step_of(path) not in self._fresh_steps:
+                return load_checkpoint(path, model=model, optimizer=optimizer)
+            state = load_weights(path, model=model)
             optimizer.reload_model_params()
         return state
 

@@ -175,7 +175,9 @@ class PolicyConfig(Section):
     share_prompts: bool = True
     """Compute a prompt once for all its responses in a row."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: none, core attention only, or whole layers."""
+    """Activation recomputation: none, the MLP of each layer, or whole layers."""
+    offload_activations: bool = False
+    """The layer inputs that recompute=full keeps wait in (pinned) host memory."""
     fp8: Literal["off", "e4m3", "hybrid"] = "off"
     """FP8 format of the linear layers (Transformer Engine, GPU only)."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "blockwise"
@@ -206,6 +208,9 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    offload: bool = False
+    """Adam's moments and the float32 weights wait in host memory except while the optimizer steps
+    (GPU only; needs model.dtype=bfloat16)."""
 
 
 class SFTConfig(Section):
@@ -435,6 +440,16 @@ class Config(Section):
             raise ValueError(
                 f"algorithm.updates_per_step={self.algorithm.updates_per_step} must divide "
                 f"rollout.prompts_per_step={self.rollout.prompts_per_step}"
+            )
+        if self.policy.offload_activations and self.policy.recompute != "full":
+            raise ValueError(
+                "policy.offload_activations=true needs policy.recompute=full: otherwise layers "
+                "keep far more than their inputs"
+            )
+        if self.optimizer.offload and self.model.dtype == "float32":
+            raise ValueError(
+                "optimizer.offload=true needs model.dtype=bfloat16: in float32 the optimizer's "
+                "weights are the model's own, which cannot leave the device"
             )
         if self.algorithm.kl_coef > 0 and not self.algorithm.reference:
             raise ValueError("algorithm.kl_coef > 0 needs algorithm.reference=true")

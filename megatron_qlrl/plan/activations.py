@@ -7,6 +7,7 @@ queries and of keys, f that of the MLP, w bytes of an element.
 """
 
 from dataclasses import dataclass
+from math import ceil, log2
 
 from megatron_qlrl.config.schema import PolicyConfig
 from megatron_qlrl.config.shape import ModelShape, padded_vocab
@@ -17,7 +18,8 @@ class Kernels:
     """Where the memory of one layer depends on the kernels in use.
 
     Attributes:
-        fused_norm: RMSNorm keeps its input; unfused it keeps two float32 copies of it.
+        fused_norm: RMSNorm keeps its input; unfused it keeps two float32 copies of it. Fused ones
+            are parts of the linear layers behind them.
         grouped_attention: the kernel's key and value gradients have kv heads; else query heads.
         block_elements: logits that exist at one time (policy/logprobs.py).
     """
@@ -76,18 +78,22 @@ class Activations:
         self.vocab = padded_vocab(shape.vocab_size, tp) // tp
 
     def layer(self) -> Kept:
-        """What one layer keeps without recomputation, or with "selective"."""
+        """What one layer keeps without recomputation."""
         return Kept(self._norms(), self._attention(), 5 * self.ffn * self.tokens * self.width)
+
+    def selective_layer(self) -> Kept:
+        """What is left when the MLP is recomputed, and with it the norm that is part of it."""
+        inside = self.stream() if self.kernels.fused_norm else 0.0
+        return Kept(self._norms() - inside, self._attention(), 0.0)
 
     def stage(self, stage: int) -> float:
         """What all layers of a pipeline stage keep, with the embedding's or the received input,
         the final norm, and the output that waits for its gradient."""
-        layers = self.shape.num_layers // self.policy.pp
+        found = self._layers() * self._kept_layer()
         if self.policy.recompute == "full":
-            angles = 4 * self.shape.head_dim * self.tokens
-            found = layers * self.stream() + angles
-        else:
-            found = layers * self.layer().total
+            found += 4 * self.shape.head_dim * self.tokens  # angles
+        if self.policy.offload_activations and stage:
+            found += self.stream()  # what was received waits for its gradient
         if stage < self.policy.pp - 1:
             return found + self.stream()
         return found + self._norm_input(self.hidden) + self.head_inputs()
@@ -95,6 +101,12 @@ class Activations:
     def stream(self) -> float:
         """One tensor of hidden states, [L, h]."""
         return self.tokens * self.hidden * self.width
+
+    def on_host(self) -> float:
+        """Layer inputs of a stage in pinned host memory, where torch hands out powers of two."""
+        if not self.policy.offload_activations:
+            return 0.0
+        return self._layers() * 2.0 ** ceil(log2(self.stream()))
 
     def head_inputs(self) -> float:
         """Hidden states that predict response tokens, [M, h]."""
@@ -107,7 +119,6 @@ class Activations:
             "MLP gradients": self._mlp_backward(),
             "attention gradients": self._attn_backward(),
         }
-        found = {name: bytes_ + self._recomputed() for name, bytes_ in found.items()}
         if stage == self.policy.pp - 1:
             # The final norm and the head's inputs are gone by then.
             freed = self._norm_input(self.hidden) + self.head_inputs()
@@ -137,10 +148,7 @@ class Activations:
         found = 4 * self.shape.head_dim * tokens * w  # cos and sin, for queries and for keys
         found += 2 * self.q * tokens * w  # rotated queries; output, which linear_proj shares
         local = (self.q + 3 * self.kv) * tokens * w  # values are a view of all that linear_qkv made
-        if self.policy.recompute == "selective":
-            found += local
-        else:
-            found += self._lse() + (self._row_keys() if self.gathered else local)
+        found += self._lse() + (self._row_keys() if self.gathered else local)
         if self.shape.qk_norm and not self.kernels.fused_norm:
             found += 8 * (self.q + self.kv) * tokens
         elif self.shape.qk_norm:
@@ -159,30 +167,44 @@ class Activations:
 
     # --- working --------------------------------------------------------------------------
 
-    def _recomputed(self) -> float:
-        """The layer whose backward pass runs, computed again, and its output; its input is kept
-        already, unless the norm keeps a copy in another type."""
+    def _layers(self) -> int:
+        return self.shape.num_layers // self.policy.pp
+
+    def _kept_layer(self) -> float:
+        """On the device, from a layer's forward to its backward pass."""
+        if self.policy.recompute == "full":
+            return 0.0 if self.policy.offload_activations else self.stream()
+        if self.policy.recompute == "selective":
+            return self.selective_layer().total
+        return self.layer().total
+
+    def _recomputed_layer(self) -> float:
+        """With "full", the layer whose backward pass runs, computed again, and its output; its
+        input is kept already, unless the norm keeps a copy in another type, or it waits in host
+        memory."""
         if self.policy.recompute != "full":
             return 0.0
         copied = not self.kernels.fused_norm and self.width < 4
-        return self.layer().total + (self.stream() if copied else 0)
+        return self.layer().total + self.stream() * (copied + self.policy.offload_activations)
 
     def _mlp_backward(self) -> float:
         """Gradients of the output, of the product and of one of its factors; [L, h] gathered."""
-        return self.stream() + 2 * self.ffn * self.tokens * self.width
+        found = self.stream() + 2 * self.ffn * self.tokens * self.width
+        if self.policy.recompute == "selective":  # the MLP computed again, and its output
+            return found + self.layer().total - self.selective_layer().total + self.stream()
+        return found + self._recomputed_layer()
 
     def _attn_backward(self) -> float:
         """The MLP's part is free again; gradients of output, queries, keys and values with one
-        piece's, and what selective recomputation brings back."""
-        kept = self.layer()
+        piece's."""
+        kept = self.selective_layer() if self.policy.recompute == "selective" else self.layer()
         w, keys = self.width, self._row_keys()
         piece = keys if self.kernels.grouped_attention else keys * self.q / self.kv
         found = 2 * self.stream() + 3 * self.q * self.tokens * w + keys + piece
         if self.gathered:
             found += keys  # un-ordered again on the way back to the ranks
-        if self.policy.recompute == "selective":
-            found += self._lse() + self.q * self.tokens * w + (keys if self.gathered else 0)
-        return found - kept.mlp - kept.norms / 2
+        mlp_norm = kept.norms - self._norms() / 2
+        return found + self._recomputed_layer() - kept.mlp - mlp_norm
 
     def _block_forward(self) -> float:
         if self.width == 4:

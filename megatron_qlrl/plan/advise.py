@@ -14,6 +14,17 @@ from megatron_qlrl.plan.phase import ENGINE_PARTS, Cluster, PhasePlan, plan_phas
 
 RECOMPUTE = ("none", "selective", "full")
 
+Changes = Mapping[str, Mapping[str, Any]]
+"""New settings by section."""
+
+RELIEFS: tuple[Changes, ...] = (
+    {},
+    {"optimizer": {"offload": True}},
+    {"policy": {"offload_activations": True}},
+    {"optimizer": {"offload": True}, "policy": {"offload_activations": True}},
+)
+"""What may go to host memory where a layout does not fit without, the cheapest first."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -57,26 +68,42 @@ def options(
     config: Config, hf: Mapping[str, Any], shape: ModelShape, cluster: Cluster,
     lengths: Lengths | None,
 ) -> Iterator[Option]:  # fmt: skip
-    """Every layout of the GPUs that fits, with the memory share of the engine lowered or raised
-    where it has to be."""
+    """Every layout of the GPUs that fits: where it has to be, with what can wait in host memory
+    there, and with the memory share of the engine lowered or raised."""
     for settings in _layouts(config, shape, cluster):
+        if settings["recompute"] != "full":
+            settings["offload_activations"] = False
         changed = _changed(config, {"policy": settings})
         try:
             check_layout(changed, hf, world_size=cluster.gpus)
         except ConfigError:
             continue
+        left = list(_reliefs(changed))
         for tp in _engine_sizes(config, cluster) if config.phases else [config.rollout.tp]:
-            plan = plan_phase(
-                _changed(changed, {"rollout": {"tp": tp}}), shape, cluster, lengths=lengths
-            )
-            if plan.update.total > cluster.hardware.memory_bytes:
-                break  # the engine's size changes nothing about that
-            if plan.problems:
-                plan = plan_phase(
-                    _with_largest_share(plan, cluster), shape, cluster, lengths=lengths
-                )
-            if not plan.problems:
-                yield Option(_difference(config, plan.config), plan)
+            sized = _changed(changed, {"rollout": {"tp": tp}})
+            for relief in list(left):
+                plan = plan_phase(_changed(sized, relief), shape, cluster, lengths=lengths)
+                if plan.update.total > cluster.hardware.memory_bytes:
+                    left.remove(relief)  # the engine's size changes nothing about that
+                    continue
+                if plan.problems:
+                    plan = plan_phase(
+                        _with_largest_share(plan, cluster), shape, cluster, lengths=lengths
+                    )
+                if not plan.problems:
+                    yield Option(_difference(config, plan.config), plan)
+                    break
+
+
+def _reliefs(config: Config) -> Iterator[Changes]:
+    """Those that are allowed and change something."""
+    for relief in RELIEFS:
+        if "policy" in relief and config.policy.recompute != "full":
+            continue
+        if "optimizer" in relief and config.model.dtype == "float32":
+            continue
+        if not relief or _changed(config, relief) != config:
+            yield relief
 
 
 def _with_largest_share(plan: PhasePlan, cluster: Cluster) -> Config:
@@ -108,7 +135,7 @@ def _engine_sizes(config: Config, cluster: Cluster) -> list[int]:
     return sorted({config.rollout.tp, *sizes})
 
 
-def _changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
+def _changed(config: Config, changes: Changes) -> Config:
     sections = {
         name: getattr(config, name).model_copy(update=dict(settings))
         for name, settings in changes.items()
@@ -118,7 +145,7 @@ def _changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config
 
 def _difference(before: Config, after: Config) -> dict[str, Any]:
     found = {}
-    for section in ("policy", "rollout"):
+    for section in ("policy", "rollout", "optimizer"):
         old, new = getattr(before, section), getattr(after, section)
         for name in type(old).model_fields:
             if getattr(old, name) != getattr(new, name):

@@ -12,6 +12,7 @@ from megatron_qlrl.plan.flops import (
     block_flops,
     head_flops,
     linear_flops,
+    mlp_flops,
     prefill_flops,
 )
 from megatron_qlrl.plan.hardware import Hardware
@@ -59,7 +60,8 @@ def training_work(config: Config, shape: ModelShape, *, gpus: int, lengths: Leng
     forward = blocks * block_flops(shape, lengths.prompt, each)
     head = head_flops(shape, blocks * sum(each))
     linear = shape.num_layers * linear_flops(shape) * tokens
-    again = {"none": 0.0, "selective": forward - head - linear, "full": forward - head}
+    mlp = shape.num_layers * mlp_flops(shape) * tokens
+    again = {"none": 0.0, "selective": mlp, "full": forward - head}
     alone = block_flops(shape, lengths.prompt, [lengths.response])
     return Work(
         tokens=tokens,
@@ -85,10 +87,19 @@ def training_seconds(
     flop_s = (work.linear / linear + (work.forward - work.linear) / bf16) / work.forward / gpus
     rows = work.tokens * model_ranks * policy.cp / gpus * shape.num_layers / policy.pp
     tp_s, cp_s = _exchange(config, shape, hardware, width)
-    # Backward: the gathers of the inputs again, and every collective's opposite.
-    again = int(policy.recompute == "full")
-    links = rows * (tp_s * (2.5 + again) + cp_s * (2 + int(policy.recompute != "none")))
+    # Backward: the gathers of the inputs again, every collective's opposite, and what recomputation
+    # repeats: the MLP has half of tp's.
+    tp_again, cp_again = {"none": (0, 0), "selective": (0.5, 0), "full": (1, 1)}[policy.recompute]
+    links = rows * (tp_s * (2.5 + tp_again) + cp_s * (2 + cp_again))
+    if policy.offload_activations:  # out and in
+        shards = policy.cp * (policy.tp if policy.sequence_parallel else 1)
+        links += rows * 2 * shape.hidden_size * width / shards / hardware.pinned_copy
     found = {"updates": (work.update * flop_s + links) * work.idle}
+    if config.optimizer.offload:
+        # In and out: the moments and the float32 weights.
+        shards = gpus if policy.distributed_optimizer else model_ranks
+        state = 12 * weight_bytes / width / shards
+        found["updates"] += algorithm.updates_per_step * 2 * state / hardware.host_copy
     # Gradients are reduced in float32, and the new weights gathered.
     reduced = weight_bytes / width * (4 + width) / model_ranks
     if gpus > model_ranks:

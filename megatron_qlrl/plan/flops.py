@@ -34,6 +34,11 @@ def linear_flops(shape: ModelShape) -> float:
     return 2 * shape.hidden_size * (2 * q + 2 * kv + 3 * shape.ffn_size)
 
 
+def mlp_flops(shape: ModelShape) -> float:
+    """The MLP's part of `linear_flops`."""
+    return 2 * shape.hidden_size * 3 * shape.ffn_size
+
+
 def attention_flops(shape: ModelShape, num_pairs: float) -> float:
     """Forward FLOPs of one layer's attention over (query, key) pairs: scores and values."""
     return 4 * shape.num_heads * shape.head_dim * num_pairs

@@ -19,6 +19,7 @@ class Hardware:
         nvlink: between the GPUs of a node, bytes/s each way.
         network: between nodes, bytes/s for each GPU.
         host_copy: between GPU and pageable host memory, bytes/s.
+        pinned_copy: between GPU and pinned host memory, bytes/s, all GPUs of a node at once.
         gpus_per_node: tensor parallel groups must fit into a node.
         training_efficiency: share of the peak that an update's FLOPs reach, communication not
             counted.
@@ -42,6 +43,7 @@ class Hardware:
     nvlink: float = 450e9
     network: float = 50e9
     host_copy: float = 5e9
+    pinned_copy: float = 20e9
     gpus_per_node: int = 8
     training_efficiency: float = 0.45
     link_efficiency: float = 0.70
@@ -68,6 +70,7 @@ ASSUMED = (
     "decode_step_s",
     "network",
     "host_copy",
+    "pinned_copy",
     "framework_bytes",
     "fragmentation",
     "asleep_bytes",

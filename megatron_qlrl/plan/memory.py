@@ -64,25 +64,40 @@ def model_state(
     return found
 
 
-def update_peak(activations: Activations, *, dp: int, micro_batches: int, stage: int) -> Peak:
-    """The fullest moment of an update on a stage: 1F1B has `pp - stage` micro-batches in flight
-    (or all there are) when a backward pass starts."""
+def in_flight(policy: PolicyConfig, *, micro_batches: int, stage: int) -> int:
+    """Micro-batches of a stage between their passes when a backward pass starts, under 1F1B."""
+    return min(policy.pp - stage, micro_batches)
+
+
+def update_peak(
+    activations: Activations, *, dp: int, micro_batches: int, stage: int, offload: bool = False
+) -> Peak:
+    """The fullest moment of an update on a stage. `offload`: the optimizer's state is there only
+    while it steps, after the last backward pass."""
     policy = activations.policy
     numels = stage_parameters(activations.shape, tp=policy.tp, pp=policy.pp, stage=stage)
     state = model_state(numels, policy, width=activations.width, dp=dp)
-    in_flight = min(policy.pp - stage, micro_batches)
+    step = Peak("optimizer step", state | {"working memory": activations.gather_buffer()})
+    if offload:
+        state = without(state, "optimizer")
+    running = in_flight(policy, micro_batches=micro_batches, stage=stage)
     working = activations.working(stage)
     moment = max(working, key=lambda name: working[name])
     # The gradient that was just sent to the stage before, and the next input from there.
     passing = 2 * activations.stream() if stage else 0.0
-    return Peak(
+    backward = Peak(
         moment,
         state
         | {
-            "activations": in_flight * activations.stage(stage),
+            "activations": running * activations.stage(stage),
             "working memory": working[moment] + passing + activations.gather_buffer(),
         },
     )
+    return max(backward, step, key=lambda peak: peak.total)
+
+
+def without(parts: Mapping[str, float], *names: str) -> dict[str, float]:
+    return {name: size for name, size in parts.items() if name not in names}
 
 
 def stream_peak(shape: ModelShape, policy: PolicyConfig, *, width: int, bucket_bytes: int) -> float:

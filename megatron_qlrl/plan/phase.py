@@ -17,10 +17,12 @@ from megatron_qlrl.plan.estimate import (
 from megatron_qlrl.plan.hardware import GIB, Hardware
 from megatron_qlrl.plan.memory import (
     Peak,
+    in_flight,
     model_state,
     stage_parameters,
     stream_peak,
     update_peak,
+    without,
 )
 
 ENGINE_PARTS = ("engine's weights", "weight stream", "engine's share")
@@ -46,7 +48,7 @@ class PhasePlan:
         stage: the fullest pipeline stage.
         rollout: None where nothing is generated (SFT).
         cache_tokens: key/value cache of one engine; longest: what it must hold at least.
-        host: host memory of the reference policy's weights, for each rank.
+        host: bytes in host memory by part, of the rank with the most.
         problems: what does not fit, the first thing first.
         seconds: of a step, by part.
     """
@@ -60,7 +62,7 @@ class PhasePlan:
     rollout: Peak | None
     cache_tokens: float
     longest: int
-    host: float
+    host: Mapping[str, float]
     problems: tuple[str, ...]
     lengths: Lengths
     work: Work
@@ -88,7 +90,14 @@ def plan_phase(
     activations = Activations(shape, policy, row, width=width, kernels=GPU)
     peaks = [
         _with_allowance(
-            update_peak(activations, dp=dp, micro_batches=policy.pp, stage=stage), hardware
+            update_peak(
+                activations,
+                dp=dp,
+                micro_batches=policy.pp,
+                stage=stage,
+                offload=config.optimizer.offload,
+            ),
+            hardware,
         )
         for stage in range(policy.pp)
     ]
@@ -122,7 +131,7 @@ def plan_phase(
         rollout=rollout,
         cache_tokens=cache_tokens,
         longest=longest,
-        host=peaks[stage].parts["weights"] if config.phases and config.algorithm.reference else 0.0,
+        host=_host(config, activations, dp=dp),
         problems=tuple(_problems(config, peaks[stage], rollout, cache_tokens, longest, hardware)),
         lengths=lengths,
         work=work,
@@ -147,7 +156,7 @@ def longest_row(config: Config) -> Row:
 
 def _with_allowance(peak: Peak, hardware: Hardware) -> Peak:
     """With what is not counted but assumed."""
-    moving = peak.parts["activations"] + peak.parts["working memory"]
+    moving = peak.parts.get("activations", 0.0) + peak.parts["working memory"]
     return Peak(
         peak.moment,
         {
@@ -158,11 +167,28 @@ def _with_allowance(peak: Peak, hardware: Hardware) -> Peak:
     )
 
 
+def _host(config: Config, activations: Activations, *, dp: int) -> dict[str, float]:
+    """What waits in host memory on the rank where it is most."""
+    policy = config.policy
+    found = []
+    for stage in range(policy.pp):
+        numels = stage_parameters(activations.shape, tp=policy.tp, pp=policy.pp, stage=stage)
+        state = model_state(numels, policy, width=activations.width, dp=dp)
+        running = in_flight(policy, micro_batches=policy.pp, stage=stage)
+        parts = {
+            "reference": state["weights"] if config.phases and config.algorithm.reference else 0.0,
+            "optimizer": state["optimizer"] if config.optimizer.offload else 0.0,
+            "layer inputs": running * activations.on_host(),
+        }
+        found.append({name: size for name, size in parts.items() if size})
+    return max(found, key=lambda parts: sum(parts.values()))
+
+
 def _rollout_peak(
     config: Config, shape: ModelShape, hardware: Hardware, *, dp: int, width: int, weights: float
 ) -> Peak:
-    """The awake engine beside the policy's state, which stays where it is: either it loads (its
-    weights and the stream) or it has its whole share."""
+    """The awake engine beside the policy's state but its gradients, whose memory is given back:
+    either the engine loads (its weights and the stream) or it has its whole share."""
     policy = config.policy
     states = [
         model_state(
@@ -171,6 +197,8 @@ def _rollout_peak(
         )
         for stage in range(policy.pp)
     ]  # fmt: skip
+    away = ("gradients", "optimizer") if config.optimizer.offload else ("gradients",)
+    states = [without(parts, *away) for parts in states]
     state = max(states, key=lambda parts: sum(parts.values()))
     state = state | {"framework": hardware.framework_bytes}
     bucket = config.rollout.sync_bucket_mib * 2**20

@@ -128,6 +128,7 @@ def quiet_foreign_warnings() -> None:
         "`load_state_dict` is deprecated and will be removed",
         "Please use DTensor instead and we are deprecating ShardedTensor",
         "`torch.distributed.* is deprecated",
+        "TypedStorage is deprecated",
         "The .grad attribute of a Tensor that is not a leaf Tensor",
     ):
         warnings.filterwarnings("ignore", message=message)

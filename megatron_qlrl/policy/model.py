@@ -1,6 +1,7 @@
 """Hugging Face shape -> Megatron GPT. Two layer specs: Megatron's own layers (CPU, or a GPU
 without Transformer Engine) and Transformer Engine's (FP8). Both use `SegmentAttention`."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from megatron_qlrl.config.shape import ModelShape, padded_vocab
 from megatron_qlrl.parallel.context import ParallelContext
 from megatron_qlrl.platform.device import has_gpu, has_transformer_engine
 from megatron_qlrl.policy.attention import AttentionPlan, SegmentAttention
+from megatron_qlrl.policy.offload import layer_inputs_on_host
 
 
 class PolicyModel(GPTModel):
@@ -42,8 +44,9 @@ class PolicyModel(GPTModel):
 
     inv_freq: torch.Tensor
 
-    def __init__(self, shape: ModelShape, **kwargs: Any) -> None:
+    def __init__(self, shape: ModelShape, *, offload_activations: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.offload_activations = offload_activations
         self.rotary_pos_emb = None  # angles come from position_ids
         self.register_buffer("inv_freq", rope_frequencies(shape)[0], persistent=False)
 
@@ -56,12 +59,14 @@ class PolicyModel(GPTModel):
         if self.pre_process:
             states = self.embedding(input_ids=token_ids, position_ids=position_ids)
         angles = position_ids[0].to(self.inv_freq.dtype)[:, None] * self.inv_freq
-        return self.decoder(
-            hidden_states=states,
-            attention_mask=None,
-            rotary_pos_emb=torch.cat([angles, angles], -1)[:, None, None, :],
-            packed_seq_params=plan,
-        )
+        hidden_size = self.config.hidden_size
+        with layer_inputs_on_host(hidden_size) if self.offload_activations else nullcontext():
+            return self.decoder(
+                hidden_states=states,
+                attention_mask=None,
+                rotary_pos_emb=torch.cat([angles, angles], -1)[:, None, None, :],
+                packed_seq_params=plan,
+            )
 
     def output_weight(self) -> torch.Tensor:
         """This rank's vocabulary shard of the LM head, [padded_vocab / tp, hidden]."""
@@ -120,7 +125,10 @@ def transformer_config(
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform",
                      "recompute_num_layers": 1}  # fmt: skip
     elif policy.recompute == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        # Not attention: at long context it is most of the work and keeps little. Not "layernorm":
+        # Transformer Engine's norms are parts of the linear layers, that of the MLP is recomputed
+        # with it; and without Transformer Engine Megatron 0.16 fails there.
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     fp8: dict[str, Any] = {}
     if policy.fp8 != "off":
         fp8 = {"fp8": policy.fp8, "fp8_recipe": policy.fp8_recipe}
@@ -233,6 +241,7 @@ def build_model(
     block = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=final_norm)
     model = PolicyModel(
         shape,
+        offload_activations=policy.offload_activations,
         config=config,
         transformer_layer_spec=block,
         vocab_size=padded_vocab(shape.vocab_size, context.tp.size),

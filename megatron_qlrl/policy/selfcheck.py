@@ -141,15 +141,13 @@ def _gradient_differences(
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
     policy.wrapped.train()
     with megatron_device():
-        policy.wrapped.zero_grad_buffer()
-        policy.optimizer.zero_grad()
+        policy.clear_gradients()
         policy.run(shared, partial(training_loss, sft_loss), forward_only=False)
         whole = _gradient_norms(policy)
         policy.run([negated(r) for r in separate], partial(training_loss, sft_loss),
                    forward_only=False)  # fmt: skip
         rest = _gradient_norms(policy)
-        policy.wrapped.zero_grad_buffer()
-        policy.optimizer.zero_grad()
+        policy.clear_gradients()
     config.finalize_model_grads_func = finalize
     return {layer: rest[layer] / whole[layer] for layer in whole}
 

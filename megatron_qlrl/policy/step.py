@@ -70,6 +70,7 @@ class Policy:
         self.version = 0
         self.shard = shard
         self._reference: list[torch.Tensor] | None = None
+        self._offload = optimizer.offload
         with megatron_device():
             self.model = build_model(shape, policy, dtype=dtype, context=context).to(device())
             load(self.model)
@@ -79,6 +80,8 @@ class Policy:
             self.optimizer = build_optimizer(
                 self.wrapped, optimizer, distributed=policy.distributed_optimizer
             )
+            if self._offload:
+                self.optimizer.offload_to_cpu()
         self.model.config.finalize_model_grads_func = finalize_model_grads
 
     def update(
@@ -93,18 +96,42 @@ class Policy:
         """
         self.wrapped.train()
         with megatron_device():
-            self.wrapped.zero_grad_buffer()
-            # Without this the first micro-batch's gradients count twice from step two on.
-            self.optimizer.zero_grad()
+            self.clear_gradients()
             found = self.run(rows, partial(training_loss, loss), forward_only=False)
-            self.optimizer.prepare_grads()
-            norm = float(self.optimizer.get_grad_norm())
-            metrics = _means(found, self.context) | {"actor/grad_norm": norm, "actor/lr": lr}
-            if all(gather_objects(permit(metrics))):
-                set_learning_rate(self.optimizer, lr)
-                self.optimizer.step()
-                self.version += 1
+            with self.optimizer_at_hand():  # a gradient lies on its weight's device
+                self.optimizer.prepare_grads()
+                norm = float(self.optimizer.get_grad_norm())
+                metrics = _means(found, self.context) | {"actor/grad_norm": norm, "actor/lr": lr}
+                if all(gather_objects(permit(metrics))):
+                    set_learning_rate(self.optimizer, lr)
+                    self.optimizer.step()
+                    self.version += 1
         return metrics
+
+    def clear_gradients(self) -> None:
+        """Gradients are 0, in memory that is taken again if `free_gradients` gave it back. Inside
+        `megatron_device()`."""
+        self.wrapped.restore_grad_buffers()
+        self.wrapped.zero_grad_buffer()
+        # Without this the first micro-batch's gradients count twice from step two on.
+        self.optimizer.zero_grad()
+
+    def free_gradients(self) -> None:
+        """Gives the gradients' memory back until the next update: between updates they hold
+        nothing."""
+        with megatron_device():
+            self.wrapped.offload_grad_buffers()
+
+    @contextmanager
+    def optimizer_at_hand(self) -> Iterator[None]:
+        """Inside, the optimizer's state is on the device; outside, with optimizer.offload, in host
+        memory. Without a GPU the same calls move nothing. Not run on a GPU yet."""
+        with megatron_device():
+            if self._offload:
+                self.optimizer.restore_from_cpu()
+            yield
+            if self._offload:
+                self.optimizer.offload_to_cpu()
 
     @torch.no_grad()
     def add_logprobs(self, rows: Sequence[PackedRow], name: str) -> list[PackedRow]:

@@ -34,8 +34,8 @@ CASES: list[dict[str, Any]] = [
     {"lengths": (3000, 16, 2), "recompute": "full", "cp": 2, "ffn": 64},
     {"lengths": LONG, "tp": 2},
     {"lengths": LONG, "cp": 2},
-    {"lengths": LONG, "cp": 2, "recompute": "selective"},
     {"lengths": LONG, "pp": 2, "rows": 3},
+    {"lengths": LONG, "pp": 2, "rows": 3, "recompute": "selective"},
     {"lengths": HEAD, "pp": 2, "rows": 3, "recompute": "full", "dtype": "bfloat16"},
 ]
 

@@ -90,6 +90,7 @@ def policy_on(
     *,
     dtype: torch.dtype = torch.float32,
     block: int = 1,
+    offload_optimizer: bool = False,
     **settings: Any,
 ) -> Policy:
     """`block`: the tokens on a rank are padded to a multiple of it, as FP8 needs it."""
@@ -101,7 +102,9 @@ def policy_on(
         shape,
         policy=config,
         # A large eps: Adam must not blow rounding noise of tiny gradients up to full steps.
-        optimizer=OptimizerConfig(lr=1e-3, eps=1e-3),  # pyright: ignore[reportCallIssue]
+        optimizer=OptimizerConfig(  # pyright: ignore[reportCallIssue]
+            lr=1e-3, eps=1e-3, offload=offload_optimizer
+        ),
         dtype=dtype,
         temperature=TEMPERATURE,
         context=context,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from megatron_qlrl.config.checks import smallest_world_size
 from megatron_qlrl.config.load import load_config, save_config
@@ -72,3 +73,16 @@ def test_overlong_buffer_must_fit_the_response(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="overlong_buffer_tokens=51 is longer than .*=50"):
         load_config(path)
     assert load_config(path, ["algorithm.overlong_buffer_tokens=50"])
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"policy": {"offload_activations": True}}, "needs policy.recompute=full"),
+        ({"optimizer": {"offload": True}, "model": {"dtype": "float32"}}, "the model's own"),
+    ],
+)
+def test_what_cannot_wait_in_host_memory(sections: dict[str, Any], message: str) -> None:
+    model = {"path": "m"} | sections.get("model", {})
+    with pytest.raises(ValidationError, match=message):
+        Config.model_validate(sections | {"model": model})

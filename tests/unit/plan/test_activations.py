@@ -75,6 +75,36 @@ def test_recomputation_and_pipelines_keep_less() -> None:
     assert kept(1, pp=2) == layer + head
 
 
+def test_selective_recomputation_leaves_norms_and_attention() -> None:
+    policy = PolicyConfig(recompute="selective")
+    # 6 tokens, h 8, f 10: unfused norms stay; a fused one's output (8 x 4) is made again.
+    unfused = Activations(TINY, policy, Row(6, 3), width=4, kernels=CPU)
+    assert unfused.selective_layer() == replace(unfused.layer(), mlp=0)
+    fused = Activations(TINY, policy, Row(6, 3), width=4, kernels=GPU)
+    norms = fused.layer().norms - 6 * 8 * 4
+    assert fused.selective_layer() == replace(fused.layer(), norms=norms, mlp=0)
+    # The backward pass of the MLP: made again with its output, three gradients of f, h, f.
+    stream = 6 * 8 * 4
+    mlp = stream + 2 * 6 * 10 * 4 + 6 * 5 * 10 * 4 + stream
+    head = fused.row.responses * 8 * 4 + 6 * (8 * 4 + 4)
+    assert fused.working(0)["MLP gradients"] == mlp + stream - head
+    assert unfused.working(0)["MLP gradients"] == mlp - 3 * 8 * 4 - 6 * (8 * 8 + 4)
+
+
+def test_offloaded_inputs_leave_the_device() -> None:
+    def found(**settings: object) -> Activations:
+        policy = PolicyConfig.model_validate({"recompute": "full", "pp": 2} | settings)
+        return Activations(TINY, policy, Row(48, 8), width=2, kernels=GPU)
+
+    here, away = found(), found(offload_activations=True)
+    stream = 48 * 8 * 2  # of one layer
+    assert here.stage(0) - away.stage(0) == stream
+    assert here.stage(1) == away.stage(1)  # the schedule holds what the second stage received
+    assert (here.on_host(), away.on_host()) == (0, 1024)  # 768 bytes, rounded up
+    for moment in ("MLP gradients", "attention gradients"):
+        assert away.working(0)[moment] - here.working(0)[moment] == stream
+
+
 def test_block_of_logits_is_no_larger_than_the_vocabulary() -> None:
     few = Activations(TINY, PolicyConfig(), Row(64, 8), width=2, kernels=GPU)
     # 8 tokens x 16 entries: float32 once more and in bfloat16, beside two buffers.

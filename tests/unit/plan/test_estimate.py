@@ -30,6 +30,7 @@ ROUND = replace(
     network=100.0,
     link_efficiency=0.5,
     host_copy=1e3,
+    pinned_copy=200.0,
 )
 LENGTHS = Lengths(prompt=20, response=4)
 
@@ -43,7 +44,7 @@ def config(**sections: Any) -> Config:
         "algorithm": {"reference": False},
     }
     for name, settings in sections.items():
-        tree[name] = tree[name] | settings
+        tree[name] = tree.get(name, {}) | settings
     return Config.model_validate(tree)
 
 
@@ -70,7 +71,8 @@ def test_updates_execute_the_logits_once_more_and_what_is_recomputed() -> None:
     assert found["none"].linear == linear
     assert found["none"].update == 3 * forward + head
     assert found["full"].update == 4 * forward
-    assert found["selective"].update == 4 * forward - linear
+    mlp = 2 * 288 * 2 * 3 * 8 * 10
+    assert found["selective"].update == 3 * forward + head + mlp
 
 
 def test_pipelines_and_missing_rows_idle() -> None:
@@ -116,6 +118,33 @@ def test_links_take_time_beside_the_products() -> None:
     # 288 tokens, 2 layers, 4 collectives of half of 8 x 2 bytes, 2.5 times with the backward pass
     links = 288 * 2 * 4 * 8 * 2.5 / 500
     assert found["updates"] == pytest.approx(work.update / 2 / 5e5 + links)
+
+
+@pytest.mark.parametrize(("mode", "times"), [("none", 2.5), ("selective", 3), ("full", 3.5)])
+def test_recomputation_repeats_collectives(mode: str, times: float) -> None:
+    shape = replace(TINY, num_kv_heads=2)
+    chosen = config(policy={"tp": 2, "recompute": mode})
+    work = training_work(chosen, shape, gpus=2, lengths=LENGTHS)
+    found = training_seconds(
+        chosen, shape, work, gpus=2, hardware=ROUND, width=2, weight_bytes=2_000
+    )
+    links = 288 * 2 * 4 * 8 * times / 500
+    assert found["updates"] == pytest.approx(work.update / 2 / 5e5 + links)
+
+
+def test_copies_to_host_memory_and_back() -> None:
+    full = {"recompute": "full"}
+    plain = seconds(policy=full)["updates"]
+    # 288 tokens, 2 layers, 8 x 2 bytes, out and in at 200 a second
+    moved = seconds(policy=full | {"offload_activations": True})["updates"]
+    assert moved == pytest.approx(plain + 2 * 288 * 2 * 16 / 200)
+    # 1,000 parameters of 12 bytes, out and in at 1,000 a second, in each of two updates
+    two: dict[str, Any] = {"algorithm": {"updates_per_step": 2}}
+    stepped = seconds(**two, optimizer={"offload": True})["updates"]
+    assert stepped == pytest.approx(seconds(**two)["updates"] + 2 * 2 * 12)
+    # On two ranks the distributed optimizer has half of it on each.
+    shared = seconds(2, optimizer={"offload": True})["updates"]
+    assert shared == pytest.approx(seconds(2)["updates"] + 2 * 6)
 
 
 def test_gradients_are_reduced_over_data_parallel_ranks() -> None:

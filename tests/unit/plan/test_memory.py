@@ -6,7 +6,8 @@ import pytest
 
 from megatron_qlrl.config.schema import PolicyConfig
 from megatron_qlrl.config.shape import ModelShape
-from megatron_qlrl.plan.memory import model_state, stage_parameters, stream_peak
+from megatron_qlrl.plan.activations import GPU, Activations, Row
+from megatron_qlrl.plan.memory import model_state, stage_parameters, stream_peak, update_peak
 
 
 def qwen(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) -> ModelShape:
@@ -77,6 +78,25 @@ def test_state_of_a_parameter(
     policy = PolicyConfig(cp=cp, distributed_optimizer=distributed)
     state = model_state([600, 400], policy, width=width, dp=dp)
     assert sum(state.values()) == pytest.approx(1000 * bytes_each)
+
+
+def test_optimizer_that_waits_makes_a_moment_of_its_own() -> None:
+    def peak(tokens: int, *, offload: bool) -> tuple[str, float]:
+        row = Row(tokens, 8)
+        found = Activations(TINY, PolicyConfig(), row, width=2, kernels=GPU)
+        at = update_peak(found, dp=1, micro_batches=1, stage=0, offload=offload)
+        return at.moment, at.total
+
+    num = sum(stage_parameters(TINY, tp=1, pp=1, stage=0))
+    # A long row: without Adam's 12 bytes a parameter at its fullest moment.
+    moment, total = peak(100_000, offload=False)
+    assert peak(100_000, offload=True) == (moment, total - 12 * num)
+    # A model that outweighs a row: weights, gradients and Adam, nothing else.
+    wide = replace(TINY, vocab_size=2**24)
+    num = sum(stage_parameters(wide, tp=1, pp=1, stage=0))
+    found = Activations(wide, PolicyConfig(), Row(8, 8), width=2, kernels=GPU)
+    at = update_peak(found, dp=1, micro_batches=1, stage=0, offload=True)
+    assert (at.moment, at.total) == ("optimizer step", 18 * num)
 
 
 def test_fp8_keeps_copies_of_the_weights() -> None:

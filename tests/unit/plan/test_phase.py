@@ -66,8 +66,8 @@ def test_what_does_not_fit_is_named_with_figures() -> None:
     assert len(found.problems) == 2
     assert found.problems[0].startswith("the update needs ")
     assert found.problems[0].endswith(" GiB of 79.1 GiB (at: log-probs backward)")
-    # weights and gradients 6 bytes, Adam 12 / 32, of 14.77 B; context and NCCL; 60 % of the GPU
-    rollout = 14_770_033_664 * (6 + 12 / 32) + 3 * GIB + 0.6 * 79.1 * GIB
+    # weights 2 bytes, Adam 12 / 32, of 14.77 B; context and NCCL; 60 % of the GPU
+    rollout = 14_770_033_664 * (2 + 12 / 32) + 3 * GIB + 0.6 * 79.1 * GIB
     assert found.problems[1] == (
         f"the rollout needs {rollout / GIB:.1f} GiB of 79.1 GiB (at: generating)"
     )
@@ -88,9 +88,23 @@ def test_cache_must_hold_the_longest_sequence() -> None:
     assert some.problems == ()
 
 
-def test_reference_waits_in_host_memory() -> None:
-    assert plan(policy={"tp": 8}).host == pytest.approx(2 * 14_770_033_664 / 8, rel=1e-3)
-    assert plan(policy={"tp": 8}, algorithm={"reference": False}).host == 0
+def test_what_waits_in_host_memory() -> None:
+    each = 14_770_033_664 / 8
+    assert plan(policy={"tp": 8}).host == pytest.approx({"reference": 2 * each}, rel=1e-3)
+    assert plan(policy={"tp": 8}, algorithm={"reference": False}).host == {}
+    before = plan(policy={"tp": 8, "recompute": "full"})
+    after = plan(
+        policy={"tp": 8, "recompute": "full", "offload_activations": True},
+        optimizer={"offload": True},
+    )
+    # Adam over 4 data parallel ranks; 48 inputs of 72,000 / 8 tokens x 5120 x 2 bytes (92 MB),
+    # which pinned memory holds in 128 MiB.
+    assert after.host == pytest.approx(
+        {"reference": 2 * each, "optimizer": 12 * each / 4, "layer inputs": 48 * 2**27}, rel=1e-3
+    )
+    assert after.rollout is not None and before.rollout is not None
+    gone = before.rollout.total - after.rollout.total
+    assert gone == pytest.approx(12 * each / 4, rel=1e-3)
 
 
 def test_sft_has_no_rollout() -> None:
@@ -108,6 +122,25 @@ def test_smallest_change_is_one_setting_where_one_is_enough() -> None:
     assert option is not None
     assert option.changes == {"policy.tp": 8}
     assert option.plan.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("room", "policy", "change"),
+    [
+        # Weights 3.4, gradients 6.9, Adam 20.6 GiB, and activations beside all but the last.
+        (40, {"tp": 8, "distributed_optimizer": False, "recompute": "full"}, "optimizer.offload"),
+        (24, {"tp": 4, "pp": 4, "recompute": "full"}, "policy.offload_activations"),
+    ],
+)
+def test_host_memory_may_be_the_smallest_change(
+    room: float, policy: dict[str, Any], change: str
+) -> None:
+    small = Cluster(32, replace(HARDWARE["h100-80g"], memory_bytes=room * GIB))
+    sft = Config.model_validate({"model": {"path": "x"}, "policy": policy})
+    assert plan_phase(sft, QWEN14, small).problems
+    option = smallest_change(sft, HF, QWEN14, small, None)
+    assert option is not None
+    assert option.changes == {change: True}
 
 
 def test_an_engine_that_is_too_large_gets_a_smaller_share() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_qlrl.policy.step import _means
+from megatron_qlrl.policy.step import Policy, _means
 
 pytestmark = pytest.mark.usefixtures("lone_group")
 
@@ -49,3 +49,46 @@ def test_only_one_copy_counts(place: dict[str, Any]) -> None:
 def test_step_without_any_token_divides_by_nothing() -> None:
     empty = {"num_tokens": torch.tensor(0), "actor/entropy": torch.tensor(0.0)}
     assert _means([empty], context()) == {"actor/entropy": 0.0}
+
+
+class Recorder:
+    """An optimizer and data-parallel wrapper that only write down what they are told."""
+
+    param_groups = [{"lr": 1.0}]
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call() -> float:
+            self.calls.append(name)
+            return 1.0
+
+        return call
+
+
+class FakePolicy(Policy):
+    def __init__(self, recorder: Any, *, offload: bool) -> None:
+        self.optimizer = self.wrapped = recorder
+        self.context = context()
+        self.version, self._offload = 0, offload
+
+    def run(self, *_: Any, **__: Any) -> list[Any]:
+        return [self.wrapped.forward_backward() and FOUND[0]]
+
+
+UPDATE = ["train", "restore_grad_buffers", "zero_grad_buffer", "zero_grad", "forward_backward"]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_optimizer_is_on_the_device_from_its_gradients_to_its_step(allowed: bool) -> None:
+    step = ["step"] if allowed else []
+    for offload in (True, False):
+        recorder = Recorder()
+        policy = FakePolicy(recorder, offload=offload)
+        policy.update([], lambda *_: None, lr=0.5, permit=lambda _: allowed)  # pyright: ignore
+        work = ["prepare_grads", "get_grad_norm", *step]
+        if offload:
+            work = ["restore_from_cpu", *work, "offload_to_cpu"]
+        assert recorder.calls == UPDATE + work
+        assert policy.version == len(step)

@@ -1,0 +1,35 @@
+"""Layer inputs in host memory between a forward and its backward pass."""
+
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from megatron_qlrl.platform.device import has_gpu
+
+
+def layer_inputs_on_host(hidden_size: int) -> AbstractContextManager[None]:
+    """Around a decoder that recomputes whole layers: of what autograd keeps there, the layers'
+    inputs [L, 1, hidden] go to pinned host memory and come back for their layer's backward pass.
+
+    Everything else stays: the rotary angles are one tensor that all layers share. The copies take
+    their turn on the stream of the computation, so they are never early or late, and not hidden
+    behind it. Not run on a GPU yet.
+    """
+    return saved_tensors_hooks(partial(_to_host, hidden_size), _to_device)
+
+
+Kept = tuple[torch.Tensor, torch.device]
+
+
+def _to_host(hidden_size: int, tensor: torch.Tensor) -> Kept:
+    if tensor.dim() != 3 or tensor.shape[-1] != hidden_size:
+        return tensor, tensor.device
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=has_gpu())
+    return host.copy_(tensor, non_blocking=True), tensor.device
+
+
+def _to_device(kept: Kept) -> torch.Tensor:
+    tensor, device = kept
+    return tensor.to(device, non_blocking=True)
