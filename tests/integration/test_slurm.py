@@ -1,4 +1,4 @@
-"""The batch scripts under a real Slurm of one node: stop, save, come back, go on; give up.
+"""The batch scripts under a real Slurm of two nodes: stop, save, come back, go on; give up.
 
 Jobs: one of two phases whose time is nearly up and that, after it came back, loses a rank to
 kill -9; one that crashes at each start; one with a mistake in its settings.
@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from one_node_slurm import Slurm, one_node_slurm
 from safetensors.torch import load_file
+from two_node_slurm import Slurm, two_node_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
-TWO_TASKS = ("--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1")
+TWO_NODES = ("--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
 CRASH = """
 import os, signal, sys
 if sys.orig_argv[2:4] == ["megatron_qlrl", "rl"]:
@@ -31,13 +31,13 @@ if sys.orig_argv[2:4] == ["megatron_qlrl", "rl"]:
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    with one_node_slurm(tmp_path_factory.mktemp("slurm")) as running:
+    with two_node_slurm(tmp_path_factory.mktemp("slurm")) as running:
         yield running
 
 
 def submit(slurm: Slurm, log: Path, *argv: str | Path, **env: str) -> str:
     script = ROOT / "slurm" / "phase_rl.sh"
-    return slurm.sbatch(*TWO_TASKS, f"--output={log}", script, *argv, cwd=ROOT, env=env)
+    return slurm.sbatch(*TWO_NODES, f"--output={log}", script, *argv, cwd=ROOT, env=env)
 
 
 def rank_pid(rank: int, config: Path) -> int:
@@ -101,14 +101,17 @@ def cut(
     return folder / "run", ended, log.read_text(), saved
 
 
-def test_stopped_job_saves_and_comes_back(cut: Any) -> None:
+def test_stopped_job_saves_and_comes_back(slurm: Slurm, cut: Any) -> None:
     _, ended, said, saved = cut
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "2")
     assert said.count("qlrl: asked to stop; the run is saved: the same command goes on") == 1
     # It waited for the end of a step: nothing half-written, and no step was done in vain.
     assert saved in (["step_00000001"], ["step_00000001", "step_00000002"])
     for start in (1, 2, 3):
-        assert f"qlrl: job {ended['JobId']}, start {start}, on " in said
+        assert (
+            f"qlrl: job {ended['JobId']}, start {start}, on {' '.join(sorted(slurm.nodes))}\n"
+            in said
+        )
 
 
 def test_job_that_lost_a_rank_comes_back(cut: Any) -> None:
@@ -165,7 +168,7 @@ from megatron_qlrl.launch import nemo
 
 python, config, out = sys.argv[1:]
 executor = nemo.slurm_executor(
-    account="any", nodes=1, tasks_per_node=2, gpus_per_node=None, time="00:10:00",
+    account="any", nodes=2, tasks_per_node=1, gpus_per_node=None, time="00:10:00",
 )
 commands = {
     "sft": nemo.stages(config, out, settings=["run.name=two words"])["sft"],

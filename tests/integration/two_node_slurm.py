@@ -1,4 +1,5 @@
-"""A real Slurm of one node on this machine: munged, slurmctld, slurmd, in a folder of its own.
+"""A real Slurm of two nodes on this machine: munged, slurmctld, two slurmds, in a folder of their
+own. The nodes' names are two that mean this machine: the ranks meet at the first one's.
 
 Debian's packages slurm-wlm and munge; installed when they are missing and this is root.
 """
@@ -9,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ CONF = """
 ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ctld_port}
-SlurmdPort={slurmd_port}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
@@ -43,12 +43,13 @@ KillWait=5
 OverTimeLimit=0
 SchedulerParameters=sched_interval=1
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool_%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd_%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+SlurmdLogFile={folder}/slurmd_%n.log
+NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[0]} CPUs={cpus}
+NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -58,6 +59,7 @@ class Slurm:
     """The running cluster. `env` is what its commands need."""
 
     folder: Path
+    nodes: Sequence[str]
     env: Mapping[str, str]
 
     def sbatch(self, *argv: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> str:
@@ -107,7 +109,7 @@ class Slurm:
         """The queue and the ends of the daemons' logs, for a failing test."""
         logs = "".join(
             f"== {name}\n" + "\n".join((self.folder / name).read_text().splitlines()[-15:]) + "\n"
-            for name in ("slurmctld.log", "slurmd.log")
+            for name in ("slurmctld.log", *(f"slurmd_{node}.log" for node in self.nodes))
         )
         return self.run("scontrol", "show", "job") + logs
 
@@ -128,29 +130,37 @@ class Slurm:
 
 
 @contextmanager
-def one_node_slurm(folder: Path) -> Iterator[Slurm]:
+def two_node_slurm(folder: Path) -> Iterator[Slurm]:
     """Starts the daemons and ends them, and whatever still runs under them."""
     _install()
     host = socket.gethostname().split(".")[0]
-    for name in ("state", "spool"):
-        (folder / name).mkdir(parents=True)
+    nodes = (host, "localhost")  # Slurm takes a name that is a host's own only in this order
     conf = folder / "slurm.conf"
-    cpus = len(os.sched_getaffinity(0))
-    ports = {"ctld_port": free_port(), "slurmd_port": free_port()}
-    conf.write_text(CONF.format(host=host, folder=folder, cpus=cpus, **ports))
+    conf.write_text(
+        CONF.format(
+            host=host,
+            nodes=nodes,
+            folder=folder,
+            cpus=max(1, len(os.sched_getaffinity(0)) // 2),
+            ctld_port=free_port(),
+            ports=[free_port() for _ in nodes],
+        )
+    )
+    (folder / "state").mkdir()
     env = dict(os.environ) | {"SLURM_CONF": str(conf)}
-    slurm = Slurm(folder, env)
+    slurm = Slurm(folder, nodes, env)
     daemons = []
     try:
-        for command in (_munged(folder), ["slurmctld", "-D"], ["slurmd", "-D", "-N", host]):
-            log = (folder / f"{command[0]}.out").open("wb")
+        slurmds = (["slurmd", "-D", "-N", node] for node in nodes)
+        for command in (_munged(folder), ["slurmctld", "-D"], *slurmds):
+            log = (folder / f"{command[0]}.out").open("ab")
             daemons.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
             if command[0] == "munged":
                 slurm.wait((folder / "munge.socket").exists, limit_s=20)
-        slurm.wait(lambda: "idle" in _sinfo(env), limit_s=30)
+        slurm.wait(lambda: _states(env) == ["idle", "idle"], limit_s=30)
         yield slurm
     finally:
-        if len(daemons) == 3:
+        if len(daemons) == 4:
             subprocess.run(
                 ["scancel", "--full", "--signal=KILL", "--user=root"], env=env, check=False
             )
@@ -192,7 +202,7 @@ def _munged(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _sinfo(env: Mapping[str, str]) -> str:
-    command = ["sinfo", "--noheader", "--format=%t"]
+def _states(env: Mapping[str, str]) -> list[str]:
+    command = ["sinfo", "--Node", "--noheader", "--format=%t"]
     done = subprocess.run(command, env=env, capture_output=True, check=False, timeout=30)
-    return done.stdout.decode()
+    return done.stdout.decode().split()
