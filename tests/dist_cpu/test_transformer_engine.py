@@ -27,7 +27,16 @@ FAKES = Path(__file__).resolve().parents[1] / "fakes" / "te"
 FP8: list[tuple[dict[str, Any], str, int]] = [
     ({"fp8": "hybrid", "fp8_recipe": "delayed", "recompute": "full"}, "DelayedScaling", 16),
     ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, "Float8CurrentScaling", 16),
-    ({"fp8": "e4m3", "fp8_recipe": "blockwise", "recompute": "full"}, "Float8BlockScaling", 128),
+    (
+        {
+            "fp8": "e4m3",
+            "fp8_recipe": "blockwise",
+            "recompute": "full",
+            "offload_activations": True,
+        },
+        "Float8BlockScaling",
+        128,
+    ),
     ({"fp8": "e4m3", "fp8_recipe": "mxfp8", "recompute": "selective"}, "MXFP8BlockScaling", 32),
 ]
 

@@ -12,12 +12,17 @@ from safetensors.torch import load_file
 STABILITY = {"entropy_floor": "roll_back", "entropy_floor_nats": 100.0, "max_roll_backs": 1}
 # Groups that wait must not outlive the weights of their sampling.
 ALGORITHM = {"filter_groups": False, "oversampling": 1.5, "max_staleness": 4}
+# What may wait in host memory does, through generation, roll-back and resumption.
+OFFLOAD: dict[str, Any] = {
+    "optimizer": {"offload": True},
+    "policy": {"recompute": "full", "offload_activations": True},
+}
 
 
 @pytest.fixture(scope="module")
 def stopped(qlrl: Any, write_config: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("stability")
-    config = write_config(folder, stability=STABILITY, algorithm=ALGORITHM)
+    config = write_config(folder, stability=STABILITY, algorithm=ALGORITHM, **OFFLOAD)
     return config, folder / "run", qlrl("rl", config)
 
 
