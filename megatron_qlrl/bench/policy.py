@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,21 +56,27 @@ def make_shape(
 
 
 @contextmanager
-def random_policy(shape: ModelShape, *, cp: int = 1) -> Iterator[Policy]:
+def random_policy(shape: ModelShape, **settings: Any) -> Iterator[Policy]:
     """A policy on the job's ranks, float32 on CPU and bfloat16 on a GPU; its process group ends
-    with the context."""
+    with the context. `settings` are those of the config's policy section."""
     ranks = init_ranks()
+    config = PolicyConfig.model_validate({"distributed_optimizer": False} | settings)
     with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
-        context = init_parallel(tp=1, pp=1, cp=cp, seed=0)
+        context = init_parallel(tp=config.tp, pp=config.pp, cp=config.cp, seed=0)
         yield Policy(
             shape,
-            policy=PolicyConfig(cp=cp, distributed_optimizer=False),  # pyright: ignore[reportCallIssue]
+            policy=config,
             # Gradients are compared after the step: it must not scale them down.
             optimizer=OptimizerConfig(clip_grad=1e9),  # pyright: ignore[reportCallIssue]
             dtype=torch.bfloat16 if has_gpu() else torch.float32,
             temperature=0.7,
             context=context,
-            shard=partial(shard_row, cp_size=cp, cp_rank=context.cp.rank),
+            shard=partial(
+                shard_row,
+                cp_size=config.cp,
+                cp_rank=context.cp.rank,
+                multiple_of=config.tokens_multiple,
+            ),
             load=_randomize,
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
@@ -29,6 +30,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_qlrl.config.schema import PolicyConfig
 from megatron_qlrl.config.shape import ModelShape, padded_vocab
+from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.parallel.context import ParallelContext
 from megatron_qlrl.platform.device import has_gpu, has_transformer_engine
 from megatron_qlrl.policy.attention import AttentionPlan, SegmentAttention
@@ -131,7 +133,9 @@ def transformer_config(
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     fp8: dict[str, Any] = {}
     if policy.fp8 != "off":
-        fp8 = {"fp8": policy.fp8, "fp8_recipe": policy.fp8_recipe}
+        # Delayed scaling agrees on the largest values with every micro-batch, of which data
+        # parallel ranks have different numbers: they must not wait for each other.
+        fp8 = {"fp8": policy.fp8, "fp8_recipe": policy.fp8_recipe, "tp_only_amax_red": True}
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -227,8 +231,13 @@ def _transformer_engine_spec(qk_norm: bool) -> ModuleSpec:
 def build_model(
     shape: ModelShape, policy: PolicyConfig, *, dtype: torch.dtype, context: ParallelContext
 ) -> PolicyModel:
-    """This rank's part of the model with uninitialised weights (load them next)."""
+    """This rank's part of the model with uninitialised weights (load them next).
+
+    Raises:
+        ConfigError: the GPU, CUDA or Transformer Engine cannot run policy.fp8_recipe.
+    """
     config = transformer_config(shape, policy, dtype=dtype, tp=context.tp.size)
+    _check_fp8_recipe(config)
     engine = has_transformer_engine()
     spec = layer_spec(transformer_engine=engine, qk_norm=shape.qk_norm)
     if engine:
@@ -253,6 +262,19 @@ def build_model(
     )
     _mark_shards(model)
     return model
+
+
+def _check_fp8_recipe(config: TransformerConfig) -> None:
+    """Enters FP8 once: Transformer Engine then says what the recipe lacks here (compute capability
+    9.0 and CUDA 12.9 for blockwise, 10.0 for mxfp8), which the first step would find out."""
+    try:
+        with get_fp8_context(config):
+            pass
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"policy.fp8_recipe={config.fp8_recipe} does not run here: {error} Set "
+            "policy.fp8_recipe=tensorwise (any GPU with FP8) or policy.fp8=off"
+        ) from error
 
 
 def _mark_shards(model: torch.nn.Module) -> None:

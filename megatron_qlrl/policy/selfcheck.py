@@ -4,6 +4,9 @@ by layer, forward and backward, with this machine's kernels and this job's layou
 Forward, the outputs of every layer at the response tokens are compared. Backward, the gradient
 of the separate rows is subtracted from that of the shared rows inside the gradient buffers (the
 separate rows' loss weights are negated), so that no second copy of the gradients is needed.
+
+FP8 is off meanwhile: it rounds by blocks of tokens, which sharing moves (with e4m3 emulated on a
+CPU, layers then differ by 0.04 to 0.07, in bfloat16 by 0.01).
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,8 +45,9 @@ def check_sharing(
             layer whose gradient does (an error spreads upwards in the forward pass, downwards in
             the backward pass).
     """
-    outputs = _agreed(_output_differences(policy, shared, separate))
-    gradients = _agreed(_gradient_differences(policy, shared, separate))
+    with _without_fp8(policy.model.config):
+        outputs = _agreed(_output_differences(policy, shared, separate))
+        gradients = _agreed(_gradient_differences(policy, shared, separate))
     allowed = TOLERANCE[policy.model.config.params_dtype]
     # A comparison with NaN is false: what counts is that a difference is NOT small.
     wrong = [layer for layer in sorted(outputs) if not outputs[layer] <= allowed]
@@ -52,6 +56,15 @@ def check_sharing(
     wrong = [layer for layer in sorted(gradients) if not gradients[layer] <= allowed]
     if wrong:
         _refuse("gradient", wrong[-1], gradients[wrong[-1]], allowed)
+
+
+@contextmanager
+def _without_fp8(config: Any) -> Iterator[None]:
+    fp8, config.fp8 = config.fp8, None
+    try:
+        yield
+    finally:
+        config.fp8 = fp8
 
 
 def _refuse(what: str, layer: int, difference: float, allowed: float) -> None:

@@ -13,32 +13,31 @@ import torch
 from harness import rows_of, run_ranks, tiny_hf
 from safetensors.torch import load_file
 from test_policy_parity import LOSS, groups_of, policy_on
+from test_selfcheck import sides
 
+from megatron_qlrl.parallel.collectives import gather_objects
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.policy import model as policy_model
 from megatron_qlrl.policy.attention import SegmentAttention
+from megatron_qlrl.policy.selfcheck import check_sharing
 from megatron_qlrl.policy.step import Policy
 from megatron_qlrl.types import PackedRow
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights
 from megatron_qlrl.weights.stream import WeightStream
 
 FAKES = Path(__file__).resolve().parents[1] / "fakes" / "te"
-# Settings, Transformer Engine's recipe, rows of a block.
-FP8: list[tuple[dict[str, Any], str, int]] = [
-    ({"fp8": "hybrid", "fp8_recipe": "delayed", "recompute": "full"}, "DelayedScaling", 16),
-    ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, "Float8CurrentScaling", 16),
-    (
-        {
-            "fp8": "e4m3",
-            "fp8_recipe": "blockwise",
-            "recompute": "full",
-            "offload_activations": True,
-        },
-        "Float8BlockScaling",
-        128,
-    ),
-    ({"fp8": "e4m3", "fp8_recipe": "mxfp8", "recompute": "selective"}, "MXFP8BlockScaling", 32),
-]
+# Settings, Transformer Engine's recipe and format, rows of a block.
+STEPS: list[tuple[dict[str, Any], tuple[str | None, str | None], int]] = [
+    ({"recompute": "full"}, (None, None), 1),
+    ({"recompute": "selective"}, (None, None), 1),
+    ({"fp8": "hybrid", "fp8_recipe": "delayed", "recompute": "full"},
+     ("DelayedScaling", "HYBRID"), 16),
+    ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, ("Float8CurrentScaling", "HYBRID"), 16),
+    ({"fp8": "e4m3", "fp8_recipe": "blockwise", "recompute": "full", "offload_activations": True},
+     ("Float8BlockScaling", "E4M3"), 128),
+    ({"fp8": "e4m3", "fp8_recipe": "mxfp8", "recompute": "selective"},
+     ("MXFP8BlockScaling", "E4M3"), 32),
+]  # fmt: skip
 
 
 @contextmanager
@@ -118,26 +117,57 @@ def check_case(rank: int, case: tuple[Path, tuple[int, int, int]]) -> None:
     assert_close(streamed(engine, gradients=True), streamed(local, gradients=True))
     assert_close(streamed(engine), streamed(local))
     if tp == 2 and not engine.shape.qk_norm:
-        for settings, recipe, block in FP8:
+        for settings, recipe, block in STEPS:
             policy = engine_policy(context, folder, **settings)
-            check_fp8(policy, rows, (recipe, settings["fp8"].upper()), block)
+            check_step(policy, rows, recipe, block)
             assert_close(streamed(policy), streamed(local))
+        check_self_check(engine_policy(context, folder, fp8="e4m3"))
     if pp == 2:
         check_checkpoint(context, folder, rows, local)
+    if context.dp.size == 2:
+        check_data_parallel_ranks_do_not_wait(context, folder, rows)
 
 
-def check_fp8(policy: Policy, rows: list[PackedRow], recipe: tuple[str, str], block: int) -> None:
+def check_step(
+    policy: Policy, rows: list[PackedRow], recipe: tuple[str | None, str | None], block: int
+) -> None:
     """Every product of a step runs under the recipe, on whole blocks of rows, also where it is
     computed again; and the weights that are kept in FP8 follow the update."""
-    from transformer_engine.pytorch.fp8 import PRODUCTS
-
-    PRODUCTS.clear()
+    products = record()
     step(policy, rows)
     found = logprobs(policy, rows)
-    assert {(p.recipe, p.format) for p in PRODUCTS} == {recipe}
-    assert all(p.rows % block == 0 for p in PRODUCTS)
+    assert {(p.recipe, p.format) for p in products} == {recipe}
+    assert all(p.rows % block == 0 for p in products)
     policy.model.config.fp8 = None
     np.testing.assert_allclose(found, logprobs(policy, rows), atol=1e-5, rtol=0)
+
+
+def check_self_check(policy: Policy) -> None:
+    """Sharing is compared without FP8, which is back afterwards."""
+    products = record()
+    check_sharing(policy, *sides())
+    assert {p.recipe for p in products} == {None}
+    step(policy, sides()[0])
+    assert {p.recipe for p in products} == {None, "Float8BlockScaling"}
+
+
+def check_data_parallel_ranks_do_not_wait(
+    context: ParallelContext, folder: Path, rows: list[PackedRow]
+) -> None:
+    """Delayed scaling has a collective for each micro-batch."""
+    counts = gather_objects(len(rows))
+    assert counts[0] != counts[1]
+    products = record()
+    step(engine_policy(context, folder, fp8="hybrid", fp8_recipe="delayed"), rows)
+    assert {p.ranks for p in products} == {(context.rank,)}
+
+
+def record() -> list[Any]:
+    """The products from here on."""
+    from transformer_engine.pytorch import fp8
+
+    fp8.PRODUCTS.clear()
+    return fp8.PRODUCTS
 
 
 def check_checkpoint(

@@ -1,6 +1,7 @@
-"""Vocabulary padding by hand; rotary frequencies against transformers."""
+"""Vocabulary padding by hand; rotary frequencies against transformers; FP8 that cannot run."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,10 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from megatron_qlrl.config.schema import PolicyConfig
 from megatron_qlrl.config.shape import ModelShape, padded_vocab
+from megatron_qlrl.errors import ConfigError
+from megatron_qlrl.policy import model
 from megatron_qlrl.policy.model import rope_frequencies
 
 
@@ -63,3 +67,18 @@ def test_frequencies_are_those_of_transformers(rope: dict[str, Any]) -> None:
     assert factor == pytest.approx(theirs.attention_scaling)
     if rope["rope_type"] == "yarn":
         assert factor == pytest.approx(0.1 * math.log(4.0) + 1)
+
+
+def test_fp8_that_the_machine_cannot_run_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(config: Any) -> None:
+        raise AssertionError("Device compute capability 10.0 or higher required.")
+
+    monkeypatch.setattr(model, "get_fp8_context", refuse)
+    shape = ModelShape.from_hf(HF)
+    policy = PolicyConfig.model_validate({"fp8": "e4m3", "fp8_recipe": "mxfp8"})
+    one: Any = SimpleNamespace(size=1, rank=0)
+    with pytest.raises(ConfigError, match=r"fp8_recipe=mxfp8 does not run here: Device compute .*"
+                       r"10\.0 .*\. Set policy\.fp8_recipe=tensorwise"):  # fmt: skip
+        model.build_model(shape, policy, dtype=torch.bfloat16, context=SimpleNamespace(tp=one))  # pyright: ignore

@@ -71,10 +71,10 @@ def checkpoint(
     **kwargs: Any,
 ) -> Any:
     """Recomputes under the recipe of the forward pass."""
-    recipe = FP8GlobalStateManager.recipe
+    recipe, group = FP8GlobalStateManager.recipe, FP8GlobalStateManager.group
 
     def run(*inputs: Any) -> Any:
-        with fp8_autocast(enabled=recipe is not None, fp8_recipe=recipe):
+        with fp8_autocast(enabled=recipe is not None, fp8_recipe=recipe, fp8_group=group):
             return function(*inputs, **kwargs)
 
     return torch_checkpoint(run, *args, use_reentrant=True)

@@ -5,16 +5,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
+
+from ..common.recipe import Recipe
+
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer's forward product: rows [rows, columns] of input; recipe and format None
-    outside FP8."""
+    """A linear layer's forward product of `rows` of input; the rest is None outside FP8.
+
+    Attributes:
+        ranks: those that agree on the largest values (delayed scaling).
+    """
 
     recipe: str | None
     format: str | None
+    ranks: tuple[int, ...] | None
     rows: int
-    columns: int
 
 
 PRODUCTS: list[Product] = []
@@ -22,6 +29,7 @@ PRODUCTS: list[Product] = []
 
 class FP8GlobalStateManager:
     recipe: Any = None
+    group: Any = None
 
     @classmethod
     def is_fp8_enabled(cls) -> bool:
@@ -36,17 +44,22 @@ class FP8GlobalStateManager:
 def fp8_autocast(
     enabled: bool = True, fp8_recipe: Any = None, fp8_group: Any = None
 ) -> Iterator[None]:
-    before = FP8GlobalStateManager.recipe
-    FP8GlobalStateManager.recipe = fp8_recipe if enabled else None
+    state = FP8GlobalStateManager
+    before = state.recipe, state.group
+    state.recipe, state.group = (fp8_recipe, fp8_group) if enabled else (None, None)
     try:
         yield
     finally:
-        FP8GlobalStateManager.recipe = before
+        state.recipe, state.group = before
 
 
-def record(rows: int, columns: int) -> None:
+def record(rows: int) -> None:
     recipe = FP8GlobalStateManager.recipe
-    name, kind = (type(recipe), recipe.fp8_format.name) if recipe else (None, None)
+    if recipe is None:
+        PRODUCTS.append(Product(None, None, None, rows))
+        return
     # Megatron subclasses the delayed recipe.
-    label = next(c.__name__ for c in name.__mro__ if "recipe" in c.__module__) if name else None
-    PRODUCTS.append(Product(label, kind, rows, columns))
+    name = next(c.__name__ for c in type(recipe).__mro__ if c.__module__ == Recipe.__module__)
+    group = FP8GlobalStateManager.group
+    ranks = None if group is None else tuple(dist.get_process_group_ranks(group))
+    PRODUCTS.append(Product(name, recipe.fp8_format.name, ranks, rows))

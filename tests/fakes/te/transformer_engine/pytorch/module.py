@@ -99,7 +99,7 @@ class Linear(torch.nn.Module):
         return self._product(inp, is_first_microbatch)
 
     def _product(self, x: torch.Tensor, is_first_microbatch: bool | None) -> Any:
-        record(x.shape[:-1].numel(), x.shape[-1])  # a shard's rows are quantised before they travel
+        record(x.shape[:-1].numel())  # of the shard: it is rounded before it travels
         if self.parallel_mode == "column" and self.tp_size > 1:
             moves = (all_gather, reduce_scatter) if self.sequence_parallel else (same, all_reduce)
             x = Move.apply(x, self.tp_group, *moves)
