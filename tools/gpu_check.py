@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """One GPU, checked and measured in one go: attention kernels and log-probs against float64, shared
-rows against separate rows layer by layer, then `qlrl bench logprob` and `update` at 7B widths.
+rows against separate rows layer by layer, `qlrl bench logprob` and `update` at 7B widths, and
+Transformer Engine's layers, in bfloat16 and in FP8, against Megatron's own.
 
     python tools/gpu_check.py --out gpu.json [--site FOLDER]
 
@@ -10,7 +11,8 @@ Needs torch with triton and transformers; megatron-core and pydantic may lie in 
         pydantic pydantic-core annotated-types typing-inspection typing-extensions
 
 A part that fails is recorded with its traceback, and the others go on; exit code 1 then. On a
-machine without a GPU it runs the same parts in small sizes. Not run on a GPU yet.
+machine without a GPU it runs the same parts in small sizes, without Transformer Engine. Not run on
+a GPU yet.
 """
 
 import argparse
@@ -44,6 +46,8 @@ def main() -> int:
         "bench_logprob": lambda: bench_logprob(gpu),
         "bench_update": lambda: bench_update(gpu),
         "bench_update_60k": lambda: bench_update_long(gpu),
+        "engine_tensorwise": lambda: check_engine(gpu, fp8="hybrid", fp8_recipe="tensorwise"),
+        "engine_blockwise": lambda: check_engine(gpu, fp8="e4m3", fp8_recipe="blockwise"),
     }
     found: dict[str, Any] = {"machine": machine(), "command": " ".join(sys.argv)}
     for name, part in parts.items():
@@ -186,19 +190,89 @@ def bench_update_long(gpu: bool) -> dict[str, Any]:
 
 
 def _bench_update(gpu: bool, *, prompt_tokens: int, rounds: int) -> dict[str, Any]:
-    from megatron_qlrl.bench.policy import make_shape
     from megatron_qlrl.bench.update import bench_update
 
     response = 1000 if gpu else 16
-    if gpu:  # two layers as wide as a 7B model's
-        widths = {"hidden": 3584, "heads": 28, "kv_heads": 4, "ffn": 18_944, "vocab": 152_064}
-    else:
-        widths = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "vocab": 512}
-    shape = make_shape(layers=2, positions=prompt_tokens + response, **widths)
+    widths, shape = _shape(gpu, layers=2, positions=prompt_tokens + response)
     found = bench_update(
         shape, prompt_tokens=prompt_tokens, response_tokens=response, group=8, rounds=rounds
     )
     return {"shape": widths | {"layers": 2, "prompt_tokens": prompt_tokens}, **found}
+
+
+def check_engine(gpu: bool, **fp8: str) -> dict[str, Any]:
+    """The same update by Megatron's own layers in bfloat16 and by Transformer Engine's in bfloat16
+    and FP8: log-probs and gradient norm against the first, time of FP8 against bfloat16.
+
+    The bounds are guesses: no figure of a GPU is known yet.
+    """
+    import numpy as np
+
+    from megatron_qlrl.bench.policy import make_group
+    from megatron_qlrl.packing.microbatch import group_rows
+    from megatron_qlrl.plan.flops import block_flops
+    from megatron_qlrl.platform.device import has_transformer_engine
+
+    if not has_transformer_engine():
+        return {"engine": "absent: it needs a GPU and the package transformer_engine"}
+    prompt, response = (16_000, 1000) if gpu else (128, 16)
+    widths, shape = _shape(gpu, layers=4, positions=prompt + response)
+    group = make_group(
+        vocab=shape.vocab_size, prompt_tokens=prompt, response_tokens=response, group=8
+    )
+    tokens = prompt + 8 * response
+    rows = group_rows(group, max_tokens=tokens, share_prompt=True, cost=partial(block_flops, shape))
+    logprobs, norm, _ = _update_by(False, shape, rows, {})
+    found: dict[str, Any] = {"shape": widths | {"layers": 4, "tokens": tokens}, "fp8": fp8}
+    for name, settings, allowed in (("bfloat16", {}, 0.02), ("float8", fp8, 0.1)):
+        theirs, other, seconds = _update_by(True, shape, rows, settings)
+        apart = np.abs(theirs - logprobs)
+        found[name] = {
+            "logprob_max_difference": float(apart.max()),
+            "logprob_mean_difference": float(apart.mean()),
+            "grad_norm_ratio": other / norm,
+            "tokens_per_s": tokens / seconds,
+        }
+        assert apart.mean() < allowed, found
+        assert abs(other / norm - 1) < 2.5 * allowed, found
+    found["speedup"] = found["float8"]["tokens_per_s"] / found["bfloat16"]["tokens_per_s"]
+    return found
+
+
+def _update_by(
+    engine: bool, shape: Any, rows: list[Any], settings: dict[str, str]
+) -> tuple[Any, float, float]:
+    """Log-probs, gradient norm and seconds of an update by layers of Transformer Engine or not.
+    One policy at a time: three of this size do not fit a GPU of 80 GB."""
+    from unittest.mock import patch
+
+    import numpy as np
+
+    from megatron_qlrl.bench.measure import compare
+    from megatron_qlrl.bench.policy import LOSS, random_policy
+    from megatron_qlrl.policy import model
+
+    with (
+        patch.object(model, "has_transformer_engine", lambda: engine),
+        random_policy(shape, **settings) as policy,
+    ):
+        # At a rate of 0 the weights stay.
+        update = partial(policy.update, rows, LOSS, lr=0.0)
+        norm = update()["actor/grad_norm"]
+        logprobs = [row.columns["now"] for row in policy.add_logprobs(rows, "now")]
+        cost = compare({"update": update}, rounds=3)["update"]
+    return np.concatenate(logprobs), norm, cost.work_s
+
+
+def _shape(gpu: bool, *, layers: int, positions: int) -> tuple[dict[str, int], Any]:
+    """As wide as a 7B model, on a GPU."""
+    from megatron_qlrl.bench.policy import make_shape
+
+    if gpu:
+        widths = {"hidden": 3584, "heads": 28, "kv_heads": 4, "ffn": 18_944, "vocab": 152_064}
+    else:
+        widths = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "vocab": 512}
+    return widths, make_shape(layers=layers, positions=positions, **widths)
 
 
 if __name__ == "__main__":
