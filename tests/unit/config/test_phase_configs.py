@@ -86,3 +86,12 @@ def test_what_cannot_wait_in_host_memory(sections: dict[str, Any], message: str)
     model = {"path": "m"} | sections.get("model", {})
     with pytest.raises(ValidationError, match=message):
         Config.model_validate(sections | {"model": model})
+
+
+def test_off_is_a_word(tmp_path: Path) -> None:
+    """YAML reads a bare `off` as false, and messages tell users to set it."""
+    path = write(tmp_path, {"policy": FITS | {"fp8": "e4m3"}}, logging={"wandb": "offline"})
+    bare = ["policy.fp8=off", "phases.1.overrides.policy.fp8=off", "logging.wandb=off"]
+    config = load_config(path, bare)
+    assert config.phase_configs()[1].policy.fp8 == config.policy.fp8 == "off"
+    assert config.logging.wandb == "off"
