@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -76,11 +77,13 @@ def take_snapshot(model: Any, optimizer: Any) -> Snapshot:
         tensors, common = save_preprocess(_sharded_state(model, optimizer, is_loading=False))
     assert isinstance(tensors, dict)
     by_key, *_ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+    gathered = isinstance(_only_part(optimizer), DistributedOptimizer)
     num_bytes = 0
     for part in (part for parts in by_key.values() for part in parts):
         if isinstance(part, ShardedTensor):
             assert part.data is not None
-            part.data = part.data.detach().to("cpu", copy=True)
+            is_copy = gathered and part.key.startswith("optimizer.state.")
+            part.data = part.data.detach().to("cpu", copy=not is_copy)
             num_bytes += part.data.nbytes
     # Objects (Transformer Engine's extra state) become bytes here.
     return Snapshot(mcore_to_pyt_state_dict(by_key), copy.deepcopy(common), num_bytes)
@@ -114,10 +117,13 @@ def _read(sharded: dict[str, Any], weights: Path) -> dict[str, Any]:
 
 def _metadata() -> dict[str, Any]:
     """How Megatron lays out the optimizer state: by model parameter, so that any layout can
-    read it. A new dict each time: Megatron keeps its process group in the one it is given."""
+    read it. The distributed optimizer's is gathered for that in the host memory of data parallel
+    rank 0 (mem_efficient), not on every rank and through the GPUs, where it would need room for
+    all gradients once more. A new dict each time: Megatron keeps its process group in the one it
+    is given."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
     }
