@@ -48,7 +48,7 @@ class PhasePlan:
         stage: the fullest pipeline stage.
         rollout: None where nothing is generated (SFT).
         cache_tokens: key/value cache of one engine; longest: what it must hold at least.
-        host: bytes in host memory by part, of the rank with the most.
+        host: bytes in a node's host memory by part, its ranks being all like the fullest.
         problems: what does not fit, the first thing first.
         seconds: of a step, by part.
     """
@@ -131,7 +131,7 @@ def plan_phase(
         rollout=rollout,
         cache_tokens=cache_tokens,
         longest=longest,
-        host=_host(config, activations, dp=dp),
+        host=_host(config, activations, cluster, dp=dp),
         problems=tuple(_problems(config, peaks[stage], rollout, cache_tokens, longest, hardware)),
         lengths=lengths,
         work=work,
@@ -167,18 +167,29 @@ def _with_allowance(peak: Peak, hardware: Hardware) -> Peak:
     )
 
 
-def _host(config: Config, activations: Activations, *, dp: int) -> dict[str, float]:
-    """What waits in host memory on the rank where it is most."""
+def _host(
+    config: Config, activations: Activations, cluster: Cluster, *, dp: int
+) -> dict[str, float]:
+    """What waits in host memory on a node of ranks like the fullest. A checkpoint is gathered on
+    data parallel rank 0 of each stage, one of Adam's tensors after another, which takes that
+    tensor's size twice more (weights/megatron_format.py)."""
     policy = config.policy
+    ranks = min(cluster.gpus, cluster.hardware.gpus_per_node)
+    replicas = dp * policy.cp
+    writers = min(ranks, policy.tp * max(1, ranks // (policy.tp * replicas)))
     found = []
     for stage in range(policy.pp):
         numels = stage_parameters(activations.shape, tp=policy.tp, pp=policy.pp, stage=stage)
         state = model_state(numels, policy, width=activations.width, dp=dp)
         running = in_flight(policy, micro_batches=policy.pp, stage=stage)
+        weights, moments, gathered = state["weights"], state["optimizer"], 0.0
+        if policy.distributed_optimizer:
+            moments, gathered = moments * replicas, 2 * state["gradients"]
         parts = {
-            "reference": state["weights"] if config.phases and config.algorithm.reference else 0.0,
-            "optimizer": state["optimizer"] if config.optimizer.offload else 0.0,
-            "layer inputs": running * activations.on_host(),
+            "reference": ranks * weights if config.phases and config.algorithm.reference else 0.0,
+            "optimizer": ranks * state["optimizer"] if config.optimizer.offload else 0.0,
+            "layer inputs": ranks * running * activations.on_host(),
+            "checkpoint": writers * (moments + max(weights, gathered)),
         }
         found.append({name: size for name, size in parts.items() if size})
     return max(found, key=lambda parts: sum(parts.values()))

@@ -29,7 +29,7 @@ def plan_table(plans: Sequence[PhasePlan], shape: ModelShape, cluster: Cluster) 
     if any(p.rollout for p in plans):
         _add_peaks(table, f"**rollout, GiB of {total}**", [p.rollout for p in plans])
         _add(table, "engine's cache, tokens (must hold)", [_cache(p) for p in plans])
-    _add_host(table, plans, cluster)
+    _add_host(table, plans)
     if any(p.rollout for p in plans):
         _add_times(table, plans, cluster)
     return _text(table)
@@ -71,12 +71,10 @@ def _add_peaks(table: Table, label: str, peaks: Sequence[Peak | None]) -> None:
         _add(table, f"- {part}", [f"{size / GIB:.1f}" for size in sizes])
 
 
-def _add_host(table: Table, plans: Sequence[PhasePlan], cluster: Cluster) -> None:
-    """Of a node whose ranks are all like the fullest, by part."""
-    ranks = min(cluster.gpus, cluster.hardware.gpus_per_node)
+def _add_host(table: Table, plans: Sequence[PhasePlan]) -> None:
     for part in dict.fromkeys(name for p in plans for name in p.host):
-        sizes = [p.host.get(part, 0.0) * ranks for p in plans]
-        _add(table, f"{part} in a node's host memory, GiB", [f"{s / GIB:.1f}" for s in sizes])
+        sizes = [f"{p.host.get(part, 0.0) / GIB:.1f}" for p in plans]
+        _add(table, f"{part} in a node's host memory, GiB", sizes)
 
 
 def _add_times(table: Table, plans: Sequence[PhasePlan], cluster: Cluster) -> None:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,26 @@ from megatron_qlrl.packing.microbatch import make_rows
 from megatron_qlrl.parallel.context import ParallelContext, process_group
 from megatron_qlrl.types import PackedRow, TrainGroup
 
+# What takes a rank seconds to import. A server process does so once, and ranks are forked from it.
+PRELOADED = ["megatron_qlrl.policy.step", "megatron_qlrl.weights.checkpoint", "transformers"]
 
-def run_ranks(worker: Callable[..., None], world_size: int, cases: Sequence[Any]) -> None:
-    """Runs `worker(rank, case)` for each case, on `world_size` spawned ranks, in a process
-    group of its own (met through a file: a port can be taken by somebody else)."""
+
+def run_ranks(
+    worker: Callable[..., None], world_size: int, cases: Sequence[Any], *, fresh: bool = False
+) -> None:
+    """Runs `worker(rank, case)` for each case, on `world_size` ranks, in a process group of its
+    own (met through a file: a port can be taken by somebody else).
+
+    `fresh`: ranks in new interpreters, which import all for themselves.
+    """
+    set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_start, (worker, world_size, folder, cases), nprocs=world_size)
+        mp.start_processes(
+            _start,
+            (worker, world_size, folder, cases),
+            nprocs=world_size,
+            start_method="spawn" if fresh else "forkserver",
+        )
 
 
 def _start(

@@ -205,4 +205,4 @@ def test_equals_megatrons_own_layers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(FAKES)  # spawned ranks get this process' path
     biased, normed = (tiny_hf(tmp_path / kind, kind) for kind in ("qwen2", "qwen3"))
     layouts = [(biased, (2, 1, 1)), (normed, (2, 1, 1)), (biased, (1, 2, 1)), (normed, (1, 1, 1))]
-    run_ranks(check_case, 2, layouts)
+    run_ranks(check_case, 2, layouts, fresh=True)

@@ -1,6 +1,7 @@
 """`qlrl plan` as a user meets it: exit codes, one message, JSON, nothing heavy loaded."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,7 @@ def test_what_does_not_fit_is_one_message_with_the_change_that_fits(
     )
     assert err.rstrip().count("\n") == 0
     assert "(at: log-probs backward); the smallest change that fits: policy.cp=2" in err
-    assert (
-        "| layout tp x pp x cp x dp               | 8 x 1 x 4 x 1" in out
-    )  # the plan all the same
+    assert re.search(r"\| layout tp x pp x cp x dp +\| 8 x 1 x 4 x 1", out)  # the plan all the same
     assert run(monkeypatch, config, "phases.1.overrides.policy.cp=2", "--gpus", 32) == 0
 
 

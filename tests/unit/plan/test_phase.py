@@ -89,9 +89,25 @@ def test_cache_must_hold_the_longest_sequence() -> None:
 
 
 def test_what_waits_in_host_memory() -> None:
-    each = 14_770_033_664 / 8
-    assert plan(policy={"tp": 8}).host == pytest.approx({"reference": 2 * each}, rel=1e-3)
-    assert plan(policy={"tp": 8}, algorithm={"reference": False}).host == {}
+    each = 14_770_033_664 / 8  # parameters of a rank; 8 ranks in a node, 4 nodes
+    # Adam's 12 bytes gathered from 4 data parallel ranks, and one tensor of 4 twice more.
+    checkpoint = {"checkpoint": 8 * (12 + 2 * 4) * each}
+    assert plan(policy={"tp": 8}).host == pytest.approx(
+        {"reference": 8 * 2 * each} | checkpoint, rel=1e-3
+    )
+    assert plan(policy={"tp": 8}, algorithm={"reference": False}).host == pytest.approx(
+        checkpoint, rel=1e-3
+    )
+    # Two data parallel ranks of a stage share a node: half of its ranks gather.
+    halves = plan(policy={"tp": 4, "pp": 1}, algorithm={"reference": False})
+    assert halves.host == pytest.approx({"checkpoint": 4 * 20 * 2 * each}, rel=1e-3)
+    # Four stages of two ranks in a node, the last with the LM head; every rank writes 2 + 12 bytes.
+    stages = plan(
+        policy={"tp": 2, "pp": 16, "distributed_optimizer": False}, algorithm={"reference": False}
+    )
+    vocab = 152_064 * 5120
+    last = (3 * (14_770_033_664 - 2 * vocab) / 48 + vocab) / 2
+    assert stages.host == pytest.approx({"checkpoint": 8 * 14 * last}, rel=1e-3)
     before = plan(policy={"tp": 8, "recompute": "full"})
     after = plan(
         policy={"tp": 8, "recompute": "full", "offload_activations": True},
@@ -99,9 +115,8 @@ def test_what_waits_in_host_memory() -> None:
     )
     # Adam over 4 data parallel ranks; 48 inputs of 72,000 / 8 tokens x 5120 x 2 bytes (92 MB),
     # which pinned memory holds in 128 MiB.
-    assert after.host == pytest.approx(
-        {"reference": 2 * each, "optimizer": 12 * each / 4, "layer inputs": 48 * 2**27}, rel=1e-3
-    )
+    moved = {"optimizer": 8 * 12 * each / 4, "layer inputs": 8 * 48 * 2**27}
+    assert after.host == pytest.approx(dict(before.host) | moved, rel=1e-3)
     assert after.rollout is not None and before.rollout is not None
     gone = before.rollout.total - after.rollout.total
     assert gone == pytest.approx(12 * each / 4, rel=1e-3)
