@@ -26,9 +26,11 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 
 # The run stops by itself when the time does not suffice for another step. Newer Slurms say when
 # it is up; a limit that is changed later is left to --signal.
-ends_at="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)"
-SLURM_JOB_END_TIME="$(date --date="$ends_at" +%s 2> /dev/null || true)"
-export SLURM_JOB_END_TIME
+ends_at="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e 2> /dev/null || true)"
+if [ -z "${SLURM_JOB_END_TIME:-}" ] && [ -n "$ends_at" ]; then # an empty date means today
+  SLURM_JOB_END_TIME="$(date --date="$ends_at" +%s 2> /dev/null || true)"
+fi
+export SLURM_JOB_END_TIME="${SLURM_JOB_END_TIME:-}"
 
 # A USR1 for this script (#SBATCH --signal=B:USR1@300) goes on to the tasks of the step that runs.
 told=0 srun_pid=""

@@ -76,6 +76,8 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
         for phase in make_phases(whole):
             if first == phase.end_step and config.evaluation.at_phase_end:
                 run.evaluate_owed(benchmarks, phase.name, first - 1)
+        total = whole.total_rl_steps
+        run.stop_if_asked(asked(total - first))
         for phase, report, groups in run.watched(
             run_phases(
                 stretch.phases,
@@ -103,8 +105,9 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
                 run.evaluate_between(benchmarks, report.step)
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
                 run.save()
-            run.stop_if_asked(asked())
+            run.stop_if_asked(asked(total - report.step - 1))
         if not stretch.is_last:
+            run.store.wait()  # may take long: only then is the port drawn that must be free
             return gather_objects(free_port())[0]
         run.release(run.folder / "hf")
         return None
@@ -129,6 +132,7 @@ def run_sft(config: Config) -> None:
         first = state.get("step", 0)
         if first == steps and config.evaluation.at_phase_end:
             run.evaluate_owed(benchmarks, "sft", first - 1)
+        run.stop_if_asked(asked(steps - first))
         for report in run.watched(
             run_sft_steps(
                 examples,
@@ -152,7 +156,7 @@ def run_sft(config: Config) -> None:
                 run.evaluate_between(benchmarks, report.step)
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
                 run.save()
-            run.stop_if_asked(asked())
+            run.stop_if_asked(asked(steps - report.step - 1))
         run.release(run.folder / "hf")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.schema import Config, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.plan.activations import GPU, Activations, Row
 from megatron_qlrl.plan.estimate import (
@@ -170,29 +170,40 @@ def _with_allowance(peak: Peak, hardware: Hardware) -> Peak:
 def _host(
     config: Config, activations: Activations, cluster: Cluster, *, dp: int
 ) -> dict[str, float]:
-    """What waits in host memory on a node of ranks like the fullest. A checkpoint is gathered on
-    data parallel rank 0 of each stage, one of Adam's tensors after another, which takes that
-    tensor's size twice more (weights/megatron_format.py)."""
+    """What waits in host memory on a node of ranks like the fullest."""
     policy = config.policy
     ranks = min(cluster.gpus, cluster.hardware.gpus_per_node)
-    replicas = dp * policy.cp
-    writers = min(ranks, policy.tp * max(1, ranks // (policy.tp * replicas)))
     found = []
     for stage in range(policy.pp):
         numels = stage_parameters(activations.shape, tp=policy.tp, pp=policy.pp, stage=stage)
         state = model_state(numels, policy, width=activations.width, dp=dp)
         running = in_flight(policy, micro_batches=policy.pp, stage=stage)
-        weights, moments, gathered = state["weights"], state["optimizer"], 0.0
-        if policy.distributed_optimizer:
-            moments, gathered = moments * replicas, 2 * state["gradients"]
+        keeps = config.phases and config.algorithm.reference
         parts = {
-            "reference": ranks * weights if config.phases and config.algorithm.reference else 0.0,
+            "reference": ranks * state["weights"] if keeps else 0.0,
             "optimizer": ranks * state["optimizer"] if config.optimizer.offload else 0.0,
             "layer inputs": ranks * running * activations.on_host(),
-            "checkpoint": writers * (moments + max(weights, gathered)),
+            "checkpoint": _checkpoint(state, policy, ranks=ranks, replicas=dp * policy.cp),
         }
         found.append({name: size for name, size in parts.items() if size})
     return max(found, key=lambda parts: sum(parts.values()))
+
+
+def _checkpoint(
+    state: Mapping[str, float], policy: PolicyConfig, *, ranks: int, replicas: int
+) -> float:
+    """A checkpoint in the host memory of a node, at the fullest moment of saving and loading.
+
+    With the distributed optimizer Megatron copies each rank's share of Adam's three float32 tensors
+    there, gathers them on data parallel rank 0, one after another, which takes one tensor's size
+    twice more, and loads all of them on every rank.
+    """
+    writers = min(ranks, policy.tp * max(1, ranks // (policy.tp * replicas)))
+    if not policy.distributed_optimizer:
+        return writers * (state["weights"] + state["optimizer"])
+    tensor = state["gradients"]
+    saved = writers * 5 * tensor + ranks * 3 * tensor / replicas
+    return max(saved, ranks * 3 * tensor)
 
 
 def _rollout_peak(

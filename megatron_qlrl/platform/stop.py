@@ -14,26 +14,27 @@ RESERVE_S for the rest of a checkpoint."""
 
 
 @contextmanager
-def stop_signals(ends_at: float | None) -> Iterator[Callable[[], str]]:
-    """Inside it the signals end nothing. The callable, asked once after every step, gives the
-    reason to stop that this rank knows of, or "".
+def stop_signals(ends_at: float | None) -> Iterator[Callable[[int], str]]:
+    """Inside it the signals end nothing. The callable, asked before the first step and after every
+    one with the number of steps that are left, gives the reason to stop that this rank knows of,
+    or "".
 
     `ends_at`: when the job's time is up, in seconds since the epoch; None: nobody knows. Steps
     at long context take longer than the warning that jobs get by default.
     """
     found: list[int] = []
-    last, longest = time.time(), 0.0
+    last, longest = 0.0, 0.0
 
     def note(number: int, _: FrameType | None) -> None:
         found.append(number)
 
-    def asked() -> str:
+    def asked(steps_left: int) -> str:
         nonlocal last, longest
         now = time.time()
-        last, longest = now, max(longest, now - last)
+        last, longest = now, max(longest, now - last) if last else 0.0
         if found:
             return "asked to stop"
-        if ends_at is not None and now + SLACK * longest + RESERVE_S > ends_at:
+        if ends_at is not None and steps_left and now + SLACK * longest + RESERVE_S > ends_at:
             return f"the job's time is up in {ends_at - now:.0f} s, too soon for another step"
         return ""
 

@@ -103,8 +103,11 @@ class CheckpointStore:
         return pending is not None and pending.done() and pending.exception() is not None
 
     def close(self) -> None:
-        """Lets the thread end what it writes, before the process group goes."""
+        """Lets the thread end what it writes, before the process group goes. A failure that nobody
+        has waited for is told, not raised: the run ends for another reason."""
         self._thread.shutdown()
+        if self._pending is not None and (error := self._pending.exception()):
+            self._warn(str(error))
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose files all match its manifest, the same on every rank."""
@@ -228,11 +231,9 @@ def _write_tensors(snapshot: Snapshot, weights: Path, group: dist.ProcessGroup) 
         raise _cannot_write(weights, _first_failure(error)) from error
 
 
-def _on_rank_0(
-    where: Path, work: Callable[[], Any], group: dist.ProcessGroup | None = None
-) -> None:
-    """Runs `work`, which writes under `where`, on rank 0; its failure is every rank's."""
-    on_all_ranks(lambda: _guarded(where, work) if dist.get_rank() == 0 else None, group)
+def _on_rank_0(where: Path, work: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
+    """Runs `work`, which uses the disk at `where`, on rank 0; its failure is every rank's."""
+    return on_all_ranks(lambda: _guarded(where, work) if dist.get_rank() == 0 else None, group)
 
 
 def _guarded(where: Path, work: Callable[[], Any]) -> Any:
@@ -264,9 +265,13 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 def _digests(folder: Path, group: dist.ProcessGroup) -> dict[str, str]:
     """sha256 by file name, on every rank; the work is shared out over the ranks."""
-    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    names = gather_objects(found, group)[0]  # one list for all: shared disks show new files late
-    mine = names[dist.get_rank() :: dist.get_world_size()]
+
+    def names() -> list[str]:
+        return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+    # One list for all: shared disks show new files late.
+    found = gather_objects(_on_rank_0(folder, names, group), group)[0]
+    mine = found[dist.get_rank() :: dist.get_world_size()]
 
     def hashed() -> dict[str, str]:
         return _guarded(folder, lambda: {name: _digest(folder / name) for name in mine})

