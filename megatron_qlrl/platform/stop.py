@@ -4,13 +4,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """SIGUSR1: the batch script, before its time is up. SIGTERM: a scheduler that takes the machine."""
 SLACK, RESERVE_S = 1.5, 60.0
 """Another step is begun if the job's time suffices for SLACK times the longest step so far, and
-RESERVE_S for the rest of a checkpoint."""
+RESERVE_S for the rest of a checkpoint. The first is always begun: a job that came back only to give
+up again would do so for ever."""
 
 
 @contextmanager
@@ -34,8 +36,9 @@ def stop_signals(ends_at: float | None) -> Iterator[Callable[[int], str]]:
         last, longest = now, max(longest, now - last) if last else 0.0
         if found:
             return "asked to stop"
-        if ends_at is not None and steps_left and now + SLACK * longest + RESERVE_S > ends_at:
-            return f"the job's time is up in {ends_at - now:.0f} s, too soon for another step"
+        left_s = inf if ends_at is None else ends_at - now
+        if longest and steps_left and left_s < SLACK * longest + RESERVE_S:
+            return f"the job's time is up in {left_s:.0f} s, too soon for another step"
         return ""
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}

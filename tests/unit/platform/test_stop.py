@@ -34,3 +34,9 @@ def test_time_that_does_not_suffice_for_another_step(monkeypatch: pytest.MonkeyP
         assert [asked(9) for _ in range(4)] == ["", "", "", ""]
         assert asked(9) == "the job's time is up in 359 s, too soon for another step"
         assert asked(0) == ""  # nothing is left but to end
+
+
+def test_first_step_is_always_begun() -> None:
+    with stop_signals(ends_at=time.time() + 1) as asked:
+        assert asked(9) == ""
+        assert asked(8) != ""
