@@ -51,6 +51,8 @@ class Chain:
     processes: int
     rng: random.Random
     blows: list[dict[str, Any]] = field(default_factory=list)
+    spoiled: int | None = None
+    """Step of the checkpoint that the last blow damaged."""
 
     @property
     def run(self) -> Path:
@@ -60,7 +62,8 @@ class Chain:
         """Starts the run until it ends; `most_blows` of the starts at most are disturbed."""
         while True:
             blow = self.rng.choice(BLOWS) if len(self.blows) < most_blows else None
-            before = newest(self.run)
+            before, spoiled = newest(self.run), self.spoiled
+            self.spoiled = None
             process = start(self.config, self.processes, self.folder / "log.txt")
             mark = (self.folder / "log.txt").stat().st_size
             if blow is not None and self._wait_for_the_moment(process):
@@ -69,17 +72,14 @@ class Chain:
             code = process.wait(timeout=LIMIT_S)
             text = (self.folder / "log.txt").read_text()[mark:]
             resumed = re.search(r"resuming from \S+/step_0*(\d+)", text)
-            if self.blows:
-                self._check_start(int(resumed[1]) if resumed else None, before)
+            if resumed or code == 0:  # it came so far
+                check_start(int(resumed[1]) if resumed else None, before, spoiled)
+            elif self.spoiled is None:
+                self.spoiled = spoiled
             if code == 0:
                 return
             if blow is None:
                 raise Failed(f"an undisturbed start ended with {code}: {self.folder}/log.txt")
-
-    def _check_start(self, resumed: int | None, before: int | None) -> None:
-        """A checkpoint that was whole is what a start goes on from."""
-        if resumed is not None and before is not None and resumed != before:
-            raise Failed(f"resumed at {resumed}, but step {before} was whole")
 
     def _wait_for_the_moment(self, process: subprocess.Popen[bytes]) -> bool:
         """A random moment: in the start, or up to some steps after it; False if the run is over."""
@@ -122,23 +122,35 @@ class Chain:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(timeout=LIMIT_S)
             if blow in ("flip", "cut"):
-                record["damaged"] = self._damage(blow)
+                self.spoiled = newest(self.run)
+                if self.spoiled is not None:
+                    folder = self.run / "checkpoints" / f"step_{self.spoiled:08d}"
+                    record["damaged"] = str(damage(folder, blow, self.rng).relative_to(self.run))
         return record
 
-    def _damage(self, blow: str) -> str | None:
-        step = newest(self.run)
-        if step is None:
-            return None
-        folder = self.run / "checkpoints" / f"step_{step:08d}"
-        files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.stat().st_size]
-        file = self.rng.choice(files)
-        data = bytearray(file.read_bytes())
-        if blow == "flip":
-            data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
-        else:
-            del data[self.rng.randrange(len(data)) :]
-        file.write_bytes(data)
-        return str(file.relative_to(self.run))
+
+def check_start(resumed: int | None, whole: int | None, spoiled: int | None) -> None:
+    """A run goes on from its newest checkpoint that is whole, and never from one we damaged.
+
+    Args: steps; None where there is no such checkpoint (a start from the beginning).
+    """
+    if resumed is not None and resumed == spoiled:
+        raise Failed(f"resumed at {resumed}, a checkpoint that was damaged")
+    if resumed != whole:
+        raise Failed(f"resumed at {resumed}, but the newest whole checkpoint was {whole}")
+
+
+def damage(folder: Path, blow: str, rng: random.Random) -> Path:
+    """Flips one bit of a random file in `folder`, or cuts the file short; which it was."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.stat().st_size]
+    file = rng.choice(files)
+    data = bytearray(file.read_bytes())
+    if blow == "flip":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    else:
+        del data[rng.randrange(len(data)) :]
+    file.write_bytes(data)
+    return file
 
 
 def start(config: Path, processes: int, log: Path) -> subprocess.Popen[bytes]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,8 @@ def make_advantages(config: Config) -> Advantages:
 
 
 def policy_loss(config: Config) -> PolicyLoss:
-    a = config.algorithm
-    return PolicyLoss(a.clip_low, a.clip_high, a.dual_clip, a.kl_coef, a.kl_kind, a.entropy_coef)
+    settings = {field.name for field in fields(PolicyLoss)}
+    return PolicyLoss(**config.algorithm.model_dump(include=settings))
 
 
 def make_scorer(config: Config) -> Scorer:

@@ -140,6 +140,10 @@ class AlgorithmConfig(Section):
     """Ratios are clipped to [1 - clip_low, 1 + clip_high]."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Lower bound c of the objective for negative advantages, c * A (dual-clip PPO)."""
+    rollout_is_threshold: float | None = Field(default=None, ge=1)
+    """Truncated importance sampling: a token's objective is weighted by how much likelier the
+    trainer finds it than the engine did, at most by this (2.0 is usual). Corrects for a trainer and
+    an engine that differ in precision, FP8 and bfloat16. None: no weights."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Coefficient of the KL term to the reference policy in the loss; it is logged at 0 too."""
     kl_kind: Literal["k1", "k3"] = "k3"

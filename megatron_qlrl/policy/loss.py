@@ -1,5 +1,6 @@
 """Policy losses as plain functions on flat response tokens ([M]); METHOD: Eq. 3-6 of
-arXiv 2505.17667 (GRPO, DAPO), dual clip from arXiv 1912.09729, k1/k3 from Schulman's note.
+arXiv 2505.17667 (GRPO, DAPO), dual clip from arXiv 1912.09729, k1/k3 from Schulman's note,
+truncated importance weights against the engine as in verl's rollout correction (token level).
 
 Nothing here averages: each token's weight already holds the aggregation over the whole
 optimizer batch, so a loss is a weighted sum and the sum over any split is the same.
@@ -22,6 +23,7 @@ class PolicyLoss:
     kl_coef: float
     kl_kind: Literal["k1", "k3"]
     entropy_coef: float
+    rollout_is_threshold: float | None = None
 
     def __call__(
         self, logprobs: torch.Tensor, entropy: torch.Tensor, columns: Mapping[str, torch.Tensor]
@@ -31,8 +33,9 @@ class PolicyLoss:
         Args:
             logprobs, entropy: [M], with gradient.
             columns: float32 [M]: weights, advantages, and old_logprobs, ref_logprobs,
-                engine_logprobs where they are known. Without old_logprobs the policy is its
-                own old policy: ratio 1 with the right gradient.
+                engine_logprobs where they are known (importance weights need the engine's).
+                Without old_logprobs the policy is its own old policy: ratio 1 with the right
+                gradient.
         """
         weights, advantages = columns["weights"], columns["advantages"]
         old = columns.get("old_logprobs", logprobs.detach())
@@ -44,16 +47,25 @@ class PolicyLoss:
         if self.dual_clip is not None:
             floor = torch.maximum(objective, self.dual_clip * advantages)
             lower = torch.where(advantages < 0, floor, objective)
-        token_loss = -lower
-        if self.entropy_coef:  # without a gradient the log-probs' backward pass is shorter
-            token_loss = token_loss - self.entropy_coef * entropy
         sums = {
-            "actor/pg_loss": (-lower * weights).sum(),
             "actor/entropy": entropy.sum(),
             "actor/ppo_kl": -log_ratio.sum(),
             "actor/pg_clipfrac": (clipped * advantages < ratio * advantages).sum(),
             "actor/pg_clipfrac_lower": (lower > objective).sum(),
         }
+        if self.rollout_is_threshold is not None:
+            ratio_to_engine = (old - columns["engine_logprobs"]).exp()
+            importance = ratio_to_engine.clamp(max=self.rollout_is_threshold)
+            lower = importance * lower
+            high = (ratio_to_engine > importance).sum()
+            sums |= {
+                "rollout_corr/rollout_is_mean": importance.sum(),
+                "rollout_corr/rollout_is_ratio_fraction_high": high,
+            }
+        token_loss = -lower
+        sums["actor/pg_loss"] = (token_loss * weights).sum()
+        if self.entropy_coef:  # without a gradient the log-probs' backward pass is shorter
+            token_loss = token_loss - self.entropy_coef * entropy
         if "ref_logprobs" in columns:
             kl = reference_kl(logprobs, columns["ref_logprobs"], self.kl_kind)
             token_loss = token_loss + self.kl_coef * kl

@@ -96,6 +96,7 @@ def run(qlrl: Any, write_config: Any, parquet: Path, model: Path, tmp_path_facto
             "max_response_tokens": RESPONSE_TOKENS,
         },
         policy={"max_tokens_per_row": 36_000},
+        algorithm={"rollout_is_threshold": 2.0},
     )
     qlrl("rl", config).check()
     return folder / "run"
@@ -126,6 +127,8 @@ def test_trainer_and_engine_agree_at_every_length(run: Path, read_jsonl: Any) ->
     for line in read_jsonl(run / "metrics.jsonl"):
         assert line["training/rollout_logprobs_diff_mean"] < 1e-5
         assert line["training/rollout_logprobs_diff_max"] < 1e-4
+        assert line["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-5)
+        assert line["rollout_corr/rollout_is_ratio_fraction_high"] == 0
 
 
 def test_rollouts_are_logged_with_their_questions(run: Path, read_jsonl: Any) -> None:

@@ -1,6 +1,7 @@
 """Losses against loops written from the paper's formulas (METHOD: Eq. 3-6), one token at a
 time in Python floats; gradients by central differences of those loops."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ class Token:
     ref: float
     entropy: float
     advantage: float
+    engine: float = 0.0
 
 
 # groups -> responses -> tokens
@@ -40,16 +42,19 @@ def batch_of(seed: int = 0) -> Batch:
     """Three groups with responses of 1 to 5 tokens, one of them empty. Log-ratios spread over
     both clip limits, and far enough beyond the upper one to meet the dual clip."""
     rng = np.random.default_rng(seed)
+    # e^-0.5 and e^0.4 are below a threshold of 2, e^1.1 is above it
+    to_engine = itertools.cycle([-0.5, 0.4, 1.1])
 
     def response(n: int) -> list[Token]:
         advantage = float(rng.normal())
         return [
             Token(
                 logprob=(logprob := float(rng.normal(-2, 0.5))),
-                old=logprob - float(rng.choice([-0.9, -0.1, 0.05, 0.24, 0.4, 1.4])),
+                old=(old := logprob - float(rng.choice([-0.9, -0.1, 0.05, 0.24, 0.4, 1.4]))),
                 ref=logprob - float(rng.normal(0, 0.4)),
                 entropy=float(rng.uniform(0, 3)),
                 advantage=advantage,
+                engine=old - next(to_engine),
             )
             for _ in range(n)
         ]
@@ -69,6 +74,8 @@ def objective(token: Token, loss: PolicyLoss) -> float:
     value = min(ratio * token.advantage, clipped * token.advantage)
     if loss.dual_clip is not None and token.advantage < 0:
         value = max(value, loss.dual_clip * token.advantage)
+    if loss.rollout_is_threshold is not None:
+        value *= min(math.exp(token.old - token.engine), loss.rollout_is_threshold)
     difference = token.logprob - token.ref
     # Both estimate KL(policy || reference) from a sample of the policy.
     kl = difference if loss.kl_kind == "k1" else math.exp(-difference) - 1 + difference
@@ -144,6 +151,7 @@ def run(
         "advantages": column(tokens, "advantage"),
         "old_logprobs": column(tokens, "old"),
         "ref_logprobs": column(tokens, "ref"),
+        "engine_logprobs": column(tokens, "engine"),
     }
     total, sums = loss(logprobs, entropy, {k: v for k, v in columns.items() if k not in leave_out})
     by_logprob, by_entropy = torch.autograd.grad(total, [logprobs, entropy], materialize_grads=True)
@@ -157,7 +165,8 @@ SETTINGS = {
     "k1": replace(PLAIN, kl_coef=0.3, kl_kind="k1"),
     "k3": replace(PLAIN, kl_coef=0.3, kl_kind="k3"),
     "entropy": replace(PLAIN, entropy_coef=0.01),
-    "all": PolicyLoss(0.1, 0.5, 2.0, 0.05, "k3", 0.02),
+    "importance": replace(PLAIN, rollout_is_threshold=2.0),
+    "all": PolicyLoss(0.1, 0.5, 2.0, 0.05, "k3", 0.02, 2.0),
 }
 
 
@@ -209,6 +218,29 @@ def test_one_token_by_hand(
     total, by_logprob, _, _ = run(settings, [[[token]]], "token_mean", "ref_logprobs")
     assert total.item() == pytest.approx(loss)
     assert by_logprob.item() == pytest.approx(gradient)
+
+
+@pytest.mark.parametrize(
+    ("old", "engine", "threshold", "loss", "gradient", "high"),
+    [
+        # the trainer's probability over the engine's; ratio to the old policy is 1, advantage 2
+        (0.3, 0.2, 2.0, -3.0, -3.0, 0),
+        (0.2, 0.4, 2.0, -1.0, -1.0, 0),
+        (0.6, 0.2, 2.0, -4.0, -4.0, 1),
+        (0.6, 0.2, None, -2.0, -2.0, None),
+    ],
+)
+def test_importance_weight_by_hand(
+    old: float, engine: float, threshold: float | None, loss: float, gradient: float, high: int
+) -> None:
+    token = Token(math.log(old), math.log(old), 0.0, 0.0, 2.0, math.log(engine))
+    settings = replace(PLAIN, rollout_is_threshold=threshold)
+    total, by_logprob, _, sums = run(settings, [[[token]]], "token_mean")
+    assert total.item() == pytest.approx(loss)
+    assert by_logprob.item() == pytest.approx(gradient)
+    assert sums.get("rollout_corr/rollout_is_ratio_fraction_high") == high
+    if threshold is not None:
+        assert sums["rollout_corr/rollout_is_mean"].item() == pytest.approx(-loss / 2)
 
 
 def test_without_old_logprobs_the_policy_is_its_own_old_policy() -> None:
@@ -263,7 +295,7 @@ def test_any_split_of_the_batch_adds_up_to_the_whole(
         cost=lambda prompt, responses: prompt + sum(responses),
     )
     tokens = tokens_of(batch)
-    table = {f: column(tokens, f) for f in ("logprob", "entropy", "old", "ref")}
+    table = {f: column(tokens, f) for f in ("logprob", "entropy", "old", "ref", "engine")}
     total, pg_loss = 0.0, 0.0
     gradient = torch.zeros(len(tokens), dtype=torch.float64)
     rows = [row for rank in shares for row in rank]
@@ -274,7 +306,7 @@ def test_any_split_of_the_batch_adds_up_to_the_whole(
                         [torch.zeros(0, dtype=torch.long)])  # fmt: skip
         logprobs = table["logprob"][ids].requires_grad_()
         columns = {name: torch.from_numpy(v).double() for name, v in row.columns.items()}
-        columns |= {"old_logprobs": table["old"][ids], "ref_logprobs": table["ref"][ids]}
+        columns |= {f"{name}_logprobs": table[name][ids] for name in ("old", "ref", "engine")}
         part, sums = loss(logprobs, table["entropy"][ids], columns)
         gradient[ids] += torch.autograd.grad(part, logprobs)[0]
         total += part.item()
@@ -311,7 +343,8 @@ def test_mismatch_of_trainer_and_engine() -> None:
 def test_empty_rank_gives_zero_with_a_gradient() -> None:
     """A rank without tokens still calls backward."""
     logprobs = torch.zeros(0, requires_grad=True)
-    columns = {name: torch.zeros(0) for name in ("weights", "advantages")}
+    names = ("weights", "advantages", "engine_logprobs")
+    columns = {name: torch.zeros(0) for name in names}
     total, _ = SETTINGS["all"](logprobs, logprobs * 1, columns)
     total.backward()
     assert total.item() == 0
