@@ -10,7 +10,7 @@ STOPPED = 85
 
 
 class StopRequested(Exception):
-    """No error: the job asked the run to stop, and it is saved."""
+    """No error: the reason why the run, which is saved, ends before its end."""
 
 
 class QlrlError(Exception):

@@ -45,5 +45,5 @@ def main() -> None:
         sys.exit(2)
     except StopRequested as stopped:
         if read_ranks().rank == 0:
-            print(f"qlrl: {stopped}", flush=True)
+            print(f"qlrl: {stopped}; the run is saved: the same command goes on", flush=True)
         sys.exit(STOPPED)

@@ -33,7 +33,7 @@ from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import init_parallel, process_group
 from megatron_qlrl.platform.env import free_port, init_ranks, job_ends_at
 from megatron_qlrl.platform.megatron_cpu import megatron_device
-from megatron_qlrl.platform.stop import stop_signals
+from megatron_qlrl.platform.stop import StopSignals
 from megatron_qlrl.policy.loss import sft_loss
 from megatron_qlrl.policy.model import build_model
 from megatron_qlrl.sft import num_sft_steps, run_sft_steps
@@ -57,27 +57,33 @@ def run_rl(config: Config) -> int | None:
 
 def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | None:
     config, begin = stretch.config, stretch.phases[0]
-    temperature = config.rollout.temperature
-    weights = reference_folder(whole, begin.index)
-    opened = open_run(config, temperature=temperature, whole=whole, weights=weights)
-    with stop_signals(job_ends_at()) as asked, opened as run:
+    with (
+        StopSignals(job_ends_at()) as stop,
+        open_run(
+            config,
+            temperature=config.rollout.temperature,
+            whole=whole,
+            weights=reference_folder(whole, begin.index),
+            give_up=stop.within_step,
+        ) as run,
+    ):
         prompts = on_all_ranks(partial(read_train_prompts, whole, run.tokenizer, warn=run.warn))
-        benchmarks = on_all_ranks(run.benchmarks)
+        run.read_benchmarks()
         curriculum = on_all_ranks(partial(make_curriculum, whole, prompts))
         if config.algorithm.reference:
             run.policy.keep_reference()
         state = run.restore(newest, fresh_steps=fresh_steps(whole))
-        run.evaluate_start(benchmarks, state)
+        run.evaluation.before_training(state)
         sampler = run.sampler(curriculum)
         if state:
             sampler.load_state_dict(state["sampler"])
         trainer = run.trainer(policy_loss(config), total_updates=whole.total_rl_steps)
         first = state.get("step", 0)
         for phase in make_phases(whole):
-            if first == phase.end_step and config.evaluation.at_phase_end:
-                run.evaluate_owed(benchmarks, phase.name, first - 1)
+            if phase.first_step < first <= phase.end_step:
+                run.evaluation.after(first, phase.name, last=first == phase.end_step)
         total = whole.total_rl_steps
-        run.stop_if_asked(asked(total - first))
+        run.stop_if_asked(stop.between_steps(total - first))
         for phase, report, groups in run.watched(
             run_phases(
                 stretch.phases,
@@ -99,13 +105,10 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
                 # Before anything that may end the run with a checkpoint: the next phase needs it.
                 run.release(reference_folder(whole, phase.index + 1))
             run.stop_if_unstable()
-            if last and config.evaluation.at_phase_end:
-                run.evaluate(benchmarks, phase.name, report.step)
-            else:
-                run.evaluate_between(benchmarks, report.step)
+            run.evaluation.after(report.step + 1, phase.name, last=last)
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
                 run.save()
-            run.stop_if_asked(asked(total - report.step - 1))
+            run.stop_if_asked(stop.between_steps(total - report.step - 1))
         if not stretch.is_last:
             run.store.wait()  # may take long: only then is the port drawn that must be free
             return gather_objects(free_port())[0]
@@ -117,22 +120,22 @@ def run_sft(config: Config) -> None:
     """Warm-up SFT, from the newest checkpoint on; ends with a Hugging Face folder."""
     sft = config.sft
     with (
-        stop_signals(job_ends_at()) as asked,
+        StopSignals(job_ends_at()) as stop,
         joined(),
-        open_run(config, temperature=1.0) as run,
+        open_run(config, temperature=1.0, give_up=stop.within_step) as run,
     ):
         examples = on_all_ranks(partial(read_examples, config, run.tokenizer))
-        benchmarks = on_all_ranks(run.benchmarks)
+        run.read_benchmarks()
         steps = num_sft_steps(
             len(examples), batch_size=sft.batch_size, epochs=sft.epochs, max_steps=sft.max_steps
         )
         state = run.restore(newest_checkpoint(config))
-        run.evaluate_start(benchmarks, state)
+        run.evaluation.before_training(state)
         trainer = run.trainer(sft_loss, total_updates=steps, aggregation=sft.aggregation)
         first = state.get("step", 0)
-        if first == steps and config.evaluation.at_phase_end:
-            run.evaluate_owed(benchmarks, "sft", first - 1)
-        run.stop_if_asked(asked(steps - first))
+        if first:
+            run.evaluation.after(first, "sft", last=first == steps)
+        run.stop_if_asked(stop.between_steps(steps - first))
         for report in run.watched(
             run_sft_steps(
                 examples,
@@ -150,20 +153,18 @@ def run_sft(config: Config) -> None:
             run.reached(report.step + 1, {})
             run.stop_if_unstable()
             last = report.step == steps - 1
-            if last and config.evaluation.at_phase_end:
-                run.evaluate(benchmarks, "sft", report.step)
-            else:
-                run.evaluate_between(benchmarks, report.step)
+            run.evaluation.after(report.step + 1, "sft", last=last)
             if last or (report.step + 1) % config.checkpoint.every_steps == 0:
                 run.save()
-            run.stop_if_asked(asked(steps - report.step - 1))
+            run.stop_if_asked(stop.between_steps(steps - report.step - 1))
         run.release(run.folder / "hf")
 
 
 def run_eval(config: Config) -> None:
     """Scores model.path on data.eval_files; writes eval/eval.json and the answers."""
     with joined(), open_run(config, temperature=1.0) as run:
-        metrics = run.evaluate(on_all_ranks(run.benchmarks), "eval", 0)
+        run.read_benchmarks()
+        metrics = run.evaluation.score("eval", 0)
         if run.leads:
             print(json.dumps(metrics), flush=True)
 

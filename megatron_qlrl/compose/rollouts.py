@@ -17,6 +17,7 @@ from megatron_qlrl.compose.parts import (
 )
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.errors import StopRequested
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import ParallelContext
 from megatron_qlrl.rollout.sampler import sample_groups, share_prompts
@@ -35,6 +36,7 @@ class Rollouts:
     Args:
         weights: the policy's weights and their version; called before the first generation and
             then for each, and Megatron's part is made first: the order that is tested.
+        give_up: asked while responses are generated: this rank's reason to stop, or "".
     """
 
     def __init__(
@@ -45,7 +47,9 @@ class Rollouts:
         context: ParallelContext,
         tokenizer: Any,
         weights: Callable[[], tuple[WeightStream, int]],
+        give_up: Callable[[], str],
     ) -> None:
+        self._give_up = give_up
         self._config, self._shape, self._context = config, shape, context
         self._tokenizer, self._weights = tokenizer, weights
         self._scorer = on_all_ranks(partial(make_scorer, config))
@@ -70,6 +74,7 @@ class Rollouts:
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             rope=changed_rope(config),
             seed=config.run.seed,
+            give_up=self._give_up,
         )
 
     def collect(self, prompts: Sequence[Prompt], step: int) -> list[ScoredGroup]:
@@ -99,8 +104,9 @@ class Rollouts:
 
         Raises:
             RewardError: too many responses have no verdict.
+            StopRequested: on every rank, when any engine was stopped.
         """
-        stream, version = self._weights()
+        weights = self._weights()
         engine, scorer = self._engine, self._scorer
         share = share_prompts(prompts, engine.num_engines)[engine.engine_index]
         mine = [prompts[i] for i in share]
@@ -116,18 +122,17 @@ class Rollouts:
                     response=rollout.text,
                 )
 
-        with engine.awake(untied(stream)) as generate:
-            found = sample_groups(
-                mine,
-                generate,
-                group_size=samples,
-                sampling=sampling,
-                run_seed=self._config.run.seed,
-                step=step,
-                weight_version=version,
-                decode=partial(self._tokenizer.decode, skip_special_tokens=True),
-                on_done=submit,
-            )
+        sample = partial(
+            sample_groups,
+            mine,
+            group_size=samples,
+            sampling=sampling,
+            run_seed=self._config.run.seed,
+            step=step,
+            decode=partial(self._tokenizer.decode, skip_special_tokens=True),
+            on_done=submit,
+        )
+        found = self._sampled(sample, *weights)
 
         def finish() -> dict[int, ScoredGroup]:
             if not engine.leads:
@@ -146,3 +151,22 @@ class Rollouts:
         reason = next((failure for _, failure in parts if failure), "")
         check_masked(groups, max_share=self._config.reward.max_masked_share, reason=reason)
         return groups
+
+    def _sampled(
+        self,
+        sample: Callable[..., list[tuple[Rollout, ...]]],
+        stream: WeightStream,
+        version: int,
+    ) -> list[tuple[Rollout, ...]]:
+        """`sample` by the engine with these weights; StopRequested on all ranks or on none."""
+        found: list[tuple[Rollout, ...]] = []
+        stopped = ""
+        try:
+            with self._engine.awake(untied(stream)) as generate:
+                found = sample(generate=generate, weight_version=version)
+        except StopRequested as request:
+            stopped = str(request)
+        reasons = [reason for reason in gather_objects(stopped) if reason]
+        if reasons:
+            raise StopRequested(reasons[0])
+        return found

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from megatron_qlrl import __version__
 from megatron_qlrl.advantage.filters import has_spread
-from megatron_qlrl.compose.data import read_benchmarks
+from megatron_qlrl.compose.evaluation import Evaluation
 from megatron_qlrl.compose.parts import (
     changed_rope,
     load_tokenizer,
@@ -29,7 +29,6 @@ from megatron_qlrl.config.schema import Config
 from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.curriculum.dynamic import DynamicSampler
 from megatron_qlrl.errors import ConfigError, RewardError, StabilityError, StopRequested
-from megatron_qlrl.evaluate.benchmarks import evaluate
 from megatron_qlrl.loop import Trainer
 from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.metrics.sinks import Tracker
@@ -46,7 +45,6 @@ from megatron_qlrl.policy.selfcheck import check_sharing
 from megatron_qlrl.policy.step import Loss, Policy
 from megatron_qlrl.types import (
     PackedRow,
-    Prompt,
     ScoredGroup,
     StepReport,
     TrainGroup,
@@ -73,6 +71,7 @@ def open_run(
     temperature: float,
     whole: Config | None = None,
     weights: Path | None = None,
+    give_up: Callable[[], str] = lambda: "",
 ) -> Iterator["Run"]:
     """Policy, trackers; the engine follows at its first use. Inside `joined()`.
 
@@ -80,10 +79,13 @@ def open_run(
         config: what the parts are made from.
         whole: the config of the whole run, where `config` is that of some of its phases.
         weights: Hugging Face folder that the policy starts from, else model.path.
+        give_up: asked while responses are generated: this rank's reason to stop, or "".
     """
     set_engine_env(cpu_kv_cache_gib=config.rollout.cpu_kv_cache_gib)
     folder = weights or Path(config.model.path)
-    run = Run(config, whole=whole or config, temperature=temperature, weights=folder)
+    run = Run(
+        config, whole=whole or config, temperature=temperature, weights=folder, give_up=give_up
+    )
     try:
         yield run
         run.finish()
@@ -98,7 +100,15 @@ def open_run(
 class Run:
     """The parts of one run, joined. Methods are collective unless they say otherwise."""
 
-    def __init__(self, config: Config, *, whole: Config, temperature: float, weights: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        whole: Config,
+        temperature: float,
+        weights: Path,
+        give_up: Callable[[], str],
+    ) -> None:
         self.config, self.whole = config, whole
         self.folder = Path(config.run.dir)
         self.shape = model_shape(config)
@@ -109,7 +119,6 @@ class Run:
         self.tracker = Tracker.silent()
         self.store = make_store(config)
         self.monitor = Monitor(config.stability, warn=self.warn)
-        self.scores: dict[str, float] = {}
         self._sharing_checked = False
         self.rollouts = Rollouts(
             config,
@@ -117,7 +126,9 @@ class Run:
             context=self.context,
             tokenizer=self.tokenizer,
             weights=self._present_weights,
+            give_up=give_up,
         )
+        self.evaluation = Evaluation(config, rollouts=self.rollouts, write=self._record)
         self._unsaved: tuple[int, Mapping[str, Any]] | None = None
         self._fresh_steps: frozenset[int] = frozenset()
         self._on_disk(self._record_start)
@@ -172,11 +183,10 @@ class Run:
         self.policy.free_gradients()
         return self.stream, self.policy.version
 
-    def benchmarks(self) -> dict[str, list[Prompt]]:
-        """Held-out prompts by file stem (not collective)."""
-        return read_benchmarks(self.config, self.tokenizer, max_positions=self.shape.max_positions)
+    def read_benchmarks(self) -> None:
+        self.evaluation.read(self.tokenizer, max_positions=self.shape.max_positions)
 
-    # --- curriculum, evaluation ---------------------------------------------------------
+    # --- curriculum ---------------------------------------------------------------------
 
     def sampler(self, curriculum: Curriculum) -> DynamicSampler:
         config = self.config
@@ -194,67 +204,6 @@ class Run:
         """One line on the console, from rank 0 (not collective)."""
         if self.leads:
             print(f"qlrl: warning: {message}", flush=True)
-
-    def evaluate_start(
-        self, benchmarks: Mapping[str, list[Prompt]], state: Mapping[str, Any]
-    ) -> None:
-        if self.config.evaluation.before_training and not state:
-            self.evaluate(benchmarks, "start", 0)
-
-    def evaluate_owed(self, benchmarks: Mapping[str, list[Prompt]], name: str, step: int) -> None:
-        """Evaluates unless the checkpoint's run did: the judge may have been lost before."""
-        if not any(score.startswith(f"{name}: ") for score in self.scores):
-            self.evaluate(benchmarks, name, step)
-
-    def evaluate(
-        self, benchmarks: Mapping[str, list[Prompt]], name: str, step: int
-    ) -> dict[str, float]:
-        """Scores the held-out files for the record, the model card included."""
-        metrics = self._evaluate(benchmarks, name, step)
-        self.scores |= {f"{name}: {k}": v for k, v in metrics.items() if k.endswith("/score")}
-        return metrics
-
-    def evaluate_between(self, benchmarks: Mapping[str, list[Prompt]], step: int) -> None:
-        """Scores the held-out files after step `step` if it is the turn."""
-        every = self.config.evaluation.every_steps
-        if every is not None and (step + 1) % every == 0:
-            self._evaluate(benchmarks, f"step_{step + 1}", step)
-
-    def _evaluate(
-        self, benchmarks: Mapping[str, list[Prompt]], name: str, step: int
-    ) -> dict[str, float]:
-        """Writes eval/<name>.json and, in .jsonl, the answers."""
-        if not benchmarks:
-            return {}
-        answers: list[ScoredGroup] = []
-
-        def answer(prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-            groups = self.rollouts.answer(prompts)
-            answers.extend(groups)
-            return groups
-
-        metrics = evaluate(benchmarks, answer)
-        metrics |= {f"val/{name}": value for name, value in self.rollouts.judge_metrics().items()}
-
-        def write() -> None:
-            self.tracker.log(step, metrics)
-            self._write_answers(name, metrics, answers)
-
-        self._on_disk(write)
-        return metrics
-
-    def _write_answers(
-        self, name: str, metrics: Mapping[str, float], answers: Sequence[ScoredGroup]
-    ) -> None:
-        folder = self.folder / "eval"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(metrics, indent=1))
-        rollouts = (r for g in answers for r in g.rollouts)
-        with (folder / f"{name}.jsonl").open("w") as out:
-            for record, rollout in zip(rollout_records(answers), rollouts, strict=True):
-                record["token_ids"] = rollout.token_ids.tolist()
-                record["logprobs"] = rollout.engine_logprobs.tolist()
-                out.write(json.dumps(record) + "\n")
 
     # --- training -----------------------------------------------------------------------
 
@@ -324,7 +273,7 @@ class Run:
         if path is not None:
             state = self._load(path)
             self.policy.version = state["version"]
-            self.scores = state["scores"]
+            self.evaluation.load_state_dict(state["evaluation"])
             self.monitor.load_state_dict(state["monitor"])
             if self.leads:
                 print(f"resuming from {path} at step {state['step']}", flush=True)
@@ -354,11 +303,14 @@ class Run:
         shown = groups[: self.config.logging.rollouts_per_step]
         metrics = {**report.metrics, **self.rollouts.judge_metrics()}
 
-        def write() -> None:
-            self.tracker.log(report.step, metrics)
-            self.tracker.rollouts(report.step, rollout_records(shown))
+        def write(tracker: Tracker) -> None:
+            tracker.log(report.step, metrics)
+            tracker.rollouts(report.step, rollout_records(shown))
 
-        self._on_disk(write)
+        self._record(write)
+
+    def _record(self, write: Callable[[Tracker], None]) -> None:
+        self._on_disk(lambda: write(self.tracker))
 
     def _on_disk(self, write: Callable[[], T]) -> T | None:
         """Runs `write` on rank 0; a disk that refuses stops every rank with the reason."""
@@ -407,7 +359,7 @@ class Run:
             self.store.wait()
         reasons = [reason for reason, _ in told if reason]
         if reasons:
-            raise StopRequested(f"{reasons[0]}; the run is saved: the same command goes on")
+            raise StopRequested(reasons[0])
 
     def reached(self, step: int, state: Mapping[str, Any]) -> None:
         """`step` steps are done: what the next `save` writes."""
@@ -419,7 +371,11 @@ class Run:
         if self._unsaved is None:
             return
         step, state = self._unsaved
-        more = {**state, "scores": self.scores, "tracker": self.tracker.state_dict()}
+        more = {
+            **state,
+            "evaluation": self.evaluation.state_dict(),
+            "tracker": self.tracker.state_dict(),
+        }
         save_checkpoint(
             self.store, self.policy, step, Path(self.config.model.path), self.config, more
         )
@@ -431,7 +387,8 @@ class Run:
             self.stream,
             folder,
             companions=Path(self.config.model.path),
-            facts=run_facts(self.config) | {k: f"{v:.4f}" for k, v in self.scores.items()},
+            facts=run_facts(self.config)
+            | {k: f"{v:.4f}" for k, v in self.evaluation.scores.items()},
             writer=self.leads,
             dtype=weight_dtype(self.config),
             rope=changed_rope(self.config),

@@ -39,11 +39,10 @@ class GatherTokens(torch.autograd.Function):
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """`value` of every rank, in rank order, on every rank (our own objects, our own ranks).
-
-    `group`: of all ranks, for a thread beside the main one; none: the main one's.
+    """`value` of every rank of `group` (none: of all), in rank order, on every rank of it (our own
+    objects, our own ranks). A thread beside the main one needs a group of its own.
     """
-    found: list[Any] = [None] * dist.get_world_size()
+    found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found
 

@@ -1,49 +1,56 @@
-"""Why a run should end after this step: the job said so by a signal, or its time will be up."""
+"""Why a run should end now: the job said so by a signal, or its time will be up."""
 
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from math import inf
 from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """SIGUSR1: the batch script, before its time is up. SIGTERM: a scheduler that takes the machine."""
 SLACK, RESERVE_S = 1.5, 60.0
 """Another step is begun if the job's time suffices for SLACK times the longest step so far, and
-RESERVE_S for the rest of a checkpoint. The first is always begun: a job that came back only to give
-up again would do so for ever."""
+RESERVE_S for the rest of a checkpoint. The first is always begun, and ended: a job that came back
+only to give up again would do so for ever."""
 
 
-@contextmanager
-def stop_signals(ends_at: float | None) -> Iterator[Callable[[int], str]]:
-    """Inside it the signals end nothing. The callable, asked before the first step and after every
-    one with the number of steps that are left, gives the reason to stop that this rank knows of,
-    or "".
+class StopSignals:
+    """Inside it (a context manager) the signals end nothing; they are noted, for this rank.
 
-    `ends_at`: when the job's time is up, in seconds since the epoch; None: nobody knows. Steps
-    at long context take longer than the warning that jobs get by default.
+    `ends_at`: when the job's time is up, in seconds since the epoch; None: nobody knows. Steps at
+    long context take longer than the warning that jobs get by default.
     """
-    found: list[int] = []
-    last, longest = 0.0, 0.0
 
-    def note(number: int, _: FrameType | None) -> None:
-        found.append(number)
+    def __init__(self, ends_at: float | None) -> None:
+        self._ends_at = ends_at
+        self._found = False
+        self._last = self._longest = 0.0
 
-    def asked(steps_left: int) -> str:
-        nonlocal last, longest
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._found = True
+
+    def between_steps(self, steps_left: int) -> str:
+        """The reason to stop, or "". To be asked before the first step and after every one, with
+        the number of steps that are left."""
         now = time.time()
-        last, longest = now, max(longest, now - last) if last else 0.0
-        if found:
+        self._longest = max(self._longest, now - self._last) if self._last else 0.0
+        self._last = now
+        if self._found:
             return "asked to stop"
-        left_s = inf if ends_at is None else ends_at - now
-        if longest and steps_left and left_s < SLACK * longest + RESERVE_S:
+        left_s = inf if self._ends_at is None else self._ends_at - now
+        if self._longest and steps_left and left_s < SLACK * self._longest + RESERVE_S:
             return f"the job's time is up in {left_s:.0f} s, too soon for another step"
         return ""
 
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def within_step(self) -> str:
+        """The reason to give up the step that goes on, or ""; the run is then what it was before
+        it."""
+        return "asked to stop" if self._found and self._longest else ""

@@ -7,6 +7,7 @@ generated with stale weights and the trainer finds its memory free again.
 The GPU part (sleep level 2, wake tags) has not been run on a GPU yet.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_qlrl.errors import SyncError
+from megatron_qlrl.errors import StopRequested, SyncError
+from megatron_qlrl.parallel.collectives import gather_objects
 from megatron_qlrl.platform.device import has_gpu
 
 
@@ -50,6 +52,9 @@ class Completion:
 
 # Calls back with the number of a request and its response as soon as that one is complete.
 Generate = Callable[[Sequence[Request], Sampling, Callable[[int, Completion], None]], None]
+STOP_EVERY = 16
+"""Steps of the engine (a token of each response, or some thousand of prompts) between two looks at
+whether to stop."""
 
 
 class VllmEngine:
@@ -69,19 +74,23 @@ class VllmEngine:
         gpu_memory_utilization: float,
         rope: Mapping[str, Any] | None,
         seed: int,
+        give_up: Callable[[], str],
     ) -> None:
         """`manifest`: the Hugging Face tensors with shapes that every weight update must bring,
-        the LM head among them also where the model ties it to the embedding.
+        the LM head among them also where the model ties it to the embedding. `give_up`: asked while
+        it generates; this rank's reason to stop, or "".
 
         `set_engine_env` must have run before the first engine of the process is made.
         """
         from vllm import LLM
+        from vllm.distributed import get_tp_group
 
         self.engine_index, self.num_engines = rank // tp, world_size // tp
         self.leads = rank % tp == 0
         self._progress = rank == 0 and sys.stderr.isatty()
         self._stop = list(stop_token_ids)
         self._manifest = dict(manifest)
+        self._give_up = give_up
         self._llm = LLM(
             model=str(model),
             tensor_parallel_size=tp,
@@ -103,6 +112,7 @@ class VllmEngine:
             disable_log_stats=True,
             seed=seed,
         )
+        self._ranks = get_tp_group().cpu_group
         self._sleep()
 
     @contextmanager
@@ -111,6 +121,7 @@ class VllmEngine:
 
         Raises:
             SyncError: a tensor is missing, unknown, doubled or of another shape.
+            StopRequested: (by `generate`) a rank of this engine had a reason to give up.
         """
         self._wake("weights")
         try:
@@ -181,11 +192,22 @@ class VllmEngine:
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 ),
             )
+        left = {str(number) for number in range(len(requests))}
+        steps = itertools.count()
         with tqdm(total=len(requests), desc="responses", disable=not self._progress) as bar:
             while engine.has_unfinished_requests():
+                if next(steps) % STOP_EVERY == 0 and (reason := self._reason_to_stop()):
+                    engine.abort_request(sorted(left))
+                    raise StopRequested(reason)
                 for output in engine.step():
+                    left.remove(output.request_id)
                     on_done(int(output.request_id), _completion(output.outputs[0]))  # pyright: ignore
                     bar.update()
+
+    def _reason_to_stop(self) -> str:
+        """That of any rank of this engine: they step together, so they stop together."""
+        told = gather_objects(self._give_up(), self._ranks)
+        return next(filter(None, told), "")
 
 
 def _platform_settings(max_model_len: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_qlrl.errors import SyncError
+from megatron_qlrl.errors import StopRequested, SyncError
 from megatron_qlrl.rollout import vllm_engine
 from megatron_qlrl.rollout.vllm_engine import Request, Sampling, VllmEngine
 
@@ -142,6 +142,9 @@ class FakeEngine:
     def has_unfinished_requests(self) -> bool:
         return bool(self.waiting)
 
+    def abort_request(self, request_ids: list[str]) -> None:
+        self.calls.append(("abort", request_ids))
+
     def step(self) -> list[Any]:
         self.calls.append("step")
         self.waiting = {name: left - 1 for name, left in self.waiting.items()}
@@ -153,8 +156,9 @@ class FakeEngine:
         return [SimpleNamespace(request_id=name, outputs=[output]) for name in ended]
 
 
-def test_each_response_is_handed_out_while_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What scoring stands on: nothing waits for the last response of a batch."""
+@pytest.fixture
+def generating(monkeypatch: pytest.MonkeyPatch, lone_group: Any) -> VllmEngine:
+    """An engine around a FakeEngine (its `_llm.llm_engine`)."""
     fake = ModuleType("vllm")
     fake.SamplingParams = dict  # pyright: ignore[reportAttributeAccessIssue]
     inputs, params = ModuleType("vllm.inputs"), ModuleType("vllm.sampling_params")
@@ -163,16 +167,36 @@ def test_each_response_is_handed_out_while_others_go_on(monkeypatch: pytest.Monk
     params.RequestOutputKind = kinds  # pyright: ignore[reportAttributeAccessIssue]
     for module in (fake, inputs, params):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    llm = FakeEngine()
     engine = engine_with(FakeLLM())
-    engine._llm = SimpleNamespace(llm_engine=llm)  # pyright: ignore[reportAttributeAccessIssue]
+    engine._llm = SimpleNamespace(llm_engine=FakeEngine())  # pyright: ignore
     engine._progress = False
-    requests = [Request(np.array([n, n + 1], np.int32), seed=10 + n) for n in range(3)]
-    engine._generate(
-        requests, Sampling(1.0, 1.0, 4), lambda number, done: llm.calls.append((number, done))
+    engine._ranks = lone_group
+    engine._give_up = lambda: ""
+    return engine
+
+
+def requests(num: int) -> list[Request]:
+    return [Request(np.array([n, n + 1], np.int32), seed=10 + n) for n in range(num)]
+
+
+def test_each_response_is_handed_out_while_others_go_on(generating: VllmEngine) -> None:
+    """What scoring stands on: nothing waits for the last response of a batch."""
+    calls = generating._llm.llm_engine.calls  # pyright: ignore
+    generating._generate(
+        requests(3), Sampling(1.0, 1.0, 4), lambda number, done: calls.append((number, done))
     )
-    added, rest = llm.calls[:3], llm.calls[3:]
+    added, rest = calls[:3], calls[3:]
     assert added == [(str(n), (n, n + 1), 10 + n, "final only") for n in range(3)]
     assert rest[0::2] == ["step"] * 3
     assert [number for number, _ in rest[1::2]] == [0, 1, 2]
     assert [done.token_ids.tolist() for _, done in rest[1::2]] == [[7]] * 3
+
+
+def test_generation_is_given_up_soon(generating: VllmEngine) -> None:
+    done: list[int] = []
+    generating._give_up = lambda: "asked" if len(done) > 1 else ""
+    with pytest.raises(StopRequested, match="asked"):
+        generating._generate(requests(40), Sampling(1.0, 1.0, 4), lambda n, _: done.append(n))
+    assert done == list(range(vllm_engine.STOP_EVERY))
+    calls = generating._llm.llm_engine.calls  # pyright: ignore
+    assert calls[-1] == ("abort", sorted(str(n) for n in range(vllm_engine.STOP_EVERY, 40)))
