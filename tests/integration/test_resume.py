@@ -6,6 +6,8 @@ of the reference that goes on under another layout.
 
 import random
 import shutil
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from megatron_qlrl.errors import STOPPED
 
 STEPS = [0, 1, 1, 2, 2, 3, 3]  # evaluations after 1, 2 and 3
 
@@ -125,3 +129,25 @@ def _copy(whole: Path, folder: Path, write_config: Any) -> Path:
     shutil.copytree(whole, folder / "run")
     shutil.rmtree(folder / "run" / "hf")
     return config
+
+
+def test_evaluation_is_given_up_when_the_job_asks(
+    start_qlrl: Any, write_config: Any, tmp_path: Path
+) -> None:
+    """One of 9,600 responses, long enough for any machine: in the run's last phase, after steps."""
+    phase = {"name": "phase1", "max_input_tokens": 250, "steps": 2}
+    config = write_config(tmp_path, phases=[phase], evaluation={"samples": 600, "temperature": 1.0})
+    record = tmp_path / "run" / "metrics.jsonl"
+    process = start_qlrl("rl", config)
+    while process.poll() is None and not (record.is_file() and '"step": 1' in record.read_text()):
+        time.sleep(0.01)
+    time.sleep(1)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == STOPPED, out + err
+    assert "qlrl: asked to stop; the run is saved" in out
+    assert not (tmp_path / "run" / "eval").exists()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        "step_00000001",
+        "step_00000002",
+    ]
