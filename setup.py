@@ -36,7 +36,15 @@ EXTRAS = {
     "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]>=2.6,<3"],
     # Not beside the training stack (see requirements/launch.txt).
     "launch": ["nemo-run==0.11.1", "leptonai==0.27.0"],
-    "dev": ["hypothesis", "mbridge==0.15.1", "pyright", "pytest", "pytest-timeout", "ruff"],
+    "dev": [
+        "hypothesis",
+        "mbridge==0.15.1",
+        "pyright",
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "ruff",
+    ],
 }
 
 readme = ROOT / "README.md"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything CI runs: environment, lint, format, types, tests. Arguments go to pytest:
+# Everything CI runs: environment, lint, format, types, tests. Without arguments all tests, in two
+# processes side by side; arguments go to pytest:
 #   bash tools/test.sh                 bash tools/test.sh tests/unit -k reward
 # Tests run even when lint or types fail; the exit code tells of either.
 set -euo pipefail
@@ -27,6 +28,8 @@ run pyright
 echo "== pytest"
 # Last, so that its summary is the last line.
 code=0
+# The order of pyproject.toml's testpaths, longest first, so that both processes end together.
+[ $# -gt 0 ] || set -- --numprocesses=2 --dist=loadgroup --no-loadscope-reorder --durations=20
 python -m pytest "$@" || code=$?
 [ -z "$failed" ] || [ "$code" -ne 0 ] || code=1
 exit "$code"
