@@ -123,15 +123,20 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
 
     def run() -> None:
         from megatron_qlrl import compose
+        from megatron_qlrl.compose.stretch import Handover
 
-        runs: dict[str, Callable[[Config], int | None]] = {
+        runs: dict[str, Callable[[Config], Handover | None]] = {
             "sft": compose.run_sft,
             "rl": compose.run_rl,
             "eval": compose.run_eval,
         }
-        port = runs[command](config)
-        if port is not None:
-            start_again(port, settings=["checkpoint.resume=true"])
+        handover = runs[command](config)
+        if handover is not None:
+            start_again(
+                handover.port,
+                longest_step_s=handover.longest_step_s,
+                settings=["checkpoint.resume=true"],
+            )
 
     processes = wanted or _default_processes(_stages(command, config))
     on_ranks([command, str(path), *overrides], processes, check=check, run=run)

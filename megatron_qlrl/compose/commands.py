@@ -18,6 +18,7 @@ from megatron_qlrl.compose.parts import (
 )
 from megatron_qlrl.compose.run import joined, open_run
 from megatron_qlrl.compose.stretch import (
+    Handover,
     Stretch,
     fresh_steps,
     make_phases,
@@ -31,7 +32,7 @@ from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.loop import run_phases
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import init_parallel, process_group
-from megatron_qlrl.platform.env import free_port, init_ranks, job_ends_at
+from megatron_qlrl.platform.env import free_port, init_ranks, job_ends_at, longest_step_s
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.platform.stop import StopSignals
 from megatron_qlrl.policy.loss import sft_loss
@@ -42,12 +43,12 @@ from megatron_qlrl.weights.release import write_release
 from megatron_qlrl.weights.stream import WeightStream
 
 
-def run_rl(config: Config) -> int | None:
+def run_rl(config: Config) -> Handover | None:
     """RL from the newest checkpoint on, through all phases that can share a process.
 
     Returns:
-        None at the end of the run, which leaves a Hugging Face folder; else the port where the
-        ranks meet again, in fresh processes, for the next phases.
+        None at the end of the run, which leaves a Hugging Face folder; else what the next phases
+        need, which fresh processes go on with.
     """
     with joined():
         newest = newest_checkpoint(config)
@@ -55,10 +56,10 @@ def run_rl(config: Config) -> int | None:
         return _run_stretch(config, stretch, newest)
 
 
-def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | None:
+def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> Handover | None:
     config, begin = stretch.config, stretch.phases[0]
     with (
-        StopSignals(job_ends_at()) as stop,
+        StopSignals(job_ends_at(), longest_s=longest_step_s()) as stop,
         open_run(
             config,
             temperature=config.rollout.temperature,
@@ -111,7 +112,7 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> int | 
             run.stop_if_asked(stop.between_steps(total - report.step - 1))
         if not stretch.is_last:
             run.store.wait()  # may take long: only then is the port drawn that must be free
-            return gather_objects(free_port())[0]
+            return Handover(gather_objects(free_port())[0], stop.longest_s)
         run.release(run.folder / "hf")
         return None
 

@@ -32,6 +32,15 @@ def stretch_at(config: Config, step: int) -> Stretch:
     return Stretch(config.for_phase(end - 1), phases[first:end], end == len(phases))
 
 
+@dataclass(frozen=True)
+class Handover:
+    """To the processes that go on with the next phases: where they meet, and the longest step so
+    far, in seconds."""
+
+    port: int
+    longest_step_s: float
+
+
 def make_phases(config: Config) -> list[Phase]:
     ends = list(accumulate(p.steps for p in config.phases))
     return [

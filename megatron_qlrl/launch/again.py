@@ -12,17 +12,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
+from megatron_qlrl.platform.env import LONGEST_STEP
 
-def start_again(port: int, *, settings: Sequence[str]) -> NoReturn:
+
+def start_again(port: int, *, longest_step_s: float, settings: Sequence[str]) -> NoReturn:
     """Starts this command anew in this process, with `settings` added to it.
 
     Args:
         port: where the ranks meet, a new one: the old store may still be up when the first of
             them arrive (torchrun's outlives its ranks, with all their old keys).
+        longest_step_s: for `platform.env.longest_step_s` there.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     os.environ["MASTER_PORT"] = str(port)
+    os.environ[LONGEST_STEP] = str(longest_step_s)
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     added = [s for s in settings if s not in sys.orig_argv]
     # Sockets and device files of libraries would stay open in the new program. Closing them here

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from megatron_qlrl.errors import ConfigError
 
+LONGEST_STEP = "QLRL_LONGEST_STEP_S"
+"""From one process to the next in its place (launch/again.py)."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -98,6 +101,11 @@ def job_ends_at() -> float | None:
     None without a limit."""
     value = os.environ.get("SLURM_JOB_END_TIME", "")
     return float(value) if value.isdigit() else None
+
+
+def longest_step_s() -> float:
+    """What this job's longest step took before this process, in seconds; 0 at its start."""
+    return float(os.environ.get(LONGEST_STEP, "0"))
 
 
 def read_secret(variable: str | None) -> str | None:

@@ -7,13 +7,15 @@ from pathlib import Path
 PROGRAM = """
 import os, sys
 from megatron_qlrl.launch.again import start_again
+from megatron_qlrl.platform.env import longest_step_s
 
 print(os.getpid(), sys.argv[1:], os.environ["MASTER_PORT"], os.environ["RANK"],
-      os.environ.get("TORCHELASTIC_USE_AGENT_STORE"))
+      longest_step_s(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE"))
 if os.environ["MASTER_PORT"] < "1003":
     left_open = os.open(sys.argv[0], os.O_RDONLY)
     os.set_inheritable(left_open, True)
-    start_again(int(os.environ["MASTER_PORT"]) + 1, settings=["x.y=true"])
+    start_again(int(os.environ["MASTER_PORT"]) + 1, longest_step_s=longest_step_s() + 1.5,
+                settings=["x.y=true"])
 print(len(os.listdir("/proc/self/fd")))
 """
 
@@ -36,7 +38,7 @@ def test_same_process_same_command_other_port(tmp_path: Path) -> None:
     )
     first, second, third, descriptors = done.stdout.splitlines()
     pid = first.split()[0]
-    assert first == f"{pid} ['rl', 'c.yaml'] 1001 1 True"
-    assert second == f"{pid} ['rl', 'c.yaml', 'x.y=true'] 1002 1 None"
-    assert third == f"{pid} ['rl', 'c.yaml', 'x.y=true'] 1003 1 None"
+    assert first == f"{pid} ['rl', 'c.yaml'] 1001 1 0.0 True"
+    assert second == f"{pid} ['rl', 'c.yaml', 'x.y=true'] 1002 1 1.5 None"
+    assert third == f"{pid} ['rl', 'c.yaml', 'x.y=true'] 1003 1 3.0 None"
     assert descriptors == "4"  # stdin, stdout, stderr and the listing itself

@@ -50,6 +50,17 @@ def test_time_that_does_not_suffice_for_another_step(monkeypatch: pytest.MonkeyP
         assert asked(0) == ""  # nothing is left but to end
 
 
+def test_step_of_the_process_before_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    with StopSignals(ends_at=1359.0, longest_s=200.0) as stop:  # 1.5 * 200 + 60 s are needed
+        assert stop.between_steps(9) != ""
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.within_step() == "asked to stop"
+    with StopSignals(ends_at=1361.0, longest_s=200.0) as stop:
+        assert stop.between_steps(9) == ""
+        assert stop.longest_s == 200.0
+
+
 def test_first_step_is_always_begun() -> None:
     with StopSignals(ends_at=time.time() + 1) as stop:
         assert stop.between_steps(9) == ""
