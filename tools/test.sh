@@ -29,7 +29,7 @@ echo "== pytest"
 # Last, so that its summary is the last line.
 code=0
 # The order of pyproject.toml's testpaths, longest first, so that both processes end together.
-[ $# -gt 0 ] || set -- --numprocesses=2 --dist=loadgroup --no-loadscope-reorder --durations=20
+[ $# -gt 0 ] || set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=20
 python -m pytest "$@" || code=$?
 [ -z "$failed" ] || [ "$code" -ne 0 ] || code=1
 exit "$code"

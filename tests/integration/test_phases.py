@@ -10,9 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-# With the other file that uses this run: it is made once.
-pytestmark = pytest.mark.xdist_group("phased_run")
-
 
 @pytest.fixture(scope="module")
 def whole(phased_run: Any) -> Any:

@@ -21,9 +21,6 @@ from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.policy.model import build_model
 from megatron_qlrl.weights.stream import load_hf
 
-# With the other file that uses this run: it is made once.
-pytestmark = pytest.mark.xdist_group("finished_run")
-
 VOCAB = 1061  # holds the toy tokenizer and divides by nothing
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),

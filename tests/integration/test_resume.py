@@ -18,9 +18,6 @@ from safetensors.torch import load_file
 
 from megatron_qlrl.errors import STOPPED
 
-# With the other file that uses this run: it is made once.
-pytestmark = pytest.mark.xdist_group("finished_run")
-
 STEPS = [0, 1, 1, 2, 2, 3, 3]  # evaluations after 1, 2 and 3
 
 

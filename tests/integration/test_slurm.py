@@ -24,9 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TWO_NODES = ("--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1")
 CRASH = """
 import os, signal, sys
-
-# With the other file that uses this run: it is made once.
-pytestmark = pytest.mark.xdist_group("phased_run")
 if sys.orig_argv[2:4] == ["megatron_qlrl", "rl"]:
     os.kill(os.getpid(), signal.SIGKILL)
 """
