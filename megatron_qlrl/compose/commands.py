@@ -38,7 +38,7 @@ from megatron_qlrl.platform.stop import StopSignals
 from megatron_qlrl.policy.loss import sft_loss
 from megatron_qlrl.policy.model import build_model
 from megatron_qlrl.sft import num_sft_steps, run_sft_steps
-from megatron_qlrl.weights.checkpoint import CheckpointStore, load_weights, step_of
+from megatron_qlrl.weights.checkpoint import CheckpointStore, load_weights, read_state, step_of
 from megatron_qlrl.weights.release import write_release
 from megatron_qlrl.weights.stream import WeightStream
 
@@ -51,7 +51,7 @@ def run_rl(config: Config) -> Handover | None:
         need, which fresh processes go on with.
     """
     with joined():
-        newest = newest_checkpoint(config)
+        newest = newest_checkpoint(config, "rl")
         stretch = stretch_at(config, step_of(newest) if newest else 0)
         return _run_stretch(config, stretch, newest)
 
@@ -62,6 +62,7 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> Handov
         StopSignals(job_ends_at(), longest_s=longest_step_s()) as stop,
         open_run(
             config,
+            "rl",
             temperature=config.rollout.temperature,
             whole=whole,
             weights=reference_folder(whole, begin.index),
@@ -123,14 +124,14 @@ def run_sft(config: Config) -> None:
     with (
         StopSignals(job_ends_at()) as stop,
         joined(),
-        open_run(config, temperature=1.0, give_up=stop.within_step) as run,
+        open_run(config, "sft", temperature=1.0, give_up=stop.within_step) as run,
     ):
         examples = on_all_ranks(partial(read_examples, config, run.tokenizer))
         run.read_benchmarks()
         steps = num_sft_steps(
             len(examples), batch_size=sft.batch_size, epochs=sft.epochs, max_steps=sft.max_steps
         )
-        state = run.restore(newest_checkpoint(config))
+        state = run.restore(newest_checkpoint(config, "sft"))
         run.evaluation.before_training(state)
         trainer = run.trainer(sft_loss, total_updates=steps, aggregation=sft.aggregation)
         first = state.get("step", 0)
@@ -163,7 +164,7 @@ def run_sft(config: Config) -> None:
 
 def run_eval(config: Config) -> None:
     """Scores model.path on data.eval_files; writes eval/eval.json and the answers."""
-    with joined(), open_run(config, temperature=1.0) as run:
+    with joined(), open_run(config, "eval", temperature=1.0) as run:
         run.read_benchmarks()
         metrics = run.evaluation.score("eval", 0)
         if run.leads:
@@ -180,7 +181,7 @@ def run_export(checkpoint: Path, out: Path) -> None:
             if newest is None:
                 raise CheckpointError(f"{checkpoint} is no checkpoint and has none in checkpoints/")
             source = newest
-        state = json.loads((source / "state.json").read_text())
+        state = read_state(source)
         context = init_parallel(tp=1, pp=1, cp=1, seed=0)
         shape = read_shape(source / "hf")
         dtype = getattr(torch, state["dtype"])
@@ -206,5 +207,5 @@ def run_import(hf_folder: Path, out: Path, tp: int, pp: int) -> None:
         shape = read_shape(hf_folder)
         policy = make_policy(config, shape, context, temperature=1.0, weights=hf_folder)
         store = CheckpointStore(out / "checkpoints", keep=1, warn=print)
-        save_checkpoint(store, policy, 0, hf_folder, config, {})
+        save_checkpoint(store, policy, 0, hf_folder, config, {"command": "import"})
         store.wait()

@@ -17,9 +17,10 @@ from megatron_qlrl.advantage.shaping import shaped_rewards
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.config.shape import ModelShape, read_shape
 from megatron_qlrl.curriculum.curriculum import Curriculum
-from megatron_qlrl.errors import ConfigError, RewardError
+from megatron_qlrl.errors import CheckpointError, ConfigError, RewardError
 from megatron_qlrl.loop import Advantages
 from megatron_qlrl.packing.shard import shard_row
+from megatron_qlrl.parallel.collectives import on_all_ranks
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.platform.device import has_gpu
 from megatron_qlrl.platform.env import read_secret
@@ -28,7 +29,7 @@ from megatron_qlrl.policy.step import Policy
 from megatron_qlrl.reward.judge import Judge
 from megatron_qlrl.reward.score import Scorer
 from megatron_qlrl.types import Prompt, ScoredGroup
-from megatron_qlrl.weights.checkpoint import CheckpointStore
+from megatron_qlrl.weights.checkpoint import CheckpointStore, read_state
 from megatron_qlrl.weights.release import copy_companions
 from megatron_qlrl.weights.stream import load_hf
 
@@ -91,9 +92,24 @@ def make_store(config: Config) -> CheckpointStore:
     )
 
 
-def newest_checkpoint(config: Config) -> Path | None:
-    """What the run continues from; None for a fresh start (collective)."""
-    return make_store(config).newest() if config.checkpoint.resume else None
+def newest_checkpoint(config: Config, command: str) -> Path | None:
+    """What a run of `qlrl <command>` continues from; None for a fresh start (collective).
+
+    Raises:
+        CheckpointError: another command left it in run.dir.
+    """
+    newest = make_store(config).newest() if config.checkpoint.resume else None
+
+    def check() -> None:
+        if newest is not None and (other := read_state(newest)["command"]) != command:
+            raise CheckpointError(
+                f"run.dir {config.run.dir} holds a run of `qlrl {other}`, which `qlrl {command}` "
+                "cannot go on with; set run.dir to another folder, and model.path to the Hugging "
+                "Face folder to start from"
+            )
+
+    on_all_ranks(check)
+    return newest
 
 
 def save_checkpoint(

@@ -67,6 +67,7 @@ def joined() -> Iterator[None]:
 @contextmanager
 def open_run(
     config: Config,
+    command: str,
     *,
     temperature: float,
     whole: Config | None = None,
@@ -77,6 +78,7 @@ def open_run(
 
     Args:
         config: what the parts are made from.
+        command: the qlrl command that goes on with this run's checkpoints.
         whole: the config of the whole run, where `config` is that of some of its phases.
         weights: Hugging Face folder that the policy starts from, else model.path.
         give_up: asked while responses are generated: this rank's reason to stop, or "".
@@ -84,7 +86,12 @@ def open_run(
     set_engine_env(cpu_kv_cache_gib=config.rollout.cpu_kv_cache_gib)
     folder = weights or Path(config.model.path)
     run = Run(
-        config, whole=whole or config, temperature=temperature, weights=folder, give_up=give_up
+        config,
+        command,
+        whole=whole or config,
+        temperature=temperature,
+        weights=folder,
+        give_up=give_up,
     )
     try:
         yield run
@@ -103,6 +110,7 @@ class Run:
     def __init__(
         self,
         config: Config,
+        command: str,
         *,
         whole: Config,
         temperature: float,
@@ -113,6 +121,7 @@ class Run:
         self.folder = Path(config.run.dir)
         self.shape = model_shape(config)
         self.context = make_context(config)
+        self._command = command
         self._temperature, self._weights = temperature, weights
         self.leads = self.context.rank == 0
         self.tokenizer = load_tokenizer(Path(config.model.path))
@@ -373,6 +382,7 @@ class Run:
         step, state = self._unsaved
         more = {
             **state,
+            "command": self._command,
             "evaluation": self.evaluation.state_dict(),
             "tracker": self.tracker.state_dict(),
         }

@@ -43,6 +43,9 @@ from megatron_qlrl.weights.megatron_format import Snapshot, take_snapshot
 
 T = TypeVar("T")
 
+FORMAT = 2
+"""Of what a checkpoint holds; counted up when those written before cannot be read any more."""
+
 
 class CheckpointStore:
     """The checkpoints of one run. All methods but `failed` are collective."""
@@ -76,7 +79,8 @@ class CheckpointStore:
         snapshot = take_snapshot(model, optimizer)
         needed = sum(gather_objects(snapshot.num_bytes, self._group))
         _on_rank_0(self.folder, lambda: self._prepare(_temporary(final), needed))
-        text = json.dumps(state, indent=1)  # now: the run changes what it holds
+        # now: the run changes what it holds
+        text = json.dumps({"format": FORMAT, **state}, indent=1)
         self._pending = self._thread.submit(self._write, snapshot, text, companions, final)
         return final
 
@@ -187,6 +191,31 @@ def load_weights(path: Path, *, model: Any) -> dict[str, Any]:
     return _load(path, partial(megatron_format.read_model, model=model))
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """What was saved beside model and optimizer; also makes sure that this rank sees the files
+    that Megatron opens by itself (not collective).
+
+    Raises:
+        CheckpointError: it cannot be read, or another version of this package wrote it.
+    """
+    try:
+        for name in megatron_format.FILES:
+            (path / "weights" / name).open("rb").close()
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({_first_line(error)}); run.dir must be on a disk "
+            "that all machines of the run share"
+        ) from error
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {state.get('format', 1)}, this version of megatron_qlrl "
+            f"reads {FORMAT}; go on with the version that wrote it (its commit is in starts.jsonl "
+            "of the run's folder), or export it there and start from the Hugging Face folder"
+        )
+    return state
+
+
 def step_of(path: Path) -> int:
     """Steps done at a checkpoint, by its name."""
     return int(path.name.removeprefix("step_"))
@@ -211,7 +240,7 @@ def _temporary(final: Path) -> Path:
 
 
 def _load(path: Path, read: Callable[[Path], None]) -> dict[str, Any]:
-    state = on_all_ranks(lambda: _read_state(path))
+    state = on_all_ranks(partial(read_state, path))
 
     def fill() -> None:
         try:
@@ -248,19 +277,6 @@ def _cannot_write(where: Path, reason: str) -> CheckpointError:
         f"the checkpoint could not be written to {where} ({reason}); the last good checkpoint "
         "is untouched. Mend the disk or set run.dir elsewhere, then start again: the run resumes"
     )
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """state.json; also makes sure that this rank sees the files Megatron opens by itself."""
-    try:
-        for name in megatron_format.FILES:
-            (path / "weights" / name).open("rb").close()
-        return json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} cannot be read ({_first_line(error)}); run.dir must be on a disk "
-            "that all machines of the run share"
-        ) from error
 
 
 def _digests(folder: Path, group: dist.ProcessGroup) -> dict[str, str]:

@@ -23,7 +23,13 @@ from test_policy_parity import LOSS, groups_of, make_policy
 
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.weights import checkpoint, megatron_format
-from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights, torn
+from megatron_qlrl.weights.checkpoint import (
+    FORMAT,
+    CheckpointStore,
+    load_checkpoint,
+    load_weights,
+    torn,
+)
 from megatron_qlrl.weights.megatron_format import Snapshot
 from megatron_qlrl.weights.stream import WeightStream
 
@@ -77,7 +83,7 @@ def load_case(policy: Any, context: Any, out: Path, *, bitwise: bool) -> None:
     path = CheckpointStore(out, keep=1, warn=print).newest()
     assert path is not None and torn(path) is None
     state = load_checkpoint(path, model=policy.model, optimizer=policy.optimizer)
-    assert state == {"step": int(path.name[-8:])}
+    assert state == {"format": FORMAT, "step": int(path.name[-8:])}
     expected = torch.load(out / "expected.pt", weights_only=True)
     for name, tensor in weights(policy, context).items():
         assert torch.equal(tensor, expected["saved"][name]), name

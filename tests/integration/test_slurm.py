@@ -105,7 +105,7 @@ def test_stopped_job_saves_and_comes_back(slurm: Slurm, cut: Any) -> None:
     _, ended, said, saved = cut
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "2")
     assert said.count("qlrl: asked to stop; the run is saved: the same command goes on") == 1
-    # It waited for the end of a step: nothing half-written, and no step was done in vain.
+    # Nothing is half-written, and no step that was done is lost.
     assert saved in (["step_00000001"], ["step_00000001", "step_00000002"])
     for start in (1, 2, 3):
         assert (

@@ -1,11 +1,19 @@
-"""When a batch without verdicts stops a run, and the judge's metrics over all ranks."""
+"""What stops a run: a batch without verdicts, a checkpoint that is not its own. The judge's
+metrics over all ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_qlrl.compose.parts import check_masked, judge_metrics
-from megatron_qlrl.errors import RewardError
+from megatron_qlrl.compose.parts import check_masked, judge_metrics, newest_checkpoint
+from megatron_qlrl.config.schema import Config
+from megatron_qlrl.errors import CheckpointError, RewardError
 from megatron_qlrl.types import Prompt, Score, ScoredGroup
+from megatron_qlrl.weights.checkpoint import FORMAT
+from megatron_qlrl.weights.megatron_format import FILES
 
 
 def group(*values: float | None) -> ScoredGroup:
@@ -44,3 +52,41 @@ def test_metrics_are_summed_over_ranks_and_latency_is_a_mean() -> None:
     )
     nothing = dict.fromkeys(names, 0.0)
     assert judge_metrics([nothing])["reward/judge/latency_s"] == 0
+
+
+def checkpoint_of(run: Path, **state: Any) -> Path:
+    """A checkpoint's folder, whole by its manifest, with empty weights."""
+    folder = run / "checkpoints" / "step_00000003"
+    (folder / "weights").mkdir(parents=True)
+    for name in FILES:
+        (folder / "weights" / name).touch()
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+def config_of(run: Path) -> Config:
+    return Config.model_validate({"model": {"path": "m"}, "run": {"dir": str(run)}})
+
+
+def test_run_goes_on_from_a_checkpoint_of_its_own(tmp_path: Path, lone_group: Any) -> None:
+    assert newest_checkpoint(config_of(tmp_path), "rl") is None
+    folder = checkpoint_of(tmp_path, format=FORMAT, command="rl")
+    assert newest_checkpoint(config_of(tmp_path), "rl") == folder
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"format": FORMAT, "command": "sft"}, "a run of `qlrl sft`, which `qlrl rl` cannot"),
+        ({"format": FORMAT, "command": "import"}, "a run of `qlrl import`, which `qlrl rl` cannot"),
+        ({"command": "rl"}, f"has format 1, this version of megatron_qlrl reads {FORMAT}"),
+        ({"format": 99, "command": "rl"}, "has format 99"),
+    ],
+)
+def test_run_does_not_go_on_from_another_one(
+    tmp_path: Path, lone_group: Any, state: dict[str, Any], message: str
+) -> None:
+    checkpoint_of(tmp_path, **state)
+    with pytest.raises(CheckpointError, match=message):
+        newest_checkpoint(config_of(tmp_path), "rl")
