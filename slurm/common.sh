@@ -58,6 +58,8 @@ run() {
   local command="$1" config="${2:?usage: sbatch [SBATCH_OPTIONS] slurm/SCRIPT.sh EXAMPLE [KEY=VALUE ...]}"
   shift 2
   [ ! -d "$config" ] || config="${config%/}/config.yaml"
+  # Else a job told not to resume would begin anew each time that it comes back.
+  [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || set -- "$@" checkpoint.resume=true
   local code=0
   echo "qlrl: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${node_names//$'\n'/ }"
   step --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 -- \

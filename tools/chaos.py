@@ -51,8 +51,8 @@ class Chain:
     processes: int
     rng: random.Random
     blows: list[dict[str, Any]] = field(default_factory=list)
-    spoiled: int | None = None
-    """Step of the checkpoint that the last blow damaged."""
+    damaged: tuple[Path, int] | None = None
+    """The file that was damaged last, and when (ns)."""
 
     @property
     def run(self) -> Path:
@@ -62,8 +62,7 @@ class Chain:
         """Starts the run until it ends; `most_blows` of the starts at most are disturbed."""
         while True:
             blow = self.rng.choice(BLOWS) if len(self.blows) < most_blows else None
-            before, spoiled = newest(self.run), self.spoiled
-            self.spoiled = None
+            before, spoiled = newest(self.run), self._spoiled()
             process = start(self.config, self.processes, self.folder / "log.txt")
             mark = (self.folder / "log.txt").stat().st_size
             if blow is not None and self._wait_for_the_moment(process):
@@ -74,8 +73,6 @@ class Chain:
             resumed = re.search(r"resuming from \S+/step_0*(\d+)", text)
             if resumed or code == 0:  # it came so far
                 check_start(int(resumed[1]) if resumed else None, before, spoiled)
-            elif self.spoiled is None:
-                self.spoiled = spoiled
             if code == 0:
                 return
             if blow is None:
@@ -122,11 +119,21 @@ class Chain:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(timeout=LIMIT_S)
             if blow in ("flip", "cut"):
-                self.spoiled = newest(self.run)
-                if self.spoiled is not None:
-                    folder = self.run / "checkpoints" / f"step_{self.spoiled:08d}"
-                    record["damaged"] = str(damage(folder, blow, self.rng).relative_to(self.run))
+                step = newest(self.run)
+                if step is not None:
+                    file = damage(self.run / "checkpoints" / f"step_{step:08d}", blow, self.rng)
+                    self.damaged = (file, file.stat().st_mtime_ns)
+                    record["damaged"] = str(file.relative_to(self.run))
         return record
+
+    def _spoiled(self) -> int | None:
+        """Step of the checkpoint that was damaged, unless it was written anew."""
+        if self.damaged is None:
+            return None
+        file, when = self.damaged
+        if not file.exists() or file.stat().st_mtime_ns != when:
+            return None
+        return int(file.relative_to(self.run / "checkpoints").parts[0].removeprefix("step_"))
 
 
 def check_start(resumed: int | None, whole: int | None, spoiled: int | None) -> None:

@@ -50,25 +50,24 @@ def run_rl(config: Config) -> Handover | None:
         None at the end of the run, which leaves a Hugging Face folder; else what the next phases
         need, which fresh processes go on with.
     """
-    with joined():
+    with StopSignals(job_ends_at(), longest_s=longest_step_s()) as stop, joined():
         newest = newest_checkpoint(config, "rl")
         stretch = stretch_at(config, step_of(newest) if newest else 0)
-        return _run_stretch(config, stretch, newest)
+        return _run_stretch(config, stretch, newest, stop)
 
 
-def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> Handover | None:
+def _run_stretch(
+    whole: Config, stretch: Stretch, newest: Path | None, stop: StopSignals
+) -> Handover | None:
     config, begin = stretch.config, stretch.phases[0]
-    with (
-        StopSignals(job_ends_at(), longest_s=longest_step_s()) as stop,
-        open_run(
-            config,
-            "rl",
-            temperature=config.rollout.temperature,
-            whole=whole,
-            weights=reference_folder(whole, begin.index),
-            give_up=stop.within_step,
-        ) as run,
-    ):
+    with open_run(
+        config,
+        "rl",
+        temperature=config.rollout.temperature,
+        whole=whole,
+        weights=reference_folder(whole, begin.index),
+        give_up=stop.within_step,
+    ) as run:
         prompts = on_all_ranks(partial(read_train_prompts, whole, run.tokenizer, warn=run.warn))
         run.read_benchmarks()
         curriculum = on_all_ranks(partial(make_curriculum, whole, prompts))
@@ -102,6 +101,7 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> Handov
             if run.went_back():
                 sampler.release()
             run.reached(report.step + 1, {"sampler": sampler.state_dict()})
+            stop.step_done()
             last = report.step == phase.end_step - 1
             if last and renews_reference(whole, phase.index + 1):
                 # Before anything that may end the run with a checkpoint: the next phase needs it.
@@ -113,6 +113,7 @@ def _run_stretch(whole: Config, stretch: Stretch, newest: Path | None) -> Handov
             run.stop_if_asked(stop.between_steps(total - report.step - 1))
         if not stretch.is_last:
             run.store.wait()  # may take long: only then is the port drawn that must be free
+            run.stop_if_asked(stop.between_steps(total - stretch.phases[-1].end_step))
             return Handover(gather_objects(free_port())[0], stop.longest_s)
         run.release(run.folder / "hf")
         return None
@@ -153,6 +154,7 @@ def run_sft(config: Config) -> None:
             run.log(report, [])
             run.went_back()
             run.reached(report.step + 1, {})
+            stop.step_done()
             run.stop_if_unstable()
             last = report.step == steps - 1
             run.evaluation.after(report.step + 1, "sft", last=last)

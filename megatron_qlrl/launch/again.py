@@ -7,12 +7,14 @@ the job.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
 from megatron_qlrl.platform.env import LONGEST_STEP
+from megatron_qlrl.platform.stop import STOP_SIGNALS
 
 
 def start_again(port: int, *, longest_step_s: float, settings: Sequence[str]) -> NoReturn:
@@ -23,6 +25,8 @@ def start_again(port: int, *, longest_step_s: float, settings: Sequence[str]) ->
             them arrive (torchrun's outlives its ranks, with all their old keys).
         longest_step_s: for `platform.env.longest_step_s` there.
     """
+    # Until the new program listens, the job's signals wait; they would end it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     sys.stdout.flush()
     sys.stderr.flush()
     os.environ["MASTER_PORT"] = str(port)

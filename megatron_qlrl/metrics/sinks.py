@@ -1,7 +1,7 @@
 """Where metrics go: the console, `metrics.jsonl`, TensorBoard, wandb, and the rollout log.
 
 `metrics.jsonl` is the record: one line a call of `log`, on disk before `log` returns. A run
-that resumes at step s drops what the record holds of later steps, which it will do again.
+that resumes drops the lines that came after its checkpoint: what they tell it will do again.
 """
 
 import json
@@ -65,12 +65,16 @@ class Tracker:
     ) -> None:
         self._run_dir = run_dir
         self._step = int(state["step"]) if state else -1
+        self._lines = 0
         self._sinks: list[Sink] = []
         self._wandb_id: str | None = state["wandb_id"] if state else None
         if run_dir is None:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        _rewind(run_dir, None if state is None else self._step)
+        if state is None:
+            _move_aside(run_dir)
+        else:
+            self._lines = _rewind(run_dir, self._step, lines=state["lines"])
         self._sinks += [ConsoleSink(), JsonlSink(run_dir / "metrics.jsonl")]
         if config.tensorboard:
             self._sinks.append(TensorBoardSink(run_dir / "tensorboard", next_step=self._step + 1))
@@ -90,6 +94,7 @@ class Tracker:
         """Writes `metrics` (verl's names) of a step; steps must not go backwards."""
         assert step >= self._step, f"step {step} after step {self._step}"
         self._step = step
+        self._lines += 1
         for sink in self._sinks:
             sink.log(step, metrics)
 
@@ -104,8 +109,8 @@ class Tracker:
                 stream.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint; only rank 0's holds wandb's run id."""
-        return {"step": self._step, "wandb_id": self._wandb_id}
+        """For the checkpoint; only rank 0's counts the record's lines and holds wandb's run id."""
+        return {"step": self._step, "lines": self._lines, "wandb_id": self._wandb_id}
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -212,17 +217,20 @@ def console_line(step: int, metrics: Mapping[str, float]) -> str:
     return "  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in shown)])
 
 
-def _rewind(run_dir: Path, step: int | None) -> None:
-    """Drops the record of steps after `step`; None: moves an earlier run's record aside."""
+def _move_aside(run_dir: Path) -> None:
+    """An earlier run's record."""
+    for path in (run_dir / "metrics.jsonl", run_dir / "rollouts"):
+        if path.exists():
+            path.rename(_unused(path))
+
+
+def _rewind(run_dir: Path, step: int, *, lines: int) -> int:
+    """Keeps the first `lines` lines of the record and the rollouts up to `step`; how many lines
+    there are (fewer if somebody took some away)."""
     record, rollouts = run_dir / "metrics.jsonl", run_dir / "rollouts"
-    if step is None:
-        for path in (record, rollouts):
-            if path.exists():
-                path.rename(_unused(path))
-        return
+    kept: list[str] = []
     if record.exists():
-        kept = [line for line in record.read_text(encoding="utf-8").splitlines() if line]
-        kept = [line for line in kept if (at := _step_of(line)) is not None and at <= step]
+        kept = record.read_text(encoding="utf-8").splitlines()[:lines]
         part = record.with_suffix(".part")
         with part.open("w", encoding="utf-8") as stream:
             stream.writelines(f"{line}\n" for line in kept)
@@ -232,14 +240,7 @@ def _rewind(run_dir: Path, step: int | None) -> None:
     for file in rollouts.glob("step_*.jsonl"):
         if int(file.stem.removeprefix("step_")) > step:
             file.unlink()
-
-
-def _step_of(line: str) -> int | None:
-    """Step of a record's line; None for a line that a crash cut short."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
+    return len(kept)
 
 
 def _unused(path: Path) -> Path:

@@ -10,8 +10,8 @@ STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """SIGUSR1: the batch script, before its time is up. SIGTERM: a scheduler that takes the machine."""
 SLACK, RESERVE_S = 1.5, 60.0
 """Another step is begun if the job's time suffices for SLACK times the longest step so far, and
-RESERVE_S for the rest of a checkpoint. The first of a job is always begun, and ended: one that came
-back only to give up again would do so for ever."""
+RESERVE_S for the rest of a checkpoint. The first of a job is begun whatever time is left, and ended
+once it is begun: a job that came back only to give up again would do so for ever."""
 
 
 class StopSignals:
@@ -31,6 +31,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        # What came before, to the process that this one replaced, is delivered now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -52,6 +54,10 @@ class StopSignals:
         if self.longest_s and steps_left and left_s < SLACK * self.longest_s + RESERVE_S:
             return f"the job's time is up in {left_s:.0f} s, too soon for another step"
         return ""
+
+    def step_done(self) -> None:
+        """What follows, up to the next `between_steps`, can be given up."""
+        self.longest_s = max(self.longest_s, time.time() - self._last)
 
     def within_step(self) -> str:
         """The reason to give up the step that goes on, or ""; the run is then what it was before

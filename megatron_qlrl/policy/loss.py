@@ -53,7 +53,7 @@ class PolicyLoss:
             "actor/pg_clipfrac": (clipped * advantages < ratio * advantages).sum(),
             "actor/pg_clipfrac_lower": (lower > objective).sum(),
         }
-        if self.rollout_is_threshold is not None:
+        if self.rollout_is_threshold is not None and len(logprobs):  # a rank may have no work
             ratio_to_engine = (old - columns["engine_logprobs"]).exp()
             importance = ratio_to_engine.clamp(max=self.rollout_is_threshold)
             lower = importance * lower

@@ -210,8 +210,8 @@ def read_state(path: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint {path} has format {state.get('format', 1)}, this version of megatron_qlrl "
-            f"reads {FORMAT}; go on with the version that wrote it (its commit is in starts.jsonl "
-            "of the run's folder), or export it there and start from the Hugging Face folder"
+            f"reads {FORMAT}; go on with the version that wrote it (a run's starts.jsonl names its "
+            "commits), or export it there and start from the Hugging Face folder"
         )
     return state
 

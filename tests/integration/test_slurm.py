@@ -86,7 +86,7 @@ def cut(
     def logged(step: int) -> bool:
         return record.is_file() and f'"step": {step},' in record.read_text()
 
-    job = submit(slurm, log, config)
+    job = submit(slurm, log, config, "checkpoint.resume=false")  # of the first start alone
     slurm.wait(lambda: logged(0))
     with frozen(rank_pid(1, config)) as pid:
         # Less than the five minutes of --signal: Slurm warns when it looks next (every 30 s).

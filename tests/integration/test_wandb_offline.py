@@ -17,5 +17,5 @@ def test_offline_run_is_written_and_resumed(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))) == 1
     second = Tracker(tmp_path, config=config, run_name="toy", resolved={"lr": 0.1}, state=state)
     second.log(2, {"actor/loss": 0.25})
-    assert second.state_dict() == {"step": 2, "wandb_id": run_id}
+    assert second.state_dict() == {"step": 2, "lines": 2, "wandb_id": run_id}
     second.close()

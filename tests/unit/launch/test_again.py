@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import os, sys
+import os, signal, sys
 from megatron_qlrl.launch.again import start_again
 from megatron_qlrl.platform.env import longest_step_s
+from megatron_qlrl.platform.stop import StopSignals
 
 print(os.getpid(), sys.argv[1:], os.environ["MASTER_PORT"], os.environ["RANK"],
       longest_step_s(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE"))
@@ -16,6 +17,9 @@ if os.environ["MASTER_PORT"] < "1003":
     os.set_inheritable(left_open, True)
     start_again(int(os.environ["MASTER_PORT"]) + 1, longest_step_s=longest_step_s() + 1.5,
                 settings=["x.y=true"])
+os.kill(os.getpid(), signal.SIGUSR1)  # before the program listens
+with StopSignals(None) as stop:
+    print(stop.between_steps(1))
 print(len(os.listdir("/proc/self/fd")))
 """
 
@@ -36,9 +40,10 @@ def test_same_process_same_command_other_port(tmp_path: Path) -> None:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         },
     )
-    first, second, third, descriptors = done.stdout.splitlines()
+    first, second, third, stop, descriptors = done.stdout.splitlines()
     pid = first.split()[0]
     assert first == f"{pid} ['rl', 'c.yaml'] 1001 1 0.0 True"
     assert second == f"{pid} ['rl', 'c.yaml', 'x.y=true'] 1002 1 1.5 None"
     assert third == f"{pid} ['rl', 'c.yaml', 'x.y=true'] 1003 1 3.0 None"
+    assert stop == "asked to stop"
     assert descriptors == "4"  # stdin, stdout, stderr and the listing itself

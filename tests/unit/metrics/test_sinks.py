@@ -56,6 +56,21 @@ def test_resume_drops_later_steps(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "rollouts" / files[2]).read_text()) == {"text": "again"}
 
 
+def test_resume_drops_later_lines_of_the_same_step(tmp_path: Path) -> None:
+    """An evaluation that each of two starts made up for, before either could save again."""
+    tracker = make(tmp_path)
+    tracker.log(0, {"val/x": 0.0})
+    tracker.log(0, {"x": 1.0})
+    state = tracker.state_dict()
+    for _ in range(2):
+        resumed = make(tmp_path, state)
+        resumed.log(0, {"val/x": 0.5})
+        assert resumed.state_dict()["lines"] == 3
+    assert [sorted(line) for line in record(tmp_path)] == [["step", "val/x"], ["step", "x"]] + [
+        ["step", "val/x"]
+    ]
+
+
 def test_new_run_moves_the_old_record_aside(tmp_path: Path) -> None:
     for value in (1.0, 2.0, 3.0):
         make(tmp_path).log(1, {"x": value})
@@ -82,7 +97,7 @@ def test_silent_tracker_writes_nothing(
     tracker.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
-    assert tracker.state_dict() == {"step": 1, "wandb_id": None}
+    assert tracker.state_dict() == {"step": 1, "lines": 1, "wandb_id": None}
 
 
 def test_console_line() -> None:
@@ -110,7 +125,7 @@ def test_tensorboard_hides_steps_that_are_done_again(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         first.log(step, {"actor/loss": float(step)})
     first.close()
-    second = make(tmp_path, {"step": 2, "wandb_id": None}, tensorboard=True)
+    second = make(tmp_path, {"step": 2, "lines": 0, "wandb_id": None}, tensorboard=True)
     second.log(3, {"actor/loss": 30.0})
     second.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))

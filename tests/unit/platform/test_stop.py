@@ -50,6 +50,20 @@ def test_time_that_does_not_suffice_for_another_step(monkeypatch: pytest.MonkeyP
         assert asked(0) == ""  # nothing is left but to end
 
 
+def test_what_follows_a_step_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1000.0, 1200.0, 1500.0])
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    with StopSignals(None) as stop:
+        stop.between_steps(1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.within_step() == ""
+        stop.step_done()
+        assert stop.within_step() == "asked to stop"
+        assert stop.longest_s == 200.0
+        stop.between_steps(0)  # 300 s with the evaluation
+        assert stop.longest_s == 500.0
+
+
 def test_step_of_the_process_before_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1000.0)
     with StopSignals(ends_at=1359.0, longest_s=200.0) as stop:  # 1.5 * 200 + 60 s are needed

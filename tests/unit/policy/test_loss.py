@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_qlrl.packing.microbatch import make_rows
-from megatron_qlrl.packing.rows import token_weight
+from megatron_qlrl.packing.rows import empty_row, token_weight
 from megatron_qlrl.policy.loss import PolicyLoss, mismatch, reference_kl, sft_loss
 from megatron_qlrl.types import TrainGroup, TrainResponse
 
@@ -343,8 +343,7 @@ def test_mismatch_of_trainer_and_engine() -> None:
 def test_empty_rank_gives_zero_with_a_gradient() -> None:
     """A rank without tokens still calls backward."""
     logprobs = torch.zeros(0, requires_grad=True)
-    names = ("weights", "advantages", "engine_logprobs")
-    columns = {name: torch.zeros(0) for name in names}
+    columns = {name: torch.from_numpy(values) for name, values in empty_row().columns.items()}
     total, _ = SETTINGS["all"](logprobs, logprobs * 1, columns)
     total.backward()
     assert total.item() == 0
