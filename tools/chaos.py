@@ -128,12 +128,14 @@ class Chain:
 
     def _spoiled(self) -> int | None:
         """Step of the checkpoint that was damaged, unless it was written anew."""
+        from megatron_qlrl.weights.checkpoint import step_of
+
         if self.damaged is None:
             return None
         file, when = self.damaged
         if not file.exists() or file.stat().st_mtime_ns != when:
             return None
-        return int(file.relative_to(self.run / "checkpoints").parts[0].removeprefix("step_"))
+        return next(step_of(f) for f in file.parents if f.parent == self.run / "checkpoints")
 
 
 def check_start(resumed: int | None, whole: int | None, spoiled: int | None) -> None:

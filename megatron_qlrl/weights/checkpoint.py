@@ -79,8 +79,7 @@ class CheckpointStore:
         snapshot = take_snapshot(model, optimizer)
         needed = sum(gather_objects(snapshot.num_bytes, self._group))
         _on_rank_0(self.folder, lambda: self._prepare(_temporary(final), needed))
-        # now: the run changes what it holds
-        text = json.dumps({"format": FORMAT, **state}, indent=1)
+        text = json.dumps({"format": FORMAT, **state}, indent=1)  # now: the run changes it
         self._pending = self._thread.submit(self._write, snapshot, text, companions, final)
         return final
 
