@@ -25,6 +25,7 @@ from tenacity import (
 from megatron_qlrl.config.schema import TeacherConfig
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.reward.endpoint import Endpoint, EndpointFailure, Endpoints
+from megatron_qlrl.reward.extract import final_text
 from megatron_qlrl.reward.score import Scorer
 from megatron_qlrl.reward.verdict import NoVerdict
 from megatron_qlrl.types import Prompt, Score
@@ -178,6 +179,8 @@ def select(
             outcome = "cut_off"
         elif score.value is None:
             outcome = "no_verdict"
+        elif final_text(sample.response, reasoning_open=prompt.reasoning_open) is None:
+            outcome = "open_reasoning"
         elif score.value <= 0:
             outcome = "wrong"
         elif prompt.num_tokens + num_tokens(sample.response) > max_tokens:
@@ -197,7 +200,17 @@ def _submit(scorer: Scorer, prompt: Prompt, sample: Sample) -> Future[Score]:
         question=prompt.question,
         ground_truth=prompt.ground_truth,
         response=sample.response,
+        reasoning_open=prompt.reasoning_open,
     )
+
+
+def fit_reasoning(response: str, *, reasoning_open: bool) -> str:
+    """A teacher's response as what follows the student's generation prompt: without `<think>` where
+    the prompt has opened it already, and with it where the response closes what nobody opened."""
+    if reasoning_open:
+        return response.lstrip().removeprefix("<think>").lstrip("\n")
+    closes = "</think>" in response and "<think>" not in response
+    return f"<think>\n{response}" if closes else response
 
 
 class Teacher:

@@ -26,6 +26,8 @@ class Prompt:
         token_ids: int32 [P], the chat template applied, generation prompt included.
         data_source: verl's `data_source`; it selects the rule of the reward.
         question, ground_truth: travel as fields, never cut out of the text again.
+        reasoning_open: whether the rendered prompt ends in an open `<think>`, so that a response
+            must close its reasoning before its final answer counts.
     """
 
     uid: str
@@ -34,6 +36,7 @@ class Prompt:
     question: str
     ground_truth: str
     extra: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_open: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -65,6 +65,7 @@ def _judged(url: str, answers: Sequence[str], in_flight: int) -> tuple[float, li
                 question="Which one is it?",
                 ground_truth="none of them",
                 response=f"<think>hm</think>Therefore, the answer is {answer}.",
+                reasoning_open=False,
             )
             for answer in answers
         ]
@@ -84,7 +85,9 @@ def _rule_rate(num: int = 20_000) -> float:
     work = [cases[n % len(cases)] for n in range(num)]
     start = time.perf_counter()
     for source, gold, response in work:
-        score_response(data_source=source, ground_truth=gold, response_text=response)
+        score_response(
+            data_source=source, ground_truth=gold, response_text=response, reasoning_open=False
+        )
     return num / (time.perf_counter() - start)
 
 

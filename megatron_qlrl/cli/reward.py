@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +28,16 @@ def score(
     judge_key_env: Annotated[
         str | None, typer.Option(help="Environment variable that holds the key.")
     ] = None,
+    reasoning: Annotated[
+        Literal["required", "optional"] | None,
+        typer.Option(
+            help="For rows that do not say so in the field `reasoning`: required where the "
+            "prompt ended in an open <think>."
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder whose chat template says so instead.")
+    ] = None,
 ) -> None:
     """Score rows {data_source, question, ground_truth, response} as training would.
 
@@ -37,6 +47,7 @@ def score(
     from megatron_qlrl.reward.audit import audit
     from megatron_qlrl.reward.score import Scorer
 
+    opened = _reasoning_open(reasoning, model)
     judge = None if no_judge else _judge(judge_url or [_JUDGE_URL], judge_model, judge_key_env)
     with ExitStack() as stack:
         scorer = stack.enter_context(closing(Scorer(judge)))
@@ -46,7 +57,7 @@ def score(
             if stream is not None:
                 stream.write(json.dumps(row) + "\n")
 
-        found = audit(file, scorer, write)
+        found = audit(file, scorer, write, reasoning_open=opened)
         if scorer.last_failure:
             typer.echo(f"the judge's last failure: {scorer.last_failure}", err=True)
     typer.echo(found.table())
@@ -62,6 +73,18 @@ def _created(path: Path) -> Any:
         return path.open("w", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {path} cannot be written: {error.strerror}") from error
+
+
+def _reasoning_open(reasoning: str | None, model: Path | None) -> bool | None:
+    if model is None:
+        return None if reasoning is None else reasoning == "required"
+    if reasoning is not None:
+        raise ConfigError("--reasoning and --model say the same thing; pass one of them")
+    from megatron_qlrl.compose.parts import load_tokenizer
+    from megatron_qlrl.data.template import opens_reasoning, render
+
+    tokenizer = load_tokenizer(model)
+    return opens_reasoning(tokenizer, render(tokenizer, [{"role": "user", "content": "?"}], None))
 
 
 def _judge(urls: list[str], model: str, key_env: str | None) -> Any:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from megatron_qlrl.compose.parts import load_tokenizer, make_scorer
 from megatron_qlrl.config.schema import Config
-from megatron_qlrl.data.dataset import load_prompts, load_rows, opens_thinking
-from megatron_qlrl.distill import Journal, Sample, Teacher, collect, select
+from megatron_qlrl.data.dataset import load_prompts, load_rows
+from megatron_qlrl.distill import Journal, Sample, Teacher, collect, fit_reasoning, select
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.platform.env import read_secret
 from megatron_qlrl.reward.score import check_sources
@@ -97,8 +97,7 @@ async def _collect(
             if found is None:
                 return None
             text, finished = found
-            if opens_thinking(tokenizer, prompt):
-                text = text.lstrip().removeprefix("<think>").lstrip("\n")
+            text = fit_reasoning(text, reasoning_open=prompt.reasoning_open)
             return Sample(prompt.uid, sample, text, finished)
 
         try:

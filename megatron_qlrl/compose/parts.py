@@ -236,6 +236,7 @@ def rollout_records(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
             "question": group.prompt.question,
             "ground_truth": group.prompt.ground_truth,
             "response": rollout.text,
+            "reasoning": "required" if group.prompt.reasoning_open else "optional",
             "num_tokens": len(rollout.token_ids),
             "finished": rollout.finished,
             "weight_version": rollout.weight_version,

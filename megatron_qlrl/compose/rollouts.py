@@ -120,6 +120,7 @@ class Rollouts:
                     question=prompt.question,
                     ground_truth=prompt.ground_truth,
                     response=rollout.text,
+                    reasoning_open=prompt.reasoning_open,
                 )
 
         sample = partial(

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import TemplateError
 
-from megatron_qlrl.data.template import render
+from megatron_qlrl.data.template import opens_reasoning, render
 from megatron_qlrl.errors import ConfigError, DataError
 from megatron_qlrl.types import Example, Prompt
 
@@ -63,7 +63,7 @@ def load_examples(
     for where, uid, row in _rows(files, (*_REQUIRED, "response")):
         prompt = _prompt(where, uid, row, tokenizer, enable_thinking)
         response = _text(where, "response", row["response"])
-        if response.lstrip().startswith("<think>") and opens_thinking(tokenizer, prompt):
+        if response.lstrip().startswith("<think>") and prompt.reasoning_open:
             raise DataError(
                 f"{where}: `response` starts with <think>, and the chat template opens <think> "
                 "already; take it off the response"
@@ -82,11 +82,6 @@ def load_rows(files: Sequence[str | Path]) -> list[dict[str, Any]]:
         DataError: a file or column cannot be used.
     """
     return [row for _, _, row in _rows(files, _REQUIRED)]
-
-
-def opens_thinking(tokenizer: Any, prompt: Prompt) -> bool:
-    """Whether the chat template has opened `<think>` at the end of the prompt."""
-    return tokenizer.decode(prompt.token_ids[-8:]).rstrip().endswith("<think>")
 
 
 def drop_overlong(prompts: Sequence[Prompt], max_tokens: int) -> tuple[list[Prompt], str]:
@@ -178,7 +173,15 @@ def _prompt(
         token_ids = render(tokenizer, messages, enable_thinking)
     except TemplateError as error:
         raise DataError(f"{where}: the chat template refuses `prompt`: {error}") from error
-    return Prompt(uid, token_ids, data_source, question, ground_truth, dict(extra))
+    return Prompt(
+        uid,
+        token_ids,
+        data_source,
+        question,
+        ground_truth,
+        dict(extra),
+        reasoning_open=opens_reasoning(tokenizer, token_ids),
+    )
 
 
 def _messages(where: str, value: Any) -> list[dict[str, str]]:

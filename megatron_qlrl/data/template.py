@@ -64,3 +64,9 @@ def render(
         **options,
     )
     return np.asarray(encoded["input_ids"], dtype=np.int32)
+
+
+def opens_reasoning(tokenizer: Any, token_ids: np.ndarray) -> bool:
+    """Whether a rendered prompt (int32 [P]) ends in an open `<think>`, as R1-Distill's does."""
+    # Tokenizers that have no token for the tag need up to eight for it and the line end.
+    return tokenizer.decode(token_ids[-8:]).rstrip().endswith("<think>")

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_qlrl.errors import DataError
+from megatron_qlrl.errors import ConfigError, DataError
+from megatron_qlrl.reward.extract import final_text
 from megatron_qlrl.reward.score import Scorer
 from megatron_qlrl.types import Score
 
 FIELDS = ("data_source", "question", "ground_truth", "response")
+REASONING = "reasoning"
+"""Optional field: "required" where the prompt had opened `<think>`, else "optional"."""
 _BATCH_ROWS = 1024
 _MAX_WAITING = 4096
 """Rows in memory at once."""
@@ -72,12 +75,19 @@ class Audit:
         return "\n".join(lines)
 
 
-def audit(file: Path, scorer: Scorer, write: Callable[[Row], None]) -> Audit:
+def audit(
+    file: Path, scorer: Scorer, write: Callable[[Row], None], *, reasoning_open: bool | None
+) -> Audit:
     """Scores every row that can be read; `write` gets them in order, with `rule`, `judge`,
     `score`, `matched` and `masked` added.
 
+    Args:
+        reasoning_open: whether the prompts of rows without the field `reasoning` had opened
+            `<think>`; None where nobody said so.
+
     Raises:
         DataError: the file is neither JSONL nor parquet, or cannot be opened.
+        ConfigError: the score of a row depends on `reasoning_open`, and nobody said it.
     """
     found = Audit()
     waiting: deque[tuple[Row, Future[Score]]] = deque()
@@ -95,7 +105,20 @@ def audit(file: Path, scorer: Scorer, write: Callable[[Row], None]) -> Audit:
     for where, read in _rows(file):
         try:
             row = read()
-            future = scorer.submit(**{name: _text(row, name) for name in FIELDS})
+            texts = {name: _text(row, name) for name in FIELDS}
+            opened = _reasoning_open(row, default=reasoning_open)
+        except DataError as error:
+            found.bad.append(f"{where}: {error}")
+            continue
+        if opened is None:
+            raise ConfigError(
+                f"{where}: the response has no reasoning tags, and nothing says whether its prompt "
+                "had opened <think>. Pass --model with the folder of the model that wrote it, or "
+                "--reasoning optional (instruct models: the whole response counts) or --reasoning "
+                "required (it scores 0), or give the rows the field `reasoning`"
+            )
+        try:
+            future = scorer.submit(**texts, reasoning_open=opened)
         except DataError as error:
             found.bad.append(f"{where}: {error}")
             continue
@@ -105,6 +128,18 @@ def audit(file: Path, scorer: Scorer, write: Callable[[Row], None]) -> Audit:
     while waiting:
         finish()
     return found
+
+
+def _reasoning_open(row: Row, *, default: bool | None) -> bool | None:
+    """As the row says, else the default. Where the response has tags of its own its score is the
+    same in either case."""
+    said = row.get(REASONING)
+    if said is None:
+        tagged = final_text(row["response"], reasoning_open=False) != row["response"]
+        return False if tagged and default is None else default
+    if said not in ("required", "optional"):
+        raise DataError(f"field '{REASONING}' is {said!r}, expected 'required' or 'optional'")
+    return said == "required"
 
 
 def _text(row: Row, name: str) -> str:
@@ -146,7 +181,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
 
     try:
         reader = pq.ParquetFile(file)
-        columns = [n for n in FIELDS if n in reader.schema_arrow.names]
+        columns = [n for n in (*FIELDS, REASONING) if n in reader.schema_arrow.names]
         number = 0
         for batch in reader.iter_batches(_BATCH_ROWS, columns=columns):
             for row in batch.to_pylist():

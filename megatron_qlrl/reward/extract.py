@@ -45,11 +45,18 @@ class Answer:
     notation: str
 
 
-def final_text(response: str) -> str | None:
-    """What follows the last `</think>`; None when the reasoning was never closed, or was opened
-    again."""
+def final_text(response: str, *, reasoning_open: bool) -> str | None:
+    """The part of a response that may hold the final answer; None while its reasoning is open.
+
+    Reasoning that was opened, by the prompt (`reasoning_open`: the rendered chat template ends in
+    `<think>`) or by the response itself, must be closed, and what follows the last `</think>` is
+    the final text. A response without any reasoning is final as a whole: ordinary instruct models
+    and Qwen3 with thinking off write no tags.
+    """
     end = response.rfind(_CLOSE)
-    if end < 0 or response.find(_OPEN, end) >= 0:
+    if end < 0:
+        return None if reasoning_open or _OPEN in response else response
+    if response.find(_OPEN, end) >= 0:
         return None
     return response[end + len(_CLOSE) :]
 

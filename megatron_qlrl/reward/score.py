@@ -18,21 +18,23 @@ from megatron_qlrl.types import Prompt, Score
 _MAX_LOGGED_CHARS = 400
 
 
-def score_response(*, data_source: str, ground_truth: str, response_text: str) -> Score:
+def score_response(
+    *, data_source: str, ground_truth: str, response_text: str, reasoning_open: bool
+) -> Score:
     """Score of one response by the rule of its source alone.
 
-    A response that does not close its reasoning, or states no answer, scores 0.
+    A response that leaves its reasoning open (see `final_text`), or states no answer, scores 0.
 
     Raises:
         DataError: the data source has no rule (`check_sources` finds it before training).
     """
-    score, _ = _by_rule(rule_of(data_source).rule, ground_truth, response_text)
+    final = final_text(response_text, reasoning_open=reasoning_open)
+    score, _ = _by_rule(rule_of(data_source).rule, ground_truth, final)
     return score
 
 
-def _by_rule(rule: RuleName, gold: str, response: str) -> tuple[Score, str]:
+def _by_rule(rule: RuleName, gold: str, final: str | None) -> tuple[Score, str]:
     """The score and the whole final answer, "" when none is stated."""
-    final = final_text(response)
     answer = find_answer(final) if final is not None else None
     if answer is None:
         return Score(value=0.0, rule=0.0), ""
@@ -54,7 +56,13 @@ class Scorer:
         self._judge = judge
 
     def submit(
-        self, *, data_source: str, question: str, ground_truth: str, response: str
+        self,
+        *,
+        data_source: str,
+        question: str,
+        ground_truth: str,
+        response: str,
+        reasoning_open: bool,
     ) -> Future[Score]:
         """The score to come; its value is None when the judge is needed and gives no verdict.
         Its RewardError waits in it too: other ranks are in the middle of generation.
@@ -65,7 +73,8 @@ class Scorer:
         source = rule_of(data_source)
         done: Future[Score] = Future()
         try:
-            score, prediction = _by_rule(source.rule, ground_truth, response)
+            final = final_text(response, reasoning_open=reasoning_open)
+            score, prediction = _by_rule(source.rule, ground_truth, final)
         except RewardError as error:
             done.set_exception(error)
             return done

@@ -179,6 +179,7 @@ def test_vllm_judges_is_killed_and_comes_back(
                 question="Which city?",
                 ground_truth="Paris",
                 response=f"</think>the answer is {name}",
+                reasoning_open=True,
             )
             for name in names
         ]

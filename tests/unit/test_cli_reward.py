@@ -35,6 +35,24 @@ def test_rules_alone(file: Path, tmp_path: Path) -> None:
     assert [r["score"] for r in written] == [1.0, 0.0, 0.0]
 
 
+def test_the_models_template_says_whether_reasoning_must_be_closed(tmp_path: Path) -> None:
+    row = {"data_source": "musique", "question": "Which city?", "ground_truth": "Paris"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row | {"response": "the answer is Paris"}) + "\n")
+    base = Path(__file__).parents[2] / "examples" / "quickstart" / "base"  # opens <think>
+
+    def share(*options: object) -> str:
+        result = invoke(path, "--no-judge", *options)
+        assert result.exit_code == 0, result.output
+        return result.stdout.splitlines()[-1].split()[-1]
+
+    assert share("--model", base) == share("--reasoning", "required") == "0.0%"
+    assert share("--reasoning", "optional") == "100.0%"
+    unsaid = invoke(path, "--no-judge").exception
+    assert isinstance(unsaid, ConfigError)
+    assert "--reasoning optional" in str(unsaid)
+
+
 def test_with_a_judge_and_its_key(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "canary-4711")
     with running(FakeJudge(key="canary-4711")) as server:

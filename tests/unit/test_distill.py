@@ -3,13 +3,14 @@ by hand."""
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_qlrl.distill import GIVE_UP_AFTER, Journal, Sample, collect, read_answer, select
+from megatron_qlrl.distill import GIVE_UP_AFTER, Journal, Sample, collect, fit_reasoning, read_answer, select
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.reward.score import Scorer
 from megatron_qlrl.reward.verdict import NoVerdict
@@ -103,6 +104,34 @@ def test_kept_are_whole_correct_short_and_new_answers(tmp_path: Path) -> None:
     assert counts == {
         "musique": {"kept": 2, "duplicate": 2, "cut_off": 1, "wrong": 2, "too_long": 1}
     }
+
+
+def test_an_answer_that_leaves_the_students_reasoning_open_is_counted_as_such(
+    tmp_path: Path,
+) -> None:
+    journal = open_journal(tmp_path)
+    journal.add(Sample("f:0", 0, "Therefore, the answer is Paris.", True))
+    prompt = replace(prompts_of(1)[0], reasoning_open=True)
+    kept, counts = select(
+        [prompt], [{"prompt": []}], journal, Scorer(None), num_tokens=len, max_tokens=100
+    )
+    assert (kept, counts) == ([], {"musique": {"open_reasoning": 1}})
+
+
+@pytest.mark.parametrize(
+    ("response", "reasoning_open", "expected"),
+    [
+        ("<think>\nso</think>x", True, "so</think>x"),
+        ("so</think>x", True, "so</think>x"),
+        ("<think>\nso</think>x", False, "<think>\nso</think>x"),
+        ("so</think>x", False, "<think>\nso</think>x"),
+        ("x", False, "x"),
+    ],
+)
+def test_a_teachers_reasoning_is_fitted_to_the_students_template(
+    response: str, reasoning_open: bool, expected: str
+) -> None:
+    assert fit_reasoning(response, reasoning_open=reasoning_open) == expected
 
 
 def body(message: dict[str, Any], finish: str = "stop") -> bytes:

@@ -8,7 +8,7 @@ import pytest
 from judge_server import MODEL, FakeJudge, Reply, running, same_initial
 
 from megatron_qlrl.config.schema import JudgeConfig
-from megatron_qlrl.errors import DataError
+from megatron_qlrl.errors import ConfigError, DataError
 from megatron_qlrl.reward import audit as audit_module
 from megatron_qlrl.reward.audit import audit
 from megatron_qlrl.reward.judge import Judge
@@ -27,10 +27,34 @@ def write_jsonl(path, rows):
     return path
 
 
-def run(file, scorer=None):
+def run(file, scorer=None, reasoning_open=None):
     written = []
-    found = audit(file, scorer or Scorer(None), written.append)
+    found = audit(file, scorer or Scorer(None), written.append, reasoning_open=reasoning_open)
     return found, written
+
+
+def test_a_row_without_tags_scores_as_its_prompt_was(tmp_path):
+    plain = row("Paris", response="Therefore, the answer is Paris.")
+    file = write_jsonl(
+        tmp_path / "a.jsonl", [plain, row("Paris"), plain | {"reasoning": "optional"}]
+    )
+    assert [r["score"] for r in run(file, reasoning_open=True)[1]] == [0.0, 1.0, 1.0]
+    assert [r["score"] for r in run(file, reasoning_open=False)[1]] == [1.0, 1.0, 1.0]
+    with pytest.raises(ConfigError, match=r"a.jsonl:1: .* --model .* --reasoning optional"):
+        run(file)
+
+
+def test_what_a_row_says_of_its_reasoning_wins(tmp_path):
+    plain = row("Paris", response="Therefore, the answer is Paris.")
+    said = [plain | {"reasoning": word} for word in ("optional", "required", "often")]
+    jsonl = write_jsonl(tmp_path / "a.jsonl", said)
+    parquet = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(said), parquet)
+    for file in (jsonl, parquet):
+        found, written = run(file, reasoning_open=True)
+        assert [r["score"] for r in written] == [1.0, 0.0]
+        assert found.bad == [f"{file}:3: field 'reasoning' is 'often', expected 'required' or "
+                             "'optional'"]  # fmt: skip
 
 
 def test_rows_keep_their_order_and_fields(tmp_path, monkeypatch):

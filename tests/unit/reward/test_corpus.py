@@ -25,7 +25,8 @@ from megatron_qlrl.reward.score import score_response
 cases = json.load(sys.stdin)
 seen = []
 eight = "</think>\\\\boxed{2^{3}}"  # starts the child that reads expressions
-assert score_response(data_source="docmath", ground_truth="8", response_text=eight).rule == 1.0
+rest = {"response_text": eight, "reasoning_open": True}
+assert score_response(data_source="docmath", ground_truth="8", **rest).rule == 1.0
 sys.addaudithook(
     lambda event, args: seen.append(event)
     if event in ("exec", "compile", "import", "open") or event.startswith(FORBIDDEN_EVENTS)
@@ -43,11 +44,12 @@ def read_cases(kind: str) -> list[dict]:
     return [{**group, **case} for group in groups for case in group["cases"]]
 
 
-def fields(case: dict) -> dict[str, str]:
+def fields(case: dict) -> dict[str, str | bool]:
     return {
         "data_source": case["data_source"],
         "ground_truth": case["ground_truth"],
         "response_text": case["response"],
+        "reasoning_open": True,
     }
 
 
@@ -112,7 +114,10 @@ def test_giant_and_nested_answers_earn_nothing(source, text):
         f"</think>\\boxed{{{text}}}",
     ):
         score = score_response(
-            data_source=source, ground_truth=GOLDS[source], response_text=response
+            data_source=source,
+            ground_truth=GOLDS[source],
+            response_text=response,
+            reasoning_open=True,
         )
         assert score.rule == 0.0
         assert len(score.prediction) <= 400

@@ -18,10 +18,27 @@ from megatron_qlrl.reward.extract import (
         ("<think>the answer is 5", None),
         ("a</think> b <think> c", None),
         ("", None),
+        ("Therefore, the answer is Paris.", None),
     ],
 )
 def test_only_the_text_after_the_last_closing_tag_counts(response, expected):
-    assert final_text(response) == expected
+    assert final_text(response, reasoning_open=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("Therefore, the answer is Paris.", "Therefore, the answer is Paris."),
+        ("", ""),
+        ("<think>a</think> b", " b"),
+        ("a</think> b </think>c", "c"),
+        ("<think>the answer is 5", None),
+        ("a</think> b <think> c", None),
+        ("the answer is 5 <think>", None),
+    ],
+)
+def test_without_open_reasoning_the_whole_response_counts(response, expected):
+    assert final_text(response, reasoning_open=False) == expected
 
 
 @pytest.mark.parametrize(

@@ -47,13 +47,15 @@ WRAPPINGS = (
 
 def rule(source: str, gold: str, stated: str) -> float:
     response = f"reasoning</think>\n\nTherefore, the answer is {stated}"
-    return score_response(data_source=source, ground_truth=gold, response_text=response).rule
+    return score_response(
+        data_source=source, ground_truth=gold, response_text=response, reasoning_open=True
+    ).rule
 
 
 @untimed
 @given(any_text)
 def test_any_text_is_survived(text):
-    final = final_text(text)
+    final = final_text(text, reasoning_open=False)
     assert final is None or text.endswith(final)
     answer = find_answer(text)
     assert answer is None or answer.text
@@ -137,7 +139,9 @@ def test_one_more_wrong_candidate_never_mends_an_answer(source, gold, stated, wr
 @given(names, any_text)
 def test_nothing_counts_without_closed_reasoning(gold, text):
     response = text.replace("</think>", "") + f" Therefore, the answer is {gold}."
-    score = score_response(data_source="musique", ground_truth=gold, response_text=response)
+    score = score_response(
+        data_source="musique", ground_truth=gold, response_text=response, reasoning_open=True
+    )
     assert score.rule == 0.0
 
 

@@ -198,7 +198,10 @@ def test_choice(gold, prediction, expected):
 def test_exact_takes_no_second_word(prediction: str, right: bool) -> None:
     response = f"I looked.\n</think>\n\nTherefore, the answer is {prediction}"
     score = score_response(
-        data_source="toy_docqa_needle", ground_truth="cocoa", response_text=response
+        data_source="toy_docqa_needle",
+        ground_truth="cocoa",
+        response_text=response,
+        reasoning_open=True,
     )
     assert score.value == float(right)
 

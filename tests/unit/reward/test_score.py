@@ -20,9 +20,15 @@ def make_prompt(source="musique", gold="Paris", uid="f:0"):
 
 def score(response, *, source="musique", gold="Paris"):
     """By the rule alone, which is what a scorer without a judge gives."""
-    found = score_response(data_source=source, ground_truth=gold, response_text=response)
+    found = score_response(
+        data_source=source, ground_truth=gold, response_text=response, reasoning_open=True
+    )
     future = Scorer(None).submit(
-        data_source=source, question="Which city?", ground_truth=gold, response=response
+        data_source=source,
+        question="Which city?",
+        ground_truth=gold,
+        response=response,
+        reasoning_open=True,
     )
     assert future.result(timeout=0) == found
     return found
@@ -100,6 +106,7 @@ def submit(scorer, answer, *, source="musique", gold="Paris"):
         question="Which city?",
         ground_truth=gold,
         response=f"<think>hm</think>the answer is {answer}",
+        reasoning_open=False,
     )
 
 
@@ -126,7 +133,11 @@ def test_the_judge_is_asked_only_where_it_may_be():
             submit(scorer, "YES YES YES"),
             submit(scorer, "x" * 1001),
             scorer.submit(
-                data_source="musique", question="?", ground_truth="P", response="Paname, no end"
+                data_source="musique",
+                question="?",
+                ground_truth="P",
+                response="the answer is Paname, no end",
+                reasoning_open=True,
             ),
         ]
         assert [f.result(timeout=0).value for f in futures] == [0.0] * 6
