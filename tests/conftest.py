@@ -27,6 +27,15 @@ HF_CONFIG: dict[str, Any] = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-cases", type=int, default=150, help="Damaged files for each reader.")
+
+
+@pytest.fixture
+def fuzz_cases(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--fuzz-cases")
+
+
 @pytest.fixture(autouse=True)
 def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests start as a job of one process, even when they run under srun."""
