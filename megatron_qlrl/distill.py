@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from pydantic import TypeAdapter, ValidationError
 from tenacity import (
     AsyncRetrying,
     retry_if_exception_type,
@@ -44,8 +45,15 @@ class Sample:
     finished: bool
 
 
+_SAMPLE = TypeAdapter(Sample)
+
 # (row number, sample) -> the teacher's answer; None when it could not be had.
 Ask = Callable[[int, int], Awaitable[Sample | None]]
+
+
+def output_files(out: Path) -> tuple[Path, Path, Path]:
+    """What `qlrl distill CONFIG out` writes: the SFT rows, the journal and the report."""
+    return out, Path(f"{out}.journal.jsonl"), Path(f"{out}.report.json")
 
 
 class Journal:
@@ -62,19 +70,22 @@ class Journal:
         self.samples: dict[tuple[str, int], Sample] = {}
         head = json.dumps({"settings": settings}, sort_keys=True)
         try:
-            lines = _whole_lines(path) if path.exists() else []
-            if lines and lines[0] != head:
+            text = path.read_bytes() if path.exists() else b""
+            first = text.partition(b"\n")[0].decode("utf-8")
+            # Until here nothing is changed: the file may be no journal at all.
+            if first != head and not head.startswith(text.decode("utf-8")):
                 raise DataError(
-                    f"{path} was begun with other settings ({lines[0][:300]}); use the same, name "
+                    f"{path} was begun with other settings ({first[:300]}); use the same, name "
                     "another OUT, or remove it to start again"
                 )
-            for line in lines[1:]:
-                found = Sample(**json.loads(line))
-                self.samples[found.uid, found.sample] = found
+            lines = _whole_lines(path) if text else []
+            for number, line in enumerate(lines[1:], 2):
+                sample = _sample(line, f"journal {path}, line {number}")
+                self.samples[sample.uid, sample.sample] = sample
             self._file = path.open("a", encoding="utf-8")
             if not lines:
                 self._write(head)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"journal {path} cannot be used: {error}") from error
 
     def add(self, sample: Sample) -> None:
@@ -100,7 +111,18 @@ def _whole_lines(path: Path) -> list[str]:
     if len(whole) < len(text):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return whole.decode("utf-8").splitlines()
+    return whole.decode("utf-8").split("\n")[:-1]
+
+
+def _sample(line: str, where: str) -> Sample:
+    try:
+        return _SAMPLE.validate_json(line, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"])) or "line"
+        raise DataError(
+            f"{where} cannot be used: {field}: {problem['msg']}; take the line out and start again"
+        ) from None
 
 
 async def collect(

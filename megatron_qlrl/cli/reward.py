@@ -2,15 +2,17 @@
 
 import json
 import sys
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
 from megatron_qlrl.config.schema import JUDGE_MODEL
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.platform.env import read_secret
+from megatron_qlrl.platform.files import check_output, replaced
 
 app = typer.Typer(help="The reward.", no_args_is_help=True)
 _JUDGE_URL = "http://127.0.0.1:8000/v1"
@@ -42,16 +44,19 @@ def score(
     """Score rows {data_source, question, ground_truth, response} as training would.
 
     With --out every row is written with rule, judge, score, matched and masked. Rows that cannot
-    be read are named on stderr and left out; the exit code is then 1, for bad input as a whole 2.
+    be read are named on stderr and left out; the exit code is then 1. Where no row can be read it
+    is 2, and the file that --out names stays as it was.
     """
     from megatron_qlrl.reward.audit import audit
     from megatron_qlrl.reward.score import Scorer
 
+    if out:
+        check_output(out, [file])  # before the judge is asked
     opened = _reasoning_open(reasoning, model)
     judge = None if no_judge else _judge(judge_url or [_JUDGE_URL], judge_model, judge_key_env)
     with ExitStack() as stack:
+        stream = stack.enter_context(_opened(out, file)) if out else None
         scorer = stack.enter_context(closing(Scorer(judge)))
-        stream = stack.enter_context(_created(out)) if out else None
 
         def write(row: dict[str, Any]) -> None:
             if stream is not None:
@@ -68,11 +73,10 @@ def score(
         sys.exit(1)
 
 
-def _created(path: Path) -> Any:
-    try:
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--out {path} cannot be written: {error.strerror}") from error
+@contextmanager
+def _opened(out: Path, source: Path) -> Iterator[TextIO]:
+    with replaced(out, inputs=[source]) as fresh, fresh.open("w", encoding="utf-8") as stream:
+        yield stream
 
 
 def _reasoning_open(reasoning: str | None, model: Path | None) -> bool | None:

@@ -13,10 +13,10 @@ from megatron_qlrl.cli.ranks import on_ranks, shown_once
 from megatron_qlrl.config import checks
 from megatron_qlrl.config.load import load_config
 from megatron_qlrl.config.schema import Config
-from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.launch import local
 from megatron_qlrl.launch.again import start_again
 from megatron_qlrl.platform.env import read_ranks, read_secret
+from megatron_qlrl.platform.files import check_output
 from megatron_qlrl.platform.machine import attention_kernel
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
@@ -58,9 +58,11 @@ def distill(
     """Warm-up data: a teacher's correct answers to data.train_files. Started again, it goes on."""
     loaded = load_config(config, overrides or [])
     checks.check_files(loaded, "distill")
+    from megatron_qlrl.distill import output_files
+
+    for file in output_files(out):
+        check_output(file, [config, *map(Path, loaded.data.train_files)])
     _check_judge(loaded)
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out.parent}, where {out.name} is to be written, is no folder; make it")
     from megatron_qlrl.compose import run_distill
 
     run_distill(loaded, out)

@@ -14,17 +14,26 @@ import pyarrow.parquet as pq
 from megatron_qlrl.compose.parts import load_tokenizer, make_scorer
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.data.dataset import load_prompts, load_rows
-from megatron_qlrl.distill import Journal, Sample, Teacher, collect, fit_reasoning, select
+from megatron_qlrl.distill import (
+    Journal,
+    Sample,
+    Teacher,
+    collect,
+    fit_reasoning,
+    output_files,
+    select,
+)
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.platform.env import read_secret
+from megatron_qlrl.platform.files import replaced
 from megatron_qlrl.reward.score import check_sources
 from megatron_qlrl.rollout.sampler import token_seed
 from megatron_qlrl.types import Prompt
 
 
 def run_distill(config: Config, out: Path) -> None:
-    """Writes `out` (SFT parquet) with <out>.report.json; <out>.journal.jsonl is what a second
-    start goes on from. Prints the report.
+    """Writes the SFT parquet and the report, and prints the report; the journal is what a second
+    start goes on from.
 
     Raises:
         DataError: rows cannot be used, the teacher is gone, or nothing was kept.
@@ -43,7 +52,7 @@ def run_distill(config: Config, out: Path) -> None:
         **settings.model_dump(include={"temperature", "top_p", "max_response_tokens"}),
     }
     # More samples or another length limit may be asked for later of the same journal.
-    journal = Journal(out.with_name(out.name + ".journal.jsonl"), identity)
+    journal = Journal(output_files(out)[1], identity)
     with closing(journal), closing(make_scorer(config)) as scorer:
         failed = asyncio.run(_collect(config, prompts, rows, journal, tokenizer))
         kept, counts = select(
@@ -113,10 +122,10 @@ async def _collect(
 
 
 def _write(out: Path, rows: Sequence[dict[str, Any]], report: dict[str, Any]) -> None:
-    fresh = out.with_name(out.name + ".tmp")
     try:
-        pq.write_table(pa.Table.from_pylist(list(rows)), fresh)
-        fresh.rename(out)
-        out.with_name(out.name + ".report.json").write_text(json.dumps(report, indent=1))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{out} cannot be written: {error}") from error
+        with replaced(out) as fresh:
+            pq.write_table(pa.Table.from_pylist(list(rows)), fresh)
+    except pa.ArrowException as error:
+        raise DataError(f"the rows for {out} make no parquet file: {error}") from error
+    with replaced(output_files(out)[2]) as fresh:
+        fresh.write_text(json.dumps(report, indent=1))

@@ -86,7 +86,8 @@ def audit(
             `<think>`; None where nobody said so.
 
     Raises:
-        DataError: the file is neither JSONL nor parquet, or cannot be opened.
+        DataError: the file is neither JSONL nor parquet, cannot be opened, or holds no row that
+            can be scored.
         ConfigError: the score of a row depends on `reasoning_open`, and nobody said it.
     """
     found = Audit()
@@ -127,6 +128,8 @@ def audit(
             finish()
     while waiting:
         finish()
+    if not found.sources:
+        raise DataError("\n  ".join([f"{file} holds no row that can be scored", *found.bad[:5]]))
     return found
 
 
@@ -147,22 +150,32 @@ def _text(row: Row, name: str) -> str:
     if not isinstance(value, str):
         kind = "is missing" if name not in row else f"is a {type(value).__name__}, expected text"
         raise DataError(f"field '{name}' {kind}")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"field '{name}' is no Unicode text: {error}") from None
     return value
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
     """Where each row stands, and a call that reads it or raises DataError."""
+    readers = {".parquet": _parquet_rows, ".jsonl": _json_rows}
     if not file.is_file():
         raise DataError(f"{file} does not exist")
-    if file.suffix == ".parquet":
-        yield from _parquet_rows(file)
-    elif file.suffix == ".jsonl":
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{file}:{number}", lambda line=line: _json_row(line)
-    else:
+    if file.suffix not in readers:
         raise DataError(f"{file}: expected a .jsonl or .parquet file")
+    try:
+        yield from readers[file.suffix](file)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{file}:{number}", lambda line=line: _json_row(line)
 
 
 def _json_row(line: bytes) -> Row:
@@ -184,6 +197,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
         columns = [n for n in (*FIELDS, REASONING) if n in reader.schema_arrow.names]
         number = 0
         for batch in reader.iter_batches(_BATCH_ROWS, columns=columns):
+            batch.validate(full=True)  # a text that is no UTF-8 is refused here
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}:{number}", lambda row=row: row

@@ -289,3 +289,24 @@ def test_judge_settings_that_are_wrong_never_show_a_key(
     assert message in result.stderr
     assert "canary" not in result.output
     assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("train", "out"),
+    [
+        ("train.parquet", "train.parquet"),
+        ("train.parquet", "config.yaml"),
+        ("sft.parquet.report.json", "sft.parquet"),  # what is written beside OUT counts too
+    ],
+)
+def test_distill_overwrites_none_of_its_inputs(
+    tmp_path: Path, make_config: MakeConfig, train: str, out: str
+) -> None:
+    (tmp_path / train).touch()
+    teacher = {"urls": ["http://127.0.0.1:9/v1"], "model": "t"}
+    config = make_config(
+        data={"train_files": [str(tmp_path / train)]}, distill={"teacher": teacher}
+    )
+    result = CliRunner().invoke(cli.app, ["distill", str(config), str(tmp_path / out)])
+    assert isinstance(result.exception, ConfigError), result.output
+    assert "the same file as the input" in str(result.exception)

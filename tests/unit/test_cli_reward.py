@@ -83,6 +83,7 @@ def test_what_cannot_be_used_at_all(file: Path, tmp_path: Path) -> None:
     for argv, kind, message in (
         ((tmp_path / "no.jsonl", "--no-judge"), DataError, "does not exist"),
         ((file, "--no-judge", "--out", tmp_path), ConfigError, "cannot be written"),
+        ((file, "--no-judge", "--out", file), ConfigError, "the same file as the input"),
         ((file, "--judge-url", dead), RewardError, "qlrl judge serve"),
         ((file, "--judge-url", "localhost:8000"), ConfigError, "not of the form http://host"),
         ((file, "--judge-key-env", "NO_SUCH_KEY"), ConfigError, "NO_SUCH_KEY, which is not set"),
@@ -90,3 +91,24 @@ def test_what_cannot_be_used_at_all(file: Path, tmp_path: Path) -> None:
         result = invoke(*argv)
         assert isinstance(result.exception, kind), result.output
         assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("content", [None, "", "\n", "{]\n[]\n"])
+def test_without_a_readable_row_the_old_output_stays(tmp_path: Path, content: str | None) -> None:
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    out.write_text("earlier")
+    if content is not None:
+        file.write_text(content)
+    result = invoke(file, "--no-judge", "--out", out)
+    assert isinstance(result.exception, DataError), result.output
+    message = "does not exist" if content is None else "holds no row that can be scored"
+    assert f"{file} {message}" in str(result.exception)
+    assert ":1: not readable as JSON" in str(result.exception) or content != "{]\n[]\n"
+    assert out.read_text() == "earlier"
+
+
+def test_the_input_stays_when_it_is_named_as_output(file: Path) -> None:
+    before = file.read_text()
+    (file.parent / "x").mkdir()
+    invoke(file, "--no-judge", "--out", file.parent / "x" / ".." / file.name)
+    assert file.read_text() == before

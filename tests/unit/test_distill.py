@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_qlrl.distill import GIVE_UP_AFTER, Journal, Sample, collect, fit_reasoning, read_answer, select
+from megatron_qlrl.distill import (
+    GIVE_UP_AFTER,
+    Journal,
+    Sample,
+    collect,
+    fit_reasoning,
+    read_answer,
+    select,
+)
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.reward.score import Scorer
 from megatron_qlrl.reward.verdict import NoVerdict
@@ -77,13 +85,26 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         open_journal(tmp_path, temperature=0.5)
 
 
-@pytest.mark.parametrize("damage", ["{}", "[1]", "not json"])
+SAMPLE_OF_A_NUMBER = '{"uid": 7, "sample": 0, "response": "x", "finished": true}'
+
+
+@pytest.mark.parametrize(
+    "damage", ["{}", "[1]", "not json", SAMPLE_OF_A_NUMBER, "[" * 100_000, "\x85", ""]
+)
 def test_a_line_that_is_no_sample_is_named(tmp_path: Path, damage: str) -> None:
     open_journal(tmp_path).close()
     with (tmp_path / "j.jsonl").open("a") as file:
         file.write(damage + "\n")
-    with pytest.raises(DataError, match=r"j\.jsonl cannot be used"):
+    with pytest.raises(DataError, match=r"j\.jsonl, line 2 cannot be used: .* take the line out"):
         open_journal(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["a file of something else", '{"a": 1}\nand its torn end'])
+def test_a_file_that_is_no_journal_is_left_as_it_is(tmp_path: Path, content: str) -> None:
+    (tmp_path / "j.jsonl").write_text(content)
+    with pytest.raises(DataError, match="begun with other settings"):
+        open_journal(tmp_path)
+    assert (tmp_path / "j.jsonl").read_text() == content
 
 
 def test_kept_are_whole_correct_short_and_new_answers(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from megatron_qlrl.data.template import Kind, docqa_message
 from megatron_qlrl.errors import DataError
+from megatron_qlrl.platform.files import make_folder, replaced
 
 DATA_SOURCE: dict[Kind, str] = {
     "qa": "docs_musique",
@@ -54,11 +55,13 @@ def build_docs(*, documents_dir: Path, questions: Path, out: Path, split: str) -
 
     Raises:
         DataError: a line or a document cannot be used; names the file and the line.
+        ConfigError: `out` cannot be written, or is one of the inputs.
     """
     if not documents_dir.is_dir():
         raise DataError(f"document folder {documents_dir} does not exist")
     rows: list[dict[str, Any]] = []
-    for where, record in _records(questions):
+    records = _records(questions)
+    for where, record in records:
         row = _row(where, record, documents_dir)
         row["extra_info"] = {"split": split, "index": len(rows)}
         rows.append(row)
@@ -68,8 +71,10 @@ def build_docs(*, documents_dir: Path, questions: Path, out: Path, split: str) -
         raise DataError(f"{questions} holds no questions")
     has_response = "response" in rows[0]
     schema = _SCHEMA.append(pa.field("response", pa.string())) if has_response else _SCHEMA
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), out)
+    make_folder(out.parent)
+    documents = {documents_dir / name for _, record in records for name in _names(record)}
+    with replaced(out, inputs=[questions, *sorted(documents)]) as fresh:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), fresh)
     return len(rows)
 
 
@@ -102,6 +107,9 @@ def _checked(where: str, record: Any) -> dict[str, Any]:
     for key in set(record) - {"document"}:
         if not isinstance(record[key], str) or not record[key].strip():
             raise DataError(f"{where}: `{key}` must be a string that is not empty")
+    names = _names(record)
+    if not isinstance(names, list) or not names or not all(map(_is_name, names)):
+        raise DataError(f"{where}: `document` must be a file name or a list of file names")
     if record.get("kind", "qa") not in DATA_SOURCE:
         raise DataError(f"{where}: kind {record['kind']!r} is not one of {', '.join(DATA_SOURCE)}")
     return record
@@ -109,7 +117,7 @@ def _checked(where: str, record: Any) -> dict[str, Any]:
 
 def _row(where: str, record: Mapping[str, Any], documents_dir: Path) -> dict[str, Any]:
     kind: Kind = record.get("kind", "qa")
-    document = _document(where, record["document"], documents_dir)
+    document = _document(where, _names(record), documents_dir)
     message = docqa_message(document=document, question=record["question"], kind=kind)
     row = {
         "data_source": record.get("data_source", DATA_SOURCE[kind]),
@@ -122,10 +130,12 @@ def _row(where: str, record: Mapping[str, Any], documents_dir: Path) -> dict[str
     return row | ({"response": record["response"]} if "response" in record else {})
 
 
-def _document(where: str, names: Any, documents_dir: Path) -> str:
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not names or not all(map(_is_name, names)):
-        raise DataError(f"{where}: `document` must be a file name or a list of file names")
+def _names(record: Mapping[str, Any]) -> list[str]:
+    names = record["document"]
+    return [names] if isinstance(names, str) else names
+
+
+def _document(where: str, names: list[str], documents_dir: Path) -> str:
     texts = []
     for name in names:
         path = documents_dir / name

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_qlrl.data.template import docqa_message
+from megatron_qlrl.platform.files import make_folder, replaced
 
 ToyKind = Literal["needle", "needles", "two_hop"]
 ToyLength = Literal["short", "long"]
@@ -124,6 +125,9 @@ def build_toy(
     * `eval_short`, `eval_long` (num_eval rows each): held-out documents.
 
     The same arguments write the same rows. No document occurs twice, in whatever file.
+
+    Raises:
+        ConfigError: the folder or a file cannot be written.
     """
     plan: dict[str, tuple[int, tuple[ToyLength, ...]]] = {
         "sft": (num_train, ("short",)),
@@ -131,7 +135,7 @@ def build_toy(
         "eval_short": (num_eval, ("short",)),
         "eval_long": (num_eval, ("long",)),
     }
-    out_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(out_dir)
     seen: set[str] = set()
     paths: dict[str, Path] = {}
     for part, (name, (num_rows, lengths)) in enumerate(plan.items()):
@@ -145,7 +149,8 @@ def build_toy(
         if name != "sft":
             rows = [{key: row[key] for key in schema.names} for row in rows]
         paths[name] = out_dir / f"{name}.parquet"
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), paths[name])
+        with replaced(paths[name]) as fresh:
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), fresh)
     return paths
 
 

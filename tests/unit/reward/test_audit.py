@@ -90,6 +90,7 @@ def test_bad_rows_are_named_and_the_others_scored(tmp_path):
             b"[" * 100_000,
             b"",
             good | {"response": None},
+            good | {"data_source": "musique \ud800"},
             good,
         ],
     )
@@ -104,6 +105,7 @@ def test_bad_rows_are_named_and_the_others_scored(tmp_path):
         7: "not readable as JSON",
         8: "not readable as JSON",
         10: "field 'response' is a NoneType, expected text",
+        11: "field 'data_source' is no Unicode text",
     }
     assert len(found.bad) == len(reasons)
     for line, (number, reason) in zip(found.bad, reasons.items(), strict=True):
@@ -127,6 +129,7 @@ def test_parquet_is_read_alike(tmp_path):
         ("none.jsonl", None, "does not exist"),
         ("a.txt", b"{}", r"expected a \.jsonl or \.parquet file"),
         ("a.parquet", b"PAR1 cut", "not a readable parquet file"),
+        ("a.jsonl", b"", "a.jsonl holds no row that can be scored"),
     ],
 )
 def test_a_file_that_cannot_be_read_at_all(tmp_path, name, content, message):
@@ -176,3 +179,11 @@ def test_a_source_that_is_masked_as_a_whole_has_no_share(tmp_path):
         found, _ = run(write_jsonl(tmp_path / "a.jsonl", [row("Rome")]), scorer)
         scorer.close()
     assert found.table().splitlines()[-1].split() == ["all", "1", "0", "1", "0", "1", "-"]
+
+
+def test_a_text_in_parquet_that_is_no_utf8(tmp_path):
+    columns = {name: ["x"] for name in ("data_source", "question", "ground_truth")}
+    bad = pa.array([b"\xff\xfe"]).cast(pa.string(), safe=False)
+    pq.write_table(pa.table(columns | {"response": bad}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet is not a readable parquet file: .*UTF8"):
+        run(tmp_path / "a.parquet")

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_qlrl.data.builders.docs import build_docs
 from megatron_qlrl.data.template import docqa_message
-from megatron_qlrl.errors import DataError
+from megatron_qlrl.errors import ConfigError, DataError
 
 QA = {"document": "a.txt", "question": "Who?", "answer": "me"}
 
@@ -122,5 +122,31 @@ def test_missing_inputs_are_named(folder):
             documents_dir=folder / "docs",
             questions=folder / "gone.jsonl",
             out=folder / "o.parquet",
+            split="train",
+        )
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "docs/a.txt"])
+def test_an_input_is_not_overwritten(folder, name):
+    (folder / "q.jsonl").write_text(json.dumps(QA), encoding="utf-8")
+    before = (folder / name).read_bytes()
+    (folder / "out.parquet").symlink_to(folder / name)
+    with pytest.raises(ConfigError, match="the same file as the input"):
+        build_docs(
+            documents_dir=folder / "docs",
+            questions=folder / "q.jsonl",
+            out=folder / "out.parquet",
+            split="train",
+        )
+    assert (folder / name).read_bytes() == before
+
+
+def test_a_folder_that_takes_no_file(folder):
+    (folder / "q.jsonl").write_text(json.dumps(QA), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"secret\.txt' cannot be made"):
+        build_docs(
+            documents_dir=folder / "docs",
+            questions=folder / "q.jsonl",
+            out=folder / "secret.txt" / "o.parquet",
             split="train",
         )
