@@ -13,6 +13,7 @@ from megatron_qlrl.config.schema import Config
 from megatron_qlrl.evaluate.benchmarks import evaluate
 from megatron_qlrl.metrics.sinks import Tracker
 from megatron_qlrl.parallel.collectives import on_all_ranks
+from megatron_qlrl.reward.diagnose import diagnosis
 from megatron_qlrl.types import Prompt, ScoredGroup
 
 
@@ -30,6 +31,7 @@ class Evaluation:
         *,
         rollouts: Rollouts,
         write: Callable[[Callable[[Tracker], None]], object],
+        warn: Callable[[str], None],
     ) -> None:
         """`write` runs what it is given on rank 0, with the run's tracker."""
         self.scores: dict[str, float] = {}
@@ -37,7 +39,7 @@ class Evaluation:
         self._config = config.evaluation
         self._read = partial(read_benchmarks, config)
         self._folder = Path(config.run.dir) / "eval"
-        self._rollouts, self._write = rollouts, write
+        self._rollouts, self._write, self._warn = rollouts, write, warn
         self._benchmarks: dict[str, list[Prompt]] = {}
 
     def read(self, tokenizer: Any, *, max_positions: int) -> None:
@@ -91,6 +93,8 @@ class Evaluation:
             self._write_answers(name, metrics, answers)
 
         self._write(write)
+        if problem := diagnosis(answers):
+            self._warn(f"evaluation {name!r}: {problem}")
         self._steps_done = steps_done
         return metrics
 

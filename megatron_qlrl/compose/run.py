@@ -43,6 +43,7 @@ from megatron_qlrl.platform.watchdog import watch_steps
 from megatron_qlrl.policy.optimizer import learning_rate
 from megatron_qlrl.policy.selfcheck import check_sharing
 from megatron_qlrl.policy.step import Loss, Policy
+from megatron_qlrl.reward.diagnose import BatchWatch
 from megatron_qlrl.types import (
     PackedRow,
     ScoredGroup,
@@ -128,6 +129,7 @@ class Run:
         self.tracker = Tracker.silent()
         self.store = make_store(config)
         self.monitor = Monitor(config.stability, warn=self.warn)
+        self._batch_watch = BatchWatch(self.warn)
         self._sharing_checked = False
         self.rollouts = Rollouts(
             config,
@@ -137,7 +139,9 @@ class Run:
             weights=self._present_weights,
             give_up=give_up,
         )
-        self.evaluation = Evaluation(config, rollouts=self.rollouts, write=self._record)
+        self.evaluation = Evaluation(
+            config, rollouts=self.rollouts, write=self._record, warn=self.warn
+        )
         self._unsaved: tuple[int, Mapping[str, Any]] | None = None
         self._fresh_steps: frozenset[int] = frozenset()
         self._on_disk(self._record_start)
@@ -309,6 +313,7 @@ class Run:
         )
 
     def log(self, report: StepReport, groups: Sequence[ScoredGroup]) -> None:
+        self._batch_watch.observe(report.step, groups)
         shown = groups[: self.config.logging.rollouts_per_step]
         metrics = {**report.metrics, **self.rollouts.judge_metrics()}
 

@@ -19,15 +19,11 @@ from megatron_qlrl.errors import ConfigError
 
 CONSOLE_METRICS = (
     ("critic/rewards/mean", "reward"),
-    ("critic/score/mean", "score"),
-    ("actor/loss", "loss"),
     ("actor/pg_loss", "pg_loss"),
-    ("train/loss", "loss"),
+    ("sft/nll", "loss"),
     ("actor/entropy", "entropy"),
     ("actor/grad_norm", "grad_norm"),
-    ("train/grad_norm", "grad_norm"),
     ("actor/lr", "lr"),
-    ("train/lr", "lr"),
     ("response_length/mean", "response"),
     ("timing_s/step", "s"),
     ("perf/throughput", "tok/s"),

@@ -14,7 +14,7 @@ from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import StopRequested
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
 
-PROMPT = Prompt("held:0", np.zeros(2, np.int32), "docqa", "?", "!")
+PROMPT = Prompt("held:0", np.zeros(2, np.int32), "musique", "?", "!")
 
 
 class FakeRollouts:
@@ -38,6 +38,7 @@ class FakeRollouts:
 class FakeTracker:
     def __init__(self) -> None:
         self.logged: list[tuple[int, float]] = []
+        self.warnings: list[str] = []
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.logged.append((step, metrics["val/held/score"]))
@@ -54,7 +55,12 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lone_group: Any) -> Ma
         config = Config.model_validate(
             {"model": {"path": "m"}, "run": {"dir": str(tmp_path)}, "evaluation": settings}
         )
-        made = Evaluation(config, rollouts=rollouts, write=lambda w: w(tracker))  # pyright: ignore
+        made = Evaluation(
+            config,
+            rollouts=rollouts,  # pyright: ignore
+            write=lambda w: w(tracker),  # pyright: ignore
+            warn=tracker.warnings.append,
+        )
         made.read(None, max_positions=100)
         return made, rollouts, tracker
 
@@ -68,6 +74,13 @@ def train(made: Evaluation, first: int, end: int, state: Any) -> None:
         made.after(first, "p", last=first == end)
     for step in range(first, end):
         made.after(step + 1, "p", last=step + 1 == end)
+
+
+def test_a_score_of_answers_that_cannot_be_read_is_said(make: Make) -> None:
+    made, _, tracker = make()
+    made.score("start", 0)
+    (warning,) = tracker.warnings
+    assert warning.startswith("evaluation 'start': 2 of 2 responses have no readable answer")
 
 
 @pytest.mark.parametrize(
