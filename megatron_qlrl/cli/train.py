@@ -18,6 +18,7 @@ from megatron_qlrl.launch.again import start_again
 from megatron_qlrl.platform.env import read_ranks, read_secret
 from megatron_qlrl.platform.files import check_output
 from megatron_qlrl.platform.machine import attention_kernel
+from megatron_qlrl.platform.progress import Progress, foreign_messages_in
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
 Overrides = Annotated[
@@ -124,15 +125,21 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
         check_command(command, config, world_size)
 
     def run() -> None:
-        from megatron_qlrl import compose
-        from megatron_qlrl.compose.stretch import Handover
+        rank = read_ranks().rank
+        messages = Path(config.run.dir) / "logs" / f"rank_{rank}.log"
+        with foreign_messages_in(messages):
+            with Progress.of_rank(rank).doing(
+                f"loading torch and Megatron-core (messages of other packages: {messages})"
+            ):
+                from megatron_qlrl import compose
+                from megatron_qlrl.compose.stretch import Handover
 
-        runs: dict[str, Callable[[Config], Handover | None]] = {
-            "sft": compose.run_sft,
-            "rl": compose.run_rl,
-            "eval": compose.run_eval,
-        }
-        handover = runs[command](config)
+            runs: dict[str, Callable[[Config], Handover | None]] = {
+                "sft": compose.run_sft,
+                "rl": compose.run_rl,
+                "eval": compose.run_eval,
+            }
+            handover = runs[command](config)
         if handover is not None:
             start_again(
                 handover.port,

@@ -68,7 +68,8 @@ def _run_stretch(
         weights=reference_folder(whole, begin.index),
         give_up=stop.within_step,
     ) as run:
-        prompts = on_all_ranks(partial(read_train_prompts, whole, run.tokenizer, warn=run.warn))
+        with run.progress.doing("reading the prompts"):
+            prompts = on_all_ranks(partial(read_train_prompts, whole, run.tokenizer, warn=run.warn))
         run.read_benchmarks()
         curriculum = on_all_ranks(partial(make_curriculum, whole, prompts))
         if config.algorithm.reference:
@@ -127,7 +128,8 @@ def run_sft(config: Config) -> None:
         joined(),
         open_run(config, "sft", temperature=1.0, give_up=stop.within_step) as run,
     ):
-        examples = on_all_ranks(partial(read_examples, config, run.tokenizer))
+        with run.progress.doing("reading the SFT rows"):
+            examples = on_all_ranks(partial(read_examples, config, run.tokenizer))
         run.read_benchmarks()
         steps = num_sft_steps(
             len(examples), batch_size=sft.batch_size, epochs=sft.epochs, max_steps=sft.max_steps
@@ -168,7 +170,8 @@ def run_eval(config: Config) -> None:
     """Scores model.path on data.eval_files; writes eval/eval.json and the answers."""
     with joined(), open_run(config, "eval", temperature=1.0) as run:
         run.read_benchmarks()
-        metrics = run.evaluation.score("eval", 0)
+        with run.progress.doing("answering the evaluation files"):
+            metrics = run.evaluation.score("eval", 0)
         if run.leads:
             print(json.dumps(metrics), flush=True)
 

@@ -20,6 +20,7 @@ from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.errors import StopRequested
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import ParallelContext
+from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.rollout.sampler import sample_groups, share_prompts
 from megatron_qlrl.rollout.vllm_engine import Sampling, VllmEngine
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
@@ -48,8 +49,9 @@ class Rollouts:
         tokenizer: Any,
         weights: Callable[[], tuple[WeightStream, int]],
         give_up: Callable[[], str],
+        progress: Progress,
     ) -> None:
-        self._give_up = give_up
+        self._give_up, self._progress = give_up, progress
         self._config, self._shape, self._context = config, shape, context
         self._tokenizer, self._weights = tokenizer, weights
         self._scorer = on_all_ranks(partial(make_scorer, config))
@@ -61,6 +63,10 @@ class Rollouts:
 
     @cached_property
     def _engine(self) -> VllmEngine:
+        with self._progress.doing("starting the vLLM engine"):
+            return self._new_engine()
+
+    def _new_engine(self) -> VllmEngine:
         config, rollout = self._config, self._config.rollout
         return VllmEngine(
             Path(config.model.path),

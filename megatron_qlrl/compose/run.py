@@ -39,6 +39,7 @@ from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.platform.env import init_ranks, set_engine_env
 from megatron_qlrl.platform.machine import commit
+from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.platform.watchdog import watch_steps
 from megatron_qlrl.policy.optimizer import learning_rate
 from megatron_qlrl.policy.selfcheck import check_sharing
@@ -125,6 +126,7 @@ class Run:
         self._command = command
         self._temperature, self._weights = temperature, weights
         self.leads = self.context.rank == 0
+        self.progress = Progress.of_rank(self.context.rank)
         self.tokenizer = load_tokenizer(Path(config.model.path))
         self.tracker = Tracker.silent()
         self.store = make_store(config)
@@ -138,6 +140,7 @@ class Run:
             tokenizer=self.tokenizer,
             weights=self._present_weights,
             give_up=give_up,
+            progress=self.progress,
         )
         self.evaluation = Evaluation(
             config, rollouts=self.rollouts, write=self._record, warn=self.warn
@@ -174,13 +177,14 @@ class Run:
 
     @cached_property
     def policy(self) -> Policy:
-        return make_policy(
-            self.config,
-            self.shape,
-            self.context,
-            temperature=self._temperature,
-            weights=self._weights,
-        )
+        with self.progress.doing(f"loading the weights of {self._weights}"):
+            return make_policy(
+                self.config,
+                self.shape,
+                self.context,
+                temperature=self._temperature,
+                weights=self._weights,
+            )
 
     @cached_property
     def stream(self) -> WeightStream:
@@ -197,7 +201,8 @@ class Run:
         return self.stream, self.policy.version
 
     def read_benchmarks(self) -> None:
-        self.evaluation.read(self.tokenizer, max_positions=self.shape.max_positions)
+        with self.progress.doing("reading the evaluation files"):
+            self.evaluation.read(self.tokenizer, max_positions=self.shape.max_positions)
 
     # --- curriculum ---------------------------------------------------------------------
 
@@ -248,7 +253,8 @@ class Run:
     def watched(self, steps: Iterator[T]) -> Iterator[T]:
         """`steps`; one that hangs ends this process (not collective)."""
         file = self.folder / "stacks" / f"rank_{self.context.rank}.txt"
-        return watch_steps(steps, stacks=file, floor_s=self.config.run.hang_after_s)
+        told = self.progress.until_first(steps, "working on the first step")
+        return watch_steps(told, stacks=file, floor_s=self.config.run.hang_after_s)
 
     def _check_sharing(self, groups: Sequence[TrainGroup]) -> None:
         """Once, before the first batch with a shared prompt is trained on."""
@@ -284,7 +290,8 @@ class Run:
         self._fresh_steps = fresh_steps
         state: dict[str, Any] = {}
         if path is not None:
-            state = self._load(path)
+            with self.progress.doing(f"loading {path}"):
+                state = self._load(path)
             self.policy.version = state["version"]
             self.evaluation.load_state_dict(state["evaluation"])
             self.monitor.load_state_dict(state["monitor"])

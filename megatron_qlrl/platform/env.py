@@ -128,8 +128,10 @@ def read_secret(variable: str | None) -> str | None:
 def quiet_foreign_warnings() -> None:
     """Hides what other packages warn about on every start and nobody can act on.
 
-    Whether Transformer Engine and Apex are there is for `qlrl check` to say.
+    Whether Transformer Engine and Apex are there is for `qlrl check` to say. torch's native code,
+    which does not go through Python's stderr, reads its level when torch is imported.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for message in (
         ".*Apex (is|are) not installed",
         "full scope is deprecated",

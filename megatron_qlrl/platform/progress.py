@@ -1,0 +1,86 @@
+"""What a run is busy with until its first step has ended, said again and again: loading weights and
+starting an engine take minutes, and a silent run looks like a hung one."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+EVERY_S = 20.0
+
+
+def say_on_stderr(line: str) -> None:
+    """Writes past `foreign_messages_in`, and leaves stdout to the command's result."""
+    print(f"qlrl: {line}", file=sys.__stderr__, flush=True)
+
+
+class Progress:
+    """Says what begins, and every `every_s` seconds what still goes on."""
+
+    def __init__(self, say: Callable[[str], None], *, every_s: float = EVERY_S) -> None:
+        self._say, self._every_s = say, every_s
+        self._stack: list[tuple[str, float]] = []
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def of_rank(cls, rank: int) -> "Progress":
+        """On stderr, of rank 0 alone."""
+        return cls(say_on_stderr if rank == 0 else lambda _: None)
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """`what` ("loading weights") goes on inside; of nested ones the inner one is said."""
+        with self._changed:
+            self._stack.append((what, time.monotonic()))
+            self._say(what)
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._repeat, name="progress", daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._stack.pop()
+                self._changed.notify()
+
+    def until_first(self, steps: Iterable[T], what: str) -> Iterator[T]:
+        """Passes `steps` on; `what` goes on until the first one has come."""
+        iterator = iter(steps)
+        with self.doing(what):
+            first = list(_take_one(iterator))
+        yield from first
+        yield from iterator
+
+    def _repeat(self) -> None:
+        with self._changed:
+            while self._stack:
+                if self._changed.wait(self._every_s) or not self._stack:
+                    continue
+                what, started = self._stack[-1]
+                self._say(f"still {what} ({time.monotonic() - started:.0f} s)")
+            self._thread = None
+
+
+def _take_one(iterator: Iterator[T]) -> Iterator[T]:
+    for item in iterator:
+        yield item
+        return
+
+
+@contextmanager
+def foreign_messages_in(file: Path) -> Iterator[None]:
+    """Sends what Python code writes to stderr into `file`: other packages warn a dozen times at
+    every start, and nobody can act on it. A stack trace that leaves the context is shown as ever,
+    and native code (NCCL, a crash) still writes to the terminal."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Stays open: loggers made inside keep the stream for the life of the process.
+    stream = file.open("a", encoding="utf-8", buffering=1)
+    with redirect_stderr(stream):
+        yield

@@ -1,0 +1,81 @@
+"""A start is never silent for long; other packages' messages lie in a file."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_qlrl.platform.progress import Progress, foreign_messages_in
+
+
+def wait_for(lines: list[str], number: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(lines) < number and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def test_what_goes_on_is_said_again_until_it_ends() -> None:
+    lines: list[str] = []
+    progress = Progress(lines.append, every_s=0.02)
+    with progress.doing("loading weights"):
+        wait_for(lines, 3)
+    said = len(lines)
+    time.sleep(0.1)
+    assert lines[:3] == [
+        "loading weights",
+        "still loading weights (0 s)",
+        "still loading weights (0 s)",
+    ]
+    assert len(lines) == said
+
+
+def test_the_inner_one_is_said_and_then_the_outer_one_again() -> None:
+    lines: list[str] = []
+    progress = Progress(lines.append, every_s=0.02)
+    with progress.doing("first step"):
+        with progress.doing("starting the engine"):
+            wait_for(lines, 3)
+            inner = list(lines)
+        wait_for(lines, len(inner) + 2)
+    assert inner[:3] == ["first step", "starting the engine", "still starting the engine (0 s)"]
+    assert lines[-1] == "still first step (0 s)"
+
+
+def test_the_first_step_alone_is_waited_for() -> None:
+    lines: list[str] = []
+    progress = Progress(lines.append)
+    steps = progress.until_first(iter("abc"), "first step")
+    assert lines == []
+    assert list(steps) == ["a", "b", "c"]
+    assert list(progress.until_first([], "first step")) == []
+    assert lines == ["first step", "first step"]
+
+
+def test_an_error_of_the_first_step_passes_through() -> None:
+    def steps():
+        raise KeyError("x")
+        yield
+
+    progress = Progress(lambda _: None)
+    with pytest.raises(KeyError):
+        next(progress.until_first(steps(), "first step"))
+
+
+def test_warnings_and_logs_of_others_go_to_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "logs" / "rank_0.log"
+    with pytest.raises(ValueError), foreign_messages_in(file):
+        print("too old", file=sys.stderr)
+        logger = logging.getLogger("foreign_test")
+        logger.addHandler(logging.StreamHandler())
+        logger.propagate = False
+        logger.warning("not found")
+        raise ValueError
+    logger.warning("later")  # its handler keeps the file
+    print("ours", file=sys.stderr)
+    assert capsys.readouterr().err == "ours\n"
+    text = file.read_text()
+    assert text == "too old\nnot found\nlater\n"
