@@ -5,7 +5,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from megatron_qlrl.platform.env import read_ranks, read_secret
 from megatron_qlrl.platform.files import check_output
 from megatron_qlrl.platform.machine import attention_kernel
 from megatron_qlrl.platform.progress import Progress, foreign_messages_in
+
+if TYPE_CHECKING:
+    from megatron_qlrl.compose.stretch import Handover
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
 Overrides = Annotated[
@@ -132,9 +135,8 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
                 f"loading torch and Megatron-core (messages of other packages: {messages})"
             ):
                 from megatron_qlrl import compose
-                from megatron_qlrl.compose.stretch import Handover
 
-            runs: dict[str, Callable[[Config], Handover | None]] = {
+            runs: "dict[str, Callable[[Config], Handover | None]]" = {
                 "sft": compose.run_sft,
                 "rl": compose.run_rl,
                 "eval": compose.run_eval,

@@ -30,8 +30,8 @@ _PROBLEMS = {
 }
 _CURES = {
     "cut": "raise rollout.max_response_tokens, or teach shorter responses first with `qlrl sft`",
-    "open": "raise rollout.max_response_tokens, or take the chat template that the model was "
-    "trained with (data.enable_thinking sets it for Qwen3)",
+    "open": "raise rollout.max_response_tokens, take the chat template that the model was trained "
+    "with (data.enable_thinking sets it for Qwen3), or teach it first with `qlrl sft`",
     "unread": "let the prompts ask for that sentence (`qlrl data docs` does), or teach it first "
     "with `qlrl sft` on a few hundred rows",
     "zero": "compare reward_model.ground_truth with the answers in the rollout log, choose the "
