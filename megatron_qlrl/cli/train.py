@@ -136,7 +136,7 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
             ):
                 from megatron_qlrl import compose
 
-            runs: "dict[str, Callable[[Config], Handover | None]]" = {
+            runs: dict[str, Callable[[Config], Handover | None]] = {
                 "sft": compose.run_sft,
                 "rl": compose.run_rl,
                 "eval": compose.run_eval,
