@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ from megatron_qlrl.cli.ranks import on_ranks, shown_once
 from megatron_qlrl.config import checks
 from megatron_qlrl.config.load import load_config
 from megatron_qlrl.config.schema import Config
+from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.launch import local
 from megatron_qlrl.launch.again import start_again
 from megatron_qlrl.platform.env import read_ranks, read_secret
@@ -76,29 +78,66 @@ def check(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]")] = None,
     overrides: Overrides = None,
     processes: Processes = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Answer so many real prompts with model.path and show text and scores."
+        ),
+    ] = None,
 ) -> None:
     """Report what this machine offers; with CONFIG, check it as a run would."""
-    for name, value in machine_report().items():
-        typer.echo(f"{name:<20}{value}")
     if config is None:
+        if sample is not None:
+            raise ConfigError("--sample needs a CONFIG: qlrl check CONFIG --sample 4")
+        _report_machine()
         return
     loaded = load_config(config, overrides or [])
     world = processes or _default_processes(loaded.phase_configs())
-    data = loaded.data
+
+    def check_all(world_size: int) -> None:
+        _report_machine()
+        _check_config(loaded, world_size)
+        typer.echo(f"{config}: fits {world_size} process(es) on this machine")
+
+    def answer() -> None:
+        rank = read_ranks().rank
+        with TemporaryDirectory() as name, foreign_messages_in(Path(name) / "messages.log"):
+            with Progress.of_rank(rank).doing("loading torch and Megatron-core"):
+                from megatron_qlrl import compose
+
+            assert sample is not None
+            compose.run_sample(loaded, sample, Path(name))
+
+    if sample is None:
+        check_all(world)
+        return
+    if not any((loaded.data.train_files, loaded.data.eval_files, loaded.data.sft_files)):
+        raise ConfigError("--sample needs data.train_files, data.eval_files or data.sft_files")
+    argv = ["check", str(config), *(overrides or []), "--sample", str(sample)]
+    on_ranks(argv, world, check=check_all, run=answer)
+
+
+def _report_machine() -> None:
+    for name, value in machine_report().items():
+        typer.echo(f"{name:<20}{value}")
+
+
+def _check_config(config: Config, world_size: int) -> None:
+    """As the commands do whose files and phases the config names."""
+    data = config.data
     uses: dict[checks.Command, tuple[object, ...]] = {
         "sft": data.sft_files,
-        "rl": (*data.train_files, *loaded.phases),
+        "rl": (*data.train_files, *config.phases),
         "eval": data.eval_files,
     }
     for command, used in uses.items():
         if used:
-            checks.check_files(loaded, command)
-    hf = checks.read_hf_config(loaded.model.path)
-    for stage in loaded.phase_configs():
-        checks.check_layout(stage, hf, world_size=world)
-        checks.check_machine(stage, processes=world, num_gpus=local.num_gpus())
-    _check_judge(loaded)
-    typer.echo(f"{config}: fits {world} process(es) on this machine")
+            checks.check_files(config, command)
+    hf = checks.read_hf_config(config.model.path)
+    for stage in config.phase_configs():
+        checks.check_layout(stage, hf, world_size=world_size)
+        checks.check_machine(stage, processes=world_size, num_gpus=local.num_gpus())
+    _check_judge(config)
 
 
 def machine_report() -> dict[str, str]:

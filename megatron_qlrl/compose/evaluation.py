@@ -46,6 +46,11 @@ class Evaluation:
         """Reads and checks the files; before weights are loaded, for that takes minutes."""
         self._benchmarks = on_all_ranks(partial(self._read, tokenizer, max_positions=max_positions))
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """All that were read."""
+        return [prompt for prompts in self._benchmarks.values() for prompt in prompts]
+
     def before_training(self, state: Mapping[str, Any]) -> None:
         """Unless the run goes on from a checkpoint with `state`."""
         if self._config.before_training and not state:

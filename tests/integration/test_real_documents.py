@@ -98,8 +98,30 @@ def run(qlrl: Any, write_config: Any, parquet: Path, model: Path, tmp_path_facto
         policy={"max_tokens_per_row": 36_000},
         algorithm={"rollout_is_threshold": 2.0},
     )
-    qlrl("rl", config).check()
+    done = qlrl("rl", config).check()
+    (folder / "out.txt").write_text(done.out)
     return folder / "run"
+
+
+def test_a_model_that_answers_nothing_is_named_in_the_first_step(run: Path) -> None:
+    (warning,) = (
+        line
+        for line in (run.parent / "out.txt").read_text().splitlines()
+        if "responses" in line and "almost nothing to learn" in line
+    )
+    assert warning.startswith("qlrl: warning: step 0: 4 of 4 responses")
+
+
+def test_check_answers_and_scores_real_prompts_and_leaves_the_run_alone(
+    run: Path, qlrl: Any
+) -> None:
+    before = sorted(run.rglob("*"))
+    done = qlrl("check", run.parent / "config.yaml", "--sample", 2).check()
+    assert sorted(run.rglob("*")) == before
+    assert "[1/2] licences:" in done.out and "[2/2] licences:" in done.out
+    assert "<|im_end|>\\n<|im_start|>assistant\\n<think>\\n'" in done.out
+    assert done.out.count("score:    0") == 2
+    assert "warning: 2 of 2 responses" in done.out
 
 
 def test_prompts_of_each_phase_have_its_lengths(run: Path, read_jsonl: Any) -> None:
