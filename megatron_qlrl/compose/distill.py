@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from megatron_qlrl.compose.parts import load_tokenizer, make_scorer
 from megatron_qlrl.config.schema import Config
-from megatron_qlrl.data.dataset import load_prompts, load_rows
+from megatron_qlrl.data.control import escaped
+from megatron_qlrl.data.dataset import load_prompts, load_rows, response_ids
 from megatron_qlrl.distill import (
     Journal,
     Sample,
@@ -60,7 +61,7 @@ def run_distill(config: Config, out: Path) -> None:
             rows,
             journal,
             scorer,
-            num_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1,
+            num_tokens=lambda text: len(response_ids(tokenizer, text)),
             max_tokens=settings.max_tokens,
         )
     report = {
@@ -96,7 +97,11 @@ async def _collect(
             found = await teacher.answer(
                 session,
                 {
-                    "messages": rows[number]["prompt"],
+                    # The teacher's server makes the tokens.
+                    "messages": [
+                        {key: escaped(tokenizer, message[key]) for key in ("role", "content")}
+                        for message in rows[number]["prompt"]
+                    ],
                     "temperature": settings.temperature,
                     "top_p": settings.top_p,
                     "max_tokens": settings.max_response_tokens,

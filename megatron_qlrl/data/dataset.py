@@ -7,6 +7,7 @@ and, for SFT, `response` (string). Other columns are left unread.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jinja2 import TemplateError
 
+from megatron_qlrl.data.control import encode_plain
 from megatron_qlrl.data.template import opens_reasoning, render
 from megatron_qlrl.errors import ConfigError, DataError
 from megatron_qlrl.types import Example, Prompt
@@ -68,11 +70,24 @@ def load_examples(
                 f"{where}: `response` starts with <think>, and the chat template opens <think> "
                 "already; take it off the response"
             )
-        ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-        if ids[-1:] != [tokenizer.eos_token_id]:
-            ids = [*ids, tokenizer.eos_token_id]
-        examples.append(Example(prompt, np.asarray(ids, dtype=np.int32)))
+        with _located(where):
+            ids = response_ids(tokenizer, response)
+        examples.append(Example(prompt, ids))
     return examples
+
+
+def response_ids(tokenizer: Any, response: str) -> np.ndarray:
+    """Token ids (int32 [R]) of a response, the end token behind it (once, where the response ends
+    with it already). Other control tokens in it are plain text.
+
+    Raises:
+        DataError: the tokenizer cannot write one of them as plain text.
+    """
+    whole = response.rstrip()
+    if whole.endswith(tokenizer.eos_token):
+        response = whole.removesuffix(tokenizer.eos_token)
+    ids = [*encode_plain(tokenizer, response), tokenizer.eos_token_id]
+    return np.asarray(ids, dtype=np.int32)
 
 
 def load_rows(files: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -154,8 +169,9 @@ def _read(path: Path, required: Sequence[str]) -> Iterator[dict[str, Any]]:
                 raise DataError(f"{path} has no rows")
             columns = [*required, *(name for name in _OPTIONAL if name in names)]
             for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+                batch.validate(full=True)  # a text that is no UTF-8 is refused here
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path} cannot be read as a parquet file: {error}") from error
 
 
@@ -169,10 +185,8 @@ def _prompt(
     question = _question(where, row, extra, messages)
     data_source = _text(where, "data_source", row["data_source"])
     ground_truth = _ground_truth(where, row["reward_model"])
-    try:
+    with _located(where):
         token_ids = render(tokenizer, messages, enable_thinking)
-    except TemplateError as error:
-        raise DataError(f"{where}: the chat template refuses `prompt`: {error}") from error
     return Prompt(
         uid,
         token_ids,
@@ -182,6 +196,16 @@ def _prompt(
         dict(extra),
         reasoning_open=opens_reasoning(tokenizer, token_ids),
     )
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    try:
+        yield
+    except TemplateError as error:
+        raise DataError(f"{where}: the chat template refuses `prompt`: {error}") from error
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _messages(where: str, value: Any) -> list[dict[str, str]]:

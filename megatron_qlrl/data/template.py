@@ -1,10 +1,11 @@
 """One user message per question, and its token ids under a model's chat template."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_qlrl.data.control import encode_around, has_control
 from megatron_qlrl.errors import ConfigError
 
 Kind = Literal["qa", "math", "choice"]
@@ -40,7 +41,8 @@ def docqa_message(*, document: str, question: str, kind: Kind) -> str:
 def render(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], enable_thinking: bool | None
 ) -> np.ndarray:
-    """Token ids (int32 [P]) of a chat, generation prompt included.
+    """Token ids (int32 [P]) of a chat, generation prompt included. Only the template makes control
+    tokens: one that stands in a message is plain text (see `data.control`).
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
@@ -48,20 +50,27 @@ def render(
 
     Raises:
         ConfigError: the tokenizer has no chat template.
+        DataError: the tokenizer cannot write a control token in a message as plain text.
     """
     if not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; model.path needs "
             "a tokenizer_config.json or chat_template.jinja that holds one"
         )
-    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    options: dict[str, Any] = {"add_generation_prompt": True}
+    if enable_thinking is not None:
+        options["enable_thinking"] = enable_thinking
+    texts = [text for message in messages for text in message.values()]
+    if any(has_control(tokenizer, text) for text in texts):
+
+        def around(hidden: Callable[[str], str]) -> str:
+            chat = [{key: hidden(text) for key, text in m.items()} for m in messages]
+            return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+
+        return np.asarray(encode_around(tokenizer, around), dtype=np.int32)
     # transformers 4 and 5 return different types without return_dict.
     encoded = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=True,
-        **options,
+        [dict(message) for message in messages], tokenize=True, return_dict=True, **options
     )
     return np.asarray(encoded["input_ids"], dtype=np.int32)
 

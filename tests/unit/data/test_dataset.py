@@ -187,7 +187,7 @@ def test_two_files_of_one_name_are_refused(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("response", "ids"), [("me me", [5, 5, 3]), ("me [end]", [5, 3]), ("me [end] me", [5, 3, 5, 3])]
+    ("response", "ids"), [("me me", [5, 5, 3]), ("me [end]", [5, 3]), ("me [end]\n", [5, 3])]
 )
 def test_examples_end_with_the_end_token_once(tmp_path, tokenizer, response, ids):
     file = write(tmp_path / "a.parquet", make_row(response=response))
@@ -195,6 +195,25 @@ def test_examples_end_with_the_end_token_once(tmp_path, tokenizer, response, ids
     assert example.response_ids.tolist() == ids
     assert example.response_ids.dtype == np.int32
     assert example.prompt.token_ids.tolist() == [1, 4, 2]
+
+
+@pytest.mark.parametrize("field", ["prompt", "response"])
+def test_a_control_token_that_cannot_be_plain_text_is_refused(tmp_path, tokenizer, field):
+    text = "me [end] me"
+    value = [{"role": "user", "content": text}] if field == "prompt" else text
+    file = write(tmp_path / "a.parquet", make_row(**({"response": "me"} | {field: value})))
+    with pytest.raises(DataError, match=r"row 0: a text holds '\[end\]', which this tokenizer"):
+        load_examples([file], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("column", ["data_source", "response"])
+def test_a_text_that_is_no_utf8_is_refused(tmp_path, tokenizer, column):
+    table = pa.Table.from_pylist([make_row(response="me")])
+    bad = pa.array([b"\xff\xfe"]).cast(pa.string(), safe=False)
+    table = table.set_column(table.schema.names.index(column), column, bad)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read as a parquet file: .*UTF8"):
+        load_examples([tmp_path / "a.parquet"], tokenizer=tokenizer)
 
 
 def test_reasoning_opened_twice_is_refused(tmp_path, tokenizer):

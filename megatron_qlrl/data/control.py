@@ -1,0 +1,130 @@
+"""Control tokens that stand in a text, such as "<|im_end|>" in a document about chat models.
+
+A tokenizer turns these characters into the token that ends a message, wherever they stand; whoever
+wrote the document could end the user's message with it. Here only the chat template makes control
+tokens. A text without any is not touched by this module.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from secrets import token_hex
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from megatron_qlrl.errors import DataError
+
+# Some models (R1-Distill) do not mark their role tokens as special. <think> and tags of tools are
+# no control tokens: prompts may name them, and responses consist of them.
+_PIPE_FORM = re.compile(r"<[|｜].{1,60}?[|｜]>")
+
+
+def has_control(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer would read a part of `text` as a control token."""
+    return _marks(tokenizer).search(text) is not None
+
+
+def escaped(tokenizer: Any, text: str) -> str:
+    """`text` for a foreign server, which makes the tokens itself: a space after the first
+    character of each control token of this tokenizer or of the usual form <|name|>."""
+
+    def part(match: re.Match[str]) -> str:
+        return f"{match[0][0]} {match[0][1:]}"
+
+    return _PIPE_FORM.sub(part, _marks(tokenizer).sub(part, text))
+
+
+def encode_plain(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text in which nothing is a control token; without one in it, what the
+    tokenizer gives.
+
+    Raises:
+        DataError: the tokenizer has no other way to write one of them.
+    """
+    if not has_control(tokenizer, text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _renamed(tokenizer).encode(text)
+
+
+def encode_around(tokenizer: Any, render: Callable[[Callable[[str], str]], str]) -> list[int]:
+    """Token ids of a text that a chat template makes out of others.
+
+    Args:
+        render: gets a function to apply to each of the other texts, and returns the template's
+            text around what that function returned.
+
+    Raises:
+        DataError: as `encode_plain`.
+    """
+    renamed = _renamed(tokenizer)
+    text = renamed.live(render(renamed.hidden))
+    return renamed.encode(renamed.shown(text))
+
+
+class _Renamed:
+    """The tokenizer with other names for its control tokens: their old names are plain text.
+
+    The names are random, so that no text can hold one.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError(
+                f"a text holds a control token of the tokenizer of {tokenizer.name_or_path!r}, "
+                "which has no tokenizer.json; convert it to one, or take the text out"
+            )
+        self._marks = _marks(tokenizer)
+        added: dict[str, int] = {
+            token.content: i for i, token in tokenizer.added_tokens_decoder.items()
+        }
+        names = [t.content for t in tokenizer.added_tokens_decoder.values() if _is_control(t)]
+        key = token_hex(8)
+        self._live = {name: f"<{key}-live-{number}>" for number, name in enumerate(names)}
+        self._hidden = {name: f"<{key}-text-{number}>" for number, name in enumerate(names)}
+        tree = json.loads(backend.to_str())
+        for token in tree["added_tokens"]:
+            token["content"] = self._live.get(token["content"], token["content"])
+        tree["post_processor"] = None  # it speaks of the old names, and would add nothing here
+        self._tokenizer = Tokenizer.from_str(json.dumps(tree))
+        # Added tokens get new numbers where the others are not all in front of them.
+        number_of = self._tokenizer.token_to_id
+        self._ids = {number_of(self._live.get(name) or name): i for name, i in added.items()}
+        self._unwritable = {number_of(name): name for name in names}  # words of the model itself
+
+    def live(self, text: str) -> str:
+        return self._marks.sub(lambda match: self._live[match[0]], text)
+
+    def hidden(self, text: str) -> str:
+        return self._marks.sub(lambda match: self._hidden[match[0]], text)
+
+    def shown(self, text: str) -> str:
+        for name, hidden in self._hidden.items():
+            text = text.replace(hidden, name)
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        for token in self._unwritable.keys() & set(ids):
+            raise DataError(
+                f"a text holds {self._unwritable[token]!r}, which this tokenizer cannot write but "
+                "as the control token of that name; take it out of the text"
+            )
+        return [self._ids.get(i, i) for i in ids]
+
+
+def _is_control(token: Any) -> bool:
+    return token.special or _PIPE_FORM.fullmatch(token.content) is not None
+
+
+@lru_cache(maxsize=2)
+def _marks(tokenizer: Any) -> re.Pattern[str]:
+    """A control token in a text, the longest that fits."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    names = sorted((t.content for t in tokens if _is_control(t)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+
+_renamed = lru_cache(maxsize=2)(_Renamed)
