@@ -13,7 +13,7 @@ from math import gcd, lcm
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_qlrl.config.schema import Config, PolicyConfig
+from megatron_qlrl.config.schema import FILE_NAME, Config, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.errors import ConfigError
 
@@ -156,6 +156,12 @@ def check_files(config: Config, command: Command) -> None:
         raise ConfigError(
             f"data.eval_files: benchmarks are named by file name, and {', '.join(twice)} appears "
             "twice; rename one file"
+        )
+    wrong = [repr(stem) for stem in stems if not FILE_NAME.fullmatch(stem)]
+    if wrong:
+        raise ConfigError(
+            f"data.eval_files: benchmarks are named by file name, and {', '.join(wrong)} is no "
+            "name of letters, digits, '.', '_' and '-' (at most 100); rename the file"
         )
 
 

@@ -1,10 +1,11 @@
 """YAML file + dotted overrides -> `Config`; every mistake becomes one `ConfigError`."""
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +14,10 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import ConfigError
+
+_NO_REFERENCE = re.compile(r"\$\{[^{}]*(?::|\$\{)")  # a resolver, or one reference in another
+
+MAX_DEPTH, MAX_VALUES = 20, 100_000
 
 # pydantic speaks of Python's types, the user writes YAML.
 _EXPECTED = {
@@ -32,12 +37,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; pass the path of a YAML file")
     try:
+        _check_size(path.read_text(encoding="utf-8"), str(path))
         tree = OmegaConf.load(path)
         if not isinstance(tree, DictConfig):
             raise ConfigError(f"{path}: expected sections such as `model:`, found a list")
         for override in overrides:
             _apply(tree, override)
+        _check_references(OmegaConf.to_container(tree, resolve=False))
         raw = OmegaConf.to_container(tree, resolve=True)
+    except RecursionError:
+        raise ConfigError(f"{path}: cannot be read as a config: it is nested too deeply") from None
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read as a config: {error}") from error
     config = _checked(f"{path}: ", lambda: Config.model_validate(raw))
@@ -45,6 +54,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         where = f"{path}: phases.{index}.overrides: "
         _checked(where, partial(config.for_phase, index))
     return config
+
+
+def _check_size(text: str, where: str) -> None:
+    """Refuses YAML before it is built: libyaml crashes on deep nesting, and a few references to
+    references (&a, *a) can stand for billions of values.
+
+    Raises:
+        ConfigError: more than `MAX_DEPTH` levels or `MAX_VALUES` values.
+        yaml.YAMLError: this is no YAML.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    sizes: dict[str | None, int] = {}  # values below an anchor
+    open_nodes: list[tuple[str | None, int]] = []
+    count = 0
+    for event in yaml.parse(text, Loader=loader):
+        if isinstance(event, yaml.NodeEvent):
+            count += sizes.get(event.anchor, 0) if isinstance(event, yaml.AliasEvent) else 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, count))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            sizes[anchor] = count - before + 1
+        if len(open_nodes) > MAX_DEPTH or count > MAX_VALUES:
+            raise ConfigError(
+                f"{where}: cannot be read as a config: it is nested more than {MAX_DEPTH} levels "
+                f"deep or has more than {MAX_VALUES} values"
+            )
 
 
 def _checked(where: str, make: Callable[[], Config]) -> Config:
@@ -56,16 +92,40 @@ def _checked(where: str, make: Callable[[], Config]) -> Config:
         raise ConfigError("\n".join(lines)) from error
 
 
+def _check_references(value: Any, where: str = "") -> None:
+    """Refuses all of omegaconf's ${...} but the plain reference to another setting: a value from
+    the environment would stand in every config.yaml that is saved, and at wandb.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_references(inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _check_references(inner, f"{where}.{index}")
+    elif isinstance(value, str) and _NO_REFERENCE.search(value):
+        raise ConfigError(
+            f"{where}: '{value}' is no plain reference to a setting, such as ${{run.dir}}, and is "
+            "not filled in: configs are saved beside results. A path from the environment goes on "
+            'the command line ("run.dir=$SCRATCH/run"); a key stays in its variable, whose NAME '
+            "the setting api_key_env takes"
+        )
+
+
 def _apply(tree: DictConfig, override: str) -> None:
     """Sets one `section.key=value`; list elements are reached by number (phases.0.steps=3)."""
     key, equals, value = override.partition("=")
-    if not equals or not key or key.startswith("-"):
+    if not equals or not key or key.startswith("-") or len(re.findall(r"[.\[]", key)) > MAX_DEPTH:
         raise ConfigError(
-            f"override '{override}' is not of the form section.key=value (example: policy.tp=2)"
+            f"override '{override[:80]}' is not of the form section.key=value (example: "
+            "policy.tp=2)"
         )
     try:
-        parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
-        OmegaConf.update(tree, key, parsed, merge=True)
+        _check_size(value, f"override '{override[:80]}'")
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+        OmegaConf.update(tree, key, cast("dict[str, Any]", parsed)["value"], merge=True)
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError) as error:
         # omegaconf lets Python's own errors through where a list meets a name or a number.
         problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -5,6 +5,7 @@ A check that needs only the config lives here; a check that needs the model's sh
 `megatron_qlrl.config.checks`.
 """
 
+import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -16,6 +17,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+FILE_NAME = re.compile(r"(?!\.{1,2}$)[\w.-]{1,100}")
+"""Names that become a part of a path: letters, digits, `.`, `_` and `-`, and neither . nor .."""
 
 # YAML reads a bare `off` as false.
 YamlOff = BeforeValidator(lambda value: "off" if value is False else value)
@@ -62,7 +66,8 @@ class DataConfig(Section):
 
 class PhaseConfig(Section):
     name: str
-    """Shown in logs and checkpoints."""
+    """Shown in logs and checkpoints; the file name of the phase's evaluation, so of letters,
+    digits, `.`, `_` and `-`."""
     max_input_tokens: int = Field(gt=0)
     """L_k: the phase trains on prompts with L_{k-1} < tokens <= L_k."""
     steps: int = Field(gt=0)
@@ -75,6 +80,16 @@ class PhaseConfig(Section):
     the weights at the phase's start."""
     optimizer_state: Literal["keep", "reset"] = "keep"
     """Adam's moments at the phase's start."""
+
+    @field_validator("name")
+    @classmethod
+    def _file_name(cls, name: str) -> str:
+        if not FILE_NAME.fullmatch(name) or re.fullmatch(r"start|step_\d+", name):
+            raise ValueError(
+                f"phases: the name {name!r} cannot be a file name in <run.dir>/eval; use letters, "
+                "digits, '.', '_' and '-', at most 100 of them ('start' and 'step_<n>' are taken)"
+            )
+        return name
 
     @field_validator("overrides")
     @classmethod
@@ -433,6 +448,10 @@ class Config(Section):
             raise ValueError(
                 f"phases: max_input_tokens must grow from phase to phase, got {limits}"
             )
+        names = [p.name for p in self.phases]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"phases: every phase needs a name of its own; twice: {twice}")
         if not any(p.overrides for p in self.phases):
             self._check_sizes()  # else each phase's own config is checked: `for_phase`
         return self
