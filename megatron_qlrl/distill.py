@@ -35,6 +35,10 @@ GIVE_UP_AFTER = 16
 """So many samples failed in a row: the teacher is gone, and what there is stays in the journal."""
 
 
+MAX_REPLY_BYTES = 2**24
+"""Enough for 100,000 tokens with every character as a JSON escape."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One answer of the teacher. `finished`: ended by itself."""
@@ -242,7 +246,10 @@ class Teacher:
         self.last_failure = ""
         self._config = config
         self._endpoints = Endpoints(
-            [Endpoint(url, key=key, timeout_s=config.timeout_s) for url in config.urls],
+            [
+                Endpoint(url, key=key, timeout_s=config.timeout_s, max_bytes=MAX_REPLY_BYTES)
+                for url in config.urls
+            ],
             cooldown_s=config.cooldown_s,
         )
         self._retrying = AsyncRetrying(
@@ -282,6 +289,7 @@ def read_answer(body: bytes) -> tuple[str, bool]:
         content = message["content"] or ""
         reasoning = message.get("reasoning") or message.get("reasoning_content") or ""
         finished = choice["finish_reason"] == "stop"
+        f"{content}{reasoning}".encode()  # JSON can hold halves of characters
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise NoVerdict(f"not a chat completion: {type(error).__name__}") from error
     if not isinstance(content, str) or not isinstance(reasoning, str):

@@ -7,7 +7,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -27,6 +26,7 @@ from megatron_qlrl.distill import (
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.platform.env import read_secret
 from megatron_qlrl.platform.files import replaced
+from megatron_qlrl.reward.endpoint import open_session
 from megatron_qlrl.reward.score import check_sources
 from megatron_qlrl.rollout.sampler import token_seed
 from megatron_qlrl.types import Prompt
@@ -86,8 +86,7 @@ async def _collect(
     settings = config.distill
     assert settings.teacher is not None
     teacher = Teacher(settings.teacher, key=read_secret(settings.teacher.api_key_env))
-    connector = aiohttp.TCPConnector(limit=settings.teacher.concurrency)
-    async with aiohttp.ClientSession(connector=connector) as session:
+    async with open_session(settings.teacher.concurrency) as session:
 
         async def ask(number: int, sample: int) -> Sample | None:
             prompt = prompts[number]

@@ -26,13 +26,15 @@ class EndpointFailure(Exception):
 class Endpoint:
     """One server. `in_flight` and `resting_until` belong to `Endpoints`."""
 
-    def __init__(self, url: str, *, key: str | None, timeout_s: float) -> None:
+    def __init__(self, url: str, *, key: str | None, timeout_s: float, max_bytes: int) -> None:
+        """`timeout_s` and `max_bytes` bound a whole reply, however it comes."""
         self.url = url
         self.in_flight = 0
         self.resting_until = 0.0
         self._key = key
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._timeout_s = timeout_s
+        self._max_bytes = max_bytes
 
     async def chat(self, session: aiohttp.ClientSession, request: dict[str, Any]) -> bytes:
         """Body of the reply to a chat completion."""
@@ -54,7 +56,8 @@ class Endpoint:
         """
         Raises:
             NoVerdict: the server refused this request.
-            EndpointFailure: no reply in time, or one that says nothing of the request.
+            EndpointFailure: no reply in time, one that is too long, or one that says nothing of
+                the request.
         """
         try:
             async with session.request(
@@ -65,7 +68,7 @@ class Endpoint:
                 timeout=aiohttp.ClientTimeout(total=self._timeout_s),
                 allow_redirects=False,  # the key is for this host alone
             ) as reply:
-                body = await reply.read()
+                body = await self._read(reply)
         except TimeoutError:
             raise EndpointFailure(f"{self.url}: no reply within {self._timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
@@ -74,6 +77,25 @@ class Endpoint:
             return body
         fault = f"{self.url}: HTTP {reply.status} {self.shown(body.decode('utf-8', 'replace'))}"
         raise NoVerdict(fault) if reply.status in _REQUEST_FAULTS else EndpointFailure(fault)
+
+    async def _read(self, reply: aiohttp.ClientResponse) -> bytes:
+        body = bytearray()
+        async for chunk in reply.content.iter_any():
+            body += chunk
+            if len(body) > self._max_bytes:
+                reply.close()  # else the rest would be read to use the connection again
+                raise EndpointFailure(f"{self.url}: a reply of more than {self._max_bytes} bytes")
+        return bytes(body)
+
+
+def open_session(connections: int) -> aiohttp.ClientSession:
+    """For the requests of one event loop. Replies are not unpacked: a few bytes of gzip can hold
+    gigabytes, and nothing packed is asked for."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=connections),
+        headers={"Accept-Encoding": "identity"},
+        auto_decompress=False,
+    )
 
 
 class Endpoints:

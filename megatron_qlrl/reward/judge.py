@@ -20,10 +20,12 @@ from tenacity import (
 
 from megatron_qlrl.config.schema import JudgeConfig
 from megatron_qlrl.errors import RewardError
-from megatron_qlrl.reward.endpoint import Endpoint, EndpointFailure, Endpoints
+from megatron_qlrl.reward.endpoint import Endpoint, EndpointFailure, Endpoints, open_session
 from megatron_qlrl.reward.verdict import Claim, NoVerdict, judge_request, parse_verdict
 
 CACHE_SIZE = 2**17
+MAX_REPLY_BYTES = 2**20
+"""A verdict has a few hundred bytes, a server's list of models a few thousand."""
 LOST_AFTER = 64
 """So many claims in a row without an answering server: the judge is lost, and no claim waits
 through all its tries and time limits any more until a cool-down has passed."""
@@ -45,7 +47,10 @@ class Judge:
         self.last_failure = ""
         self._config = config
         self._endpoints = Endpoints(
-            [Endpoint(url, key=key, timeout_s=config.timeout_s) for url in config.urls],
+            [
+                Endpoint(url, key=key, timeout_s=config.timeout_s, max_bytes=MAX_REPLY_BYTES)
+                for url in config.urls
+            ],
             cooldown_s=config.cooldown_s,
         )
         self._slots = asyncio.Semaphore(config.concurrency)
@@ -139,9 +144,10 @@ class Judge:
         try:
             names = _model_names(await endpoint.models(self._open()))
             if names and model not in names:
+                others = endpoint.shown(", ".join(sorted(names)[:5]))
                 return (
-                    f"{endpoint.url}: there is no model '{model}', only "
-                    f"{', '.join(sorted(names)[:5])}; set reward.judge.model"
+                    f"{endpoint.url}: there is no model '{model}', only {others}; set "
+                    "reward.judge.model"
                 )
             request = judge_request(_PROBE, model=model, max_tokens=self._config.max_tokens)
             await self._verdict_of(endpoint, request)
@@ -151,9 +157,7 @@ class Judge:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._config.concurrency)
-            )
+            self._session = open_session(self._config.concurrency)
         return self._session
 
 

@@ -169,7 +169,16 @@ def test_answers_of_servers_that_part_the_reasoning_and_of_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "reply", [b"", b"{}", b"[]", b'{"choices": []}', body({"content": 3}), b"[" * 100_000]
+    "reply",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"choices": []}',
+        body({"content": 3}),
+        b"[" * 100_000,
+        body({"content": "a \ud800"}),
+    ],
 )
 def test_what_is_no_completion_is_no_answer(reply: bytes) -> None:
     with pytest.raises(NoVerdict):
