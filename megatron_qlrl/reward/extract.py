@@ -7,6 +7,12 @@ linear in its length.
 import re
 from dataclasses import dataclass
 
+from megatron_qlrl.reward.doubt import (
+    denied_before,
+    leads_away,
+    taken_back,
+    thought_before,
+)
 from megatron_qlrl.reward.text import fold_width, strip_invisible
 
 _OPEN, _CLOSE = "<think>", "</think>"
@@ -15,10 +21,8 @@ _PHRASE = re.compile(
     r"(.*)(?<![a-z])the[\s*_]+(?:(?:final|correct)[\s*_]+)?answer[\s*_]+is(?![a-z])[\s*_:]*",
     re.IGNORECASE | re.DOTALL,
 )
-_DOUBT_CHARS = 40
-_DOUBTS = frozenset(("if", "whether", "unless", "doubt", "deny"))
-_BELIEFS = frozenset("think believe say claim sure certain clear true know".split())
-_BOXED = re.compile(r".*\\(?:boxed|fbox)\s*\{", re.DOTALL)
+_BOXED = re.compile(r"(.*)\\(?:boxed|fbox)\s*\{", re.DOTALL)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]*)\}")
 _MACRO = re.compile(
     r"\\(?:boxed|fbox|text|textbf|textit|mathrm|mathbf|mathit|operatorname)\s*\{", re.ASCII
 )
@@ -30,7 +34,8 @@ _WRAPPERS = {
 }
 _OPENING_OF = {")": "(", "]": "[", "}": "{"}
 _MARKS = " \t\r\n*_`\"'“”‘’«»"
-_MARKS_AND_ENDS = _MARKS + ".,;:!?"
+_MARKS_AND_ENDS = _MARKS + ".,;:!"  # "Paris?" is a question and keeps its mark
+_PAUSES = frozenset(",;:—–")
 _MAX_NESTING = 8
 
 MAX_ANSWER_CHARS = 1000
@@ -65,20 +70,28 @@ def find_answer(final: str) -> Answer | None:
     r"""The answer after the last "the answer is", or else in the last `\boxed{}`.
 
     After the phrase a `\boxed{}` wins over the words around it. "I do not think the answer is X"
-    states nothing.
+    states nothing. An answer that the words around it deny, change or take back is returned with
+    these words ("not Paris", "5 million", "Paris. Wait, no"), so that neither the rule nor the
+    judge reads it without them.
     """
     final = strip_invisible(final.strip())
     phrase = _PHRASE.match(final)
-    if phrase and _is_doubted(final, phrase.end(1)):
+    start = phrase.end(1) if phrase else 0
+    if phrase and denied_before(final[:start], starts_sentence=final[start] == "T"):
         return None
     tail = final[phrase.end() :] if phrase else final
-    boxed = _last_boxed(tail)
-    if boxed is not None:
-        text, notation = boxed, "boxed"
+    opening = _BOXED.match(tail) if "box" in tail else None
+    end = _closing_index(tail, opening.end(), "}") if opening else -1
+    if opening and end > 0:
+        text, behind = _boxed(tail, opening, end, has_phrase=phrase is not None)
+        notation = "boxed"
     elif phrase:
-        text, notation = _statement(tail), "the answer is"
+        text, behind = _statement(tail)
+        notation = "the answer is"
     else:
         return None
+    if behind and taken_back(behind, text):
+        text = _BOX.sub(r" \1 ", f"{text} {behind}")
     if len(text) <= MAX_ANSWER_CHARS:
         text = unwrap(fold_width(text))
     return Answer(text, notation) if text else None
@@ -103,30 +116,68 @@ def unwrap(text: str) -> str:
     return text
 
 
-def _is_doubted(final: str, phrase_start: int) -> bool:
-    """The words before the phrase: "I doubt that", "not sure whether", "do not think"."""
-    words = final[max(0, phrase_start - _DOUBT_CHARS) : phrase_start].lower().split()
-    if words and words[-1] == "that":
-        words.pop()
-    if len(words) > 1 and words[-1] in _BELIEFS:
-        return words[-2].endswith(("not", "n't", "n’t"))
-    return bool(words) and words[-1] in _DOUBTS
-
-
-def _statement(tail: str) -> str:
-    """The first paragraph, up to a line that ends its sentence: candidates in a column are one
-    statement and no answer."""
+def _statement(tail: str) -> tuple[str, str]:
+    """The first paragraph, up to a line that ends its sentence, and what follows: candidates in a
+    column are one statement and no answer."""
     tail = tail.strip()
     if "\n" not in tail:
-        return tail
-    lines = []
+        return tail, ""
+    end = 0
     for line in tail.split("\n"):
         if not line.strip():
             break
-        lines.append(line)
-        if line.rstrip(_MARKS)[-1:] in (".", "!"):
+        end += len(line) + 1
+        if line.rstrip(_MARKS)[-1:] in (".", "!", "?"):
             break
-    return "\n".join(lines)
+    return tail[:end].rstrip("\n"), tail[end:]
+
+
+# What a box may follow: a word, a colon, one equals sign, a macro that is only layout. Behind
+# anything else ("-", ">", "\neq", "\sqrt{", another number) its inside is not the whole answer.
+_FREE_BEFORE = re.compile(
+    r"(?:^|[.!?;,:]|(?<![<>!=/~+*^-])=|[≈→⇒]|(?<![\\A-Za-z])[^\W\d_]+|\\text\w*\s*\{[^{}]*\}"
+    r"|\\(?:textbf|text|mathbf|mathrm|boldsymbol|q?quad|approx|therefore|implies|Rightarrow|to))$"
+)
+_SMALL_LEAD = re.compile(
+    r"(?:^|(?<![<>!=/~+*^-])=|[≈→⇒]|\\approx|\\text\w*\s*\{[^{}]*\}"
+    r"|^(?:[\W_]*(?:the|an?|it|is|was|that|in|on|at|of|simply|clearly|therefore|thus|hence|then|so"
+    r"|indeed|exactly|about|approximately|option|choice|letter|given|by|as|follows|equal|to|value"
+    r"|number|amount|total)\b)+[\s:,]*)$",
+    re.IGNORECASE,
+)
+# What may follow it in its sentence: nothing, a reason, a clause behind a comma.
+_FREE_BEHIND = re.compile(
+    r"$|[.!](?!\w)|\n\s*$|(?:because|since|which|according to|based on)\b|[,;:—–]\s*[a-z]"
+)
+_BOX_END = re.compile(r"[.!?](?=[\s*_\"'”’`)\]}$]|$)|\n")
+_BEFORE_BOX, _BEHIND_BOX = " \t\r\n*_`\"'“”‘’#$([{\\", " \t*_`\"'“”‘’$)]}\\"
+
+
+def _boxed(tail: str, opening: re.Match[str], end: int, *, has_phrase: bool) -> tuple[str, str]:
+    """The inside of the box from `opening` to `end`, and the text behind its sentence.
+
+    Where the sentence denies or changes it, or holds another box, the answer is the sentence: "not
+    Paris", "- 5", "5 million", "A or B". Right behind the phrase only small words may stand before
+    the box: in "the answer is London, [box]" it is the second of two.
+    """
+    inside, before, after = tail[opening.end() : end], tail[: opening.end(1)], tail[end + 1 :]
+    stop = _BOX_END.search(after)
+    after, behind = (after[: stop.end()], after[stop.end() :]) if stop else (after, "")
+    next_line = behind.partition("\n")[0].strip(_BEHIND_BOX)
+    if after.endswith("\n") and next_line and not _is_prose(next_line):  # a column
+        after, behind = after + next_line, behind.partition("\n")[2]
+    lead = before.rstrip(_BEFORE_BOX)
+    thought = thought_before(lead)
+    rest = after.lstrip(_BEHIND_BOX)
+    follows_phrase = has_phrase and len(thought) == len(lead)
+    if (
+        (_SMALL_LEAD if follows_phrase else _FREE_BEFORE).search(thought)
+        and _FREE_BEHIND.match(rest)
+        and (rest[:1] not in _PAUSES or _is_prose(rest[1:]))
+        and not (leads_away(thought) or _BOX.search(thought) or taken_back(rest, inside))
+    ):
+        return inside, behind
+    return _BOX.sub(r" \1 ", f"{thought} {inside} {rest.rstrip(_BEHIND_BOX)}"), behind
 
 
 def _leading_group(text: str) -> str | None:
@@ -140,18 +191,22 @@ def _leading_group(text: str) -> str | None:
         if end < 0:
             continue
         rest = text[end + len(closing) :].lstrip(" \t*_\"'”’`")
-        if _stands_alone(rest, opening):
-            return text[len(opening) : end]
+        inside = text[len(opening) : end]
+        if _stands_alone(rest, opening, inside):
+            return inside
     return None
 
 
-def _stands_alone(rest: str, opening: str) -> bool:
+def _stands_alone(rest: str, opening: str, inside: str) -> bool:
     """What follows a wrapper leaves it alone: "(Paris). The text says so." is one answer,
     "(A). (B)", "(Paris). London" and "(A)" above "(B)" are not."""
     if rest[:1] in (".", "!"):
         line = rest[1:].partition("\n")[0].strip(_MARKS)
-        return not line or (_is_prose(line) and opening not in line)
-    return not rest or (rest[0] in "\r\n" and not rest.lstrip().startswith(opening))
+        if line and (not _is_prose(line) or opening in line):
+            return False
+    elif rest and (rest[0] not in "\r\n" or rest.lstrip().startswith(opening)):
+        return False
+    return not taken_back(rest[1:], inside)
 
 
 def _is_prose(line: str) -> bool:
@@ -173,43 +228,50 @@ def _closing_index(text: str, start: int, closing: str) -> int:
     return -1
 
 
-def _last_boxed(text: str) -> str | None:
-    opening = _BOXED.match(text) if "box" in text else None
-    if opening is None:
-        return None
-    end = _closing_index(text, opening.end(), "}")
-    return text[opening.end() : end] if end > 0 else None
-
-
 _CHOICE = re.compile(
     r"(?:(?i:option|choice)\s+)?"
     r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])(?=[ \t]*(?:$|[).:,;\n]|[-–—]\s))|([a-z])$)"
 )
-_BRACKETED = re.compile(r"[(\[]([A-Za-z])[)\]]")
-_ANOTHER = re.compile(r"[\s).,;:/&]*(?:(?:or|and)\s+)?[A-Z](?=[ \t]*(?:$|[).,;:/&\n]))")
-
+# Half a pair is enough: "B) or (A". A letter right behind a word or a number is none: "3(a)".
+_BRACKETED = re.compile(r"(?<!\w)[(\[]([A-Za-z])(?!\w)|(?<![\w(\[])([A-Za-z])[)\]]")
+# A letter on its own that punctuation or a linking word joins to the first: "B - A", "B; d",
+# "(B) as well as D". In an option's own text it stands behind a name: "Exhibit A", "John F.".
+_ANOTHER = re.compile(
+    r"(?:^|[^\w\s'’.(\[]|\.\s|\b(?:or|and|not|nor|no|maybe|perhaps|possibly|then|but|also|is|be|option"
+    r"|choice|answer|letter|than|as|to|with|plus|think|say|both|even)\b)[\s(\[]*"
+    r"([A-Za-z])(?=[ \t]*(?:$|[)\],;:/&|+\n–—-]|\.(?!\w)))"
+)
 _CAPITALS = re.compile(r"\b[A-Z]\b")
 _HEDGE = re.compile(r"\s*(?:[,;]|(?:and|or|but)\b)")
-_DENIAL = re.compile(r"\s*(?:is|isn|not|cannot)\b")
+# Behind the letter these words are no option's text. "(B) Not disclosed" is one.
+_NEGATIVE_OPTION = re.compile(r"\W*(?:No|Not|None|Never|Neither|Either)\b")
+_DENIAL = re.compile(
+    r"\s*(?:(?:is|are|was|were|do|does|did|has|had|would|wo|ca|could|should|must|might|can|cannot)"
+    r"(?:n['’]t)?\b|[^\w]*(?:not|never|nope|or|and|but|maybe|perhaps|possibly|probably)\b"
+    r"|[^\w]*(?i:wrong|incorrect|untrue|ruled out|rejected|excluded|eliminated)\b)"
+)
 
 
 def parse_choice(text: str) -> str | None:
-    """The one letter (upper case) that an answer such as "(B)", "B. Paris" or "option B" picks;
-    None when there is no letter or more than one."""
+    """The one letter (upper case) that an answer such as "(B)", "B. Paris" or "option B" picks.
+
+    None when there is no letter or more than one, or when what follows denies or hedges it.
+    """
     text = text.strip()
     found = _CHOICE.match(text)
     if not found:
         return None
     letter = (found[1] or found[2] or found[3]).upper()
-    if found.end() == len(text):
-        return letter
-    others = {other.upper() for other in _BRACKETED.findall(text)} - {letter}
-    if others or _ANOTHER.match(text, found.end()):
-        return None
-    # Another letter in an option's text is lawful ("B. Exhibit A"), after a hedge it is a choice.
     rest = text[found.end() :]
-    hedged = _HEDGE.match(rest) and set(_CAPITALS.findall(rest)) - {letter, "I"}
-    if hedged or _DENIAL.match(rest):
+    if not rest:
+        return letter
+    others = {(other[1] or other[2]).upper() for other in _BRACKETED.finditer(rest.lstrip(")]"))}
+    others |= {other[1].upper() for other in _ANOTHER.finditer(rest)}
+    # Behind a comma or a linking word every other letter is a choice: "A, I think B".
+    if _HEDGE.match(rest):
+        others |= set(_CAPITALS.findall(rest)) - {"I"}
+    behind = _NEGATIVE_OPTION.sub("", rest, count=1) if _NEGATIVE_OPTION.match(rest) else rest
+    if others - {letter} or _DENIAL.match(rest) or taken_back(behind, letter):
         return None
     # "A. Paris B. London": a row of options, in the order of their letters.
     following = re.search(rf"\s{chr(ord(letter) + 1)}[.):]\s", rest)

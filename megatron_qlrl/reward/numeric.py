@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from megatron_qlrl.reward.doubt import denies
 from megatron_qlrl.reward.extract import unwrap
 
 
@@ -19,34 +20,47 @@ class Number:
 # The most frequent forms, six times as fast as the whole notation.
 _PLAIN = re.compile(r"-?\$?(?:[0-9]{1,15}|[0-9]{1,3}(?:,[0-9]{3}){1,4})(?:\.[0-9]{1,15})?")
 _SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+# Only of an amount of money: "1.5 m" without a currency may be metres.
+_MONEY_SCALES = {"k": 1e3} | dict.fromkeys(("m", "mm", "mn", "mln"), 1e6)
+_MONEY_SCALES |= dict.fromkeys(("b", "bn"), 1e9) | dict.fromkeys(("t", "tn"), 1e12)
 _SAME_CHARS = str.maketrans({"−": "-", "–": "-", "‐": "-"})
 _LATEX_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)(?=[0-9]{3})")
-_LATEX_SPACE = re.compile(r"\\[,!;: ]|~")
+_LATEX_SPACE = re.compile(r"\\[,!;: ]|(?<=\w)~(?=\w)")
+_MATH = re.compile(r"\$([^$]*)\$")
 _TEXT_MACRO = re.compile(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}")
-_SEVERAL = re.compile(r",\s|[;\n]|\b(?:or|and|not)\b")
-_EQUALS = re.compile(r"(?<![<>!=])=(?!=)|≈|\\approx\b")
+_SEVERAL = re.compile(r",\s|[;\n]|(?<=[0-9])[.!]\s|\b(?:or|and|not)\b")
+# One sign on its own: "=/=", "/=", "~=", "+=" and "=>" are no equations.
+_EQUALS = re.compile(r"(?<![<>!=/~?+*^|&\\-])=(?!\\?[=/<>!~?])|≈|\\approx\b")
 _DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+_SPACED_DIGITS = r"[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]*)?"
 _NUMBER = re.compile(
-    r"(?:(?:approximately|approx\.?|about|around|roughly|nearly)\s+)?"
+    r"(?:(?:approximately|approx\.?|about|around|roughly|nearly)\s+|~\s*)?"
     r"(?P<sign>[-+]|(?:minus|negative)\s)?\s*"
-    r"(?:us\s?\$|usd|\$|€|£|¥)?\s*(?P<inner_sign>[-+])?\s*"
-    rf"(?P<digits>{_DIGITS})(?P<exponent>e[-+]?[0-9]{{1,3}})?"
+    r"(?P<currency>us\s?\$|usd|eur|gbp|\$|€|£|¥)?\s*(?P<inner_sign>[-+])?\s*"
+    rf"(?P<digits>{_SPACED_DIGITS}|{_DIGITS})(?P<exponent>e[-+]?[0-9]{{1,3}})?"
     rf"(?:\s*/\s*(?P<denominator>{_DIGITS}))?"
     r"(?:\s*(?P<percent>%|percent\b|per\s+cent\b)"
-    r"|\s*(?P<scale>thousand|million|billion|trillion)s?\b)?"
+    r"|\s*(?P<scale>thousand|million|billion|trillion)s?\b"
+    rf"|\s?(?P<letters>{'|'.join(_MONEY_SCALES)})\b)?"
     r"(?P<unit>(?:\s+[a-z]+){0,6})"
 )
-# As a unit these would change the value, its sign or its truth in a way that is not read here.
-_UNREAD_UNITS = frozenset(
-    ("hundred", "thousand", "million", "billion", "trillion", "lakh", "crore", "dozen")
-    + ("hundreds", "thousands", "millions", "billions", "trillions", "percent", "basis", "bps")
-    + ("k", "m", "b", "mm", "mn", "mln", "bn", "tn", "cent", "cents", "half", "quarter", "times")
-    + ("or", "and", "not", "to", "through", "versus", "vs", "plus", "point", "squared", "cubed")
-    + ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-    + ("factorial", "wrong", "incorrect", "false")
-    + ("decrease", "decreased", "decline", "declined", "drop", "fall", "reduction", "loss")
-    + ("deficit", "negative", "minus", "below", "less", "lower", "fewer", "down", "outflow")
+_CURRENCIES = frozenset(
+    "dollar dollars usd us euro euros eur pound pounds gbp sterling yen jpy yuan rmb franc francs "
+    "chf rupees inr won pesos".split()
 )
+# The words that may follow a number: none changes its value, its sign or its truth. Every other
+# word may ("5 dozens", "5 losses", "5 at most"), so the judge decides, who sees the question.
+_UNITS = _CURRENCIES | frozenset(
+    "of per in for the a an each total net annual annually year years yr yrs months "
+    "weeks days hours minutes seconds share shares common stock stocks options units unit people "
+    "person persons employee employees customers users members stores contracts items orders "
+    "votes points percentage revenue revenues sales income assets liabilities equity cash earnings "
+    "profit profits operating capital taxes expenses interest costs cost increase growth gain "
+    "gains rise canadian australian american square feet foot miles meters metres kilometers "
+    "kilometres acres barrels gallons tons tonnes megawatts kilograms grams children games "
+    "goals students countries companies states cities books films episodes seasons".split()
+)
+_LINKS = frozenset("of per in for the a an".split())  # they end no unit
 _MAX_NUMBER_CHARS = 120
 
 
@@ -54,9 +68,9 @@ def parse_number(text: str) -> Number | None:
     """Reads one number and nothing but one number; None when the text is anything else.
 
     Read are: a sign in front, a currency, thousands separators, decimals, an exponent, a simple
-    fraction, a percent sign or word, one scale word (thousand to trillion), a unit in words,
-    LaTeX spacing, and the right side of an equation. Brackets never negate: the answer sentence
-    itself asks for them.
+    fraction, a percent sign or word, one scale word (thousand to trillion) or a money's letter
+    ($1.5M), a unit in words, LaTeX spacing, and the right side of an equation. Brackets never
+    negate: the answer sentence itself asks for them.
     """
     if _PLAIN.fullmatch(text):
         return Number(float(text.replace(",", "").replace("$", "")))
@@ -65,13 +79,17 @@ def parse_number(text: str) -> Number | None:
     found = _NUMBER.fullmatch(text.lower()) or _NUMBER.fullmatch(bare_form(text))
     if not found or (found["sign"] and found["inner_sign"]):
         return None
-    if not _UNREAD_UNITS.isdisjoint(found["unit"].split()):
+    unit = found["unit"].split()
+    is_money = found["currency"] or (unit and unit[0] in _CURRENCIES)
+    if not _UNITS.issuperset(unit) or (unit and unit[-1] in _LINKS):
         return None
-    value = float(found["digits"].replace(",", "") + (found["exponent"] or ""))
+    if found["letters"] and not is_money:
+        return None
+    value = float(found["digits"].replace(",", "").replace(" ", "") + (found["exponent"] or ""))
     if found["denominator"]:
         denominator = float(found["denominator"].replace(",", ""))
         value = value / denominator if denominator else math.inf
-    value *= _SCALES.get(found["scale"], 1.0)
+    value *= _SCALES.get(found["scale"], 1.0) * _MONEY_SCALES.get(found["letters"], 1.0)
     if math.isinf(value):
         return None
     negative = (found["sign"] or found["inner_sign"] or "")[:1] in ("-", "m", "n")
@@ -80,12 +98,16 @@ def parse_number(text: str) -> Number | None:
 
 def bare_form(text: str) -> str:
     """Lower case, LaTeX spacing and text macros resolved, the right side of an equation; ""
-    when the text states several things."""
+    when the text states several things or denies the equation."""
     text = _LATEX_THOUSANDS.sub(",", text.translate(_SAME_CHARS).lower())
     if "\\" in text or "~" in text:
         text = _LATEX_SPACE.sub(" ", _TEXT_MACRO.sub(r" \1", text))
         text = text.replace("\\%", "%").replace("\\$", "$")
+    text = _MATH.sub(r" \1 ", text)
     if _SEVERAL.search(text):
         return ""
-    text = _EQUALS.split(text)[-1].strip()
+    *lefts, text = _EQUALS.split(text)
+    if any(denies(left) for left in lefts):  # "anything except x = 5"
+        return ""
+    text = text.strip()
     return text if text.startswith("(") else unwrap(text)

@@ -50,6 +50,8 @@ RULE_OF_SOURCE: dict[str, SourceRule] = {
 """Substring of `data_source` (any case) -> how it is scored; the first that fits."""
 
 RELATIVE_TOLERANCE = 0.0015
+# Such a gold may be a year, where 0.15 % would be three years to each side: it must be met exactly.
+_YEAR = re.compile(r"(?:1[5-9]|2[01])[0-9]{2}(?:\.0*)?")
 
 
 @lru_cache(maxsize=256)
@@ -70,10 +72,12 @@ def rule_of(data_source: str) -> SourceRule:
 
 
 def apply_rule(rule: RuleName, *, gold: str, answer: Answer) -> bool:
-    """True when `answer` gives `gold`. Any gold text is accepted, a whole sentence too."""
+    """True when `answer` gives `gold`. Any gold text is accepted, a whole sentence too. A question
+    ("Paris?") states nothing."""
     if len(answer.text) > MAX_ANSWER_CHARS:
         return False
-    return _RULES[rule](answer.text, _stated(gold))
+    gold = _stated(gold)
+    return _RULES[rule](answer.text, gold) and ("?" not in answer.text or "?" in gold)
 
 
 @lru_cache(maxsize=1024)  # the G responses of a group share it
@@ -87,41 +91,55 @@ def _stated(gold: str) -> str:
 
 # What may stand before the gold without changing it, in this order.
 _LEAD = re.compile(r"(?:it (?:is|was) )?(?:(?:in|on|at) )?")
-_TITLED_LEAD = re.compile(
-    _LEAD.pattern + r"(?:(?:former )?(?:mr|mrs|ms|miss|dr|prof|professor|sir|dame|president"
-    r"|vice president|prime minister|senator|governor|mayor|king|queen|emperor|pope) )?"
+_TITLE = (
+    r"(?:(?:former )?(?:mr|mrs|ms|miss|dr|doctor|prof|professor|rev|reverend|sir|dame|president"
+    r"|vice president|prime minister|senator|governor|mayor|king|queen|emperor|pope) )"
+)
+_TITLED_LEAD = re.compile(_LEAD.pattern + _TITLE + "?")
+# Of the gold's own titles an office or a part of a name stays ("President of France", "King Kong
+# Lives"): kings and popes are named with their number.
+_OWN_TITLE = re.compile(
+    r"(?!(?:king|queen|emperor|pope) (?!.* [ivx]+$))" + _TITLE + r"(?=\w+ )(?!(?:of|and|general)\b)"
 )
 
 
 def _qa(prediction: str, gold: str) -> bool:
-    """The normal forms are the same, but for a short lead ("it was in") and, before a name of
-    two words or more, one title ("President Barack Obama").
+    """The normal forms are the same, but for a short lead ("it was in") and one title that either
+    side puts before a name of two words or more ("President Barack Obama").
 
-    No other word is let through. Containment cannot tell "Paris, France" from the bare row of
-    candidates "Paris, London", and the second is what RL learns where it pays; so both are left
-    to the judge, who sees the question.
+    No other word is let through, another title neither ("Mrs. John Smith" is not Mr. John Smith).
+    Containment cannot tell "Paris, France" from the bare row of candidates "Paris, London", and the
+    second is what RL learns where it pays; so both are left to the judge, who sees the question.
     """
     wanted, given = normalize(gold), normalize(prediction)
-    if not wanted:  # "The", "?" and the like normalise to nothing
-        return bool(gold.strip()) and gold.strip().casefold() == prediction.strip().casefold()
-    if given == wanted:
+    if not wanted:  # "?" and the like normalise to nothing
+        return bool(gold.strip()) and gold.strip() == prediction.strip()
+    if given == wanted or gold.casefold() == prediction.casefold():
         return True
     lead = _TITLED_LEAD if " " in wanted else _LEAD
+    if _has_lead(given, wanted, lead):
+        return True
+    untitled = _OWN_TITLE.sub("", wanted, count=1) if _OWN_TITLE.match(wanted) else wanted
+    return given == untitled or _has_lead(given, untitled, _LEAD)
+
+
+def _has_lead(given: str, wanted: str, lead: re.Pattern[str]) -> bool:
     return given.endswith(" " + wanted) and bool(lead.fullmatch(given[: -len(wanted)]))
 
 
 def _numeric(prediction: str, gold: str) -> bool:
-    """Equal within 0.15 % of the gold; the sign counts. A gold without a number must be met
-    word by word."""
+    """Equal within 0.15 % of the gold, exactly for a gold that may be a year; the sign counts. A
+    gold without a number must be met word by word."""
     wanted = _number(gold)
     if wanted is None:
         return _exact(prediction, gold)
     given = _number(prediction)
     if given is None:
         return False
+    tolerance = 0.0 if _YEAR.fullmatch(gold) else RELATIVE_TOLERANCE
     if given.percent and wanted.percent:
-        return _close(given.value, wanted.value)
-    return any(_close(g, w) for g in _readings(given) for w in _readings(wanted))
+        return _close(given.value, wanted.value, tolerance)
+    return any(_close(g, w, tolerance) for g in _readings(given) for w in _readings(wanted))
 
 
 def _number(text: str) -> Number | None:
@@ -138,9 +156,9 @@ def _readings(number: Number) -> tuple[float, ...]:
     return (number.value, number.value / 100) if number.percent else (number.value,)
 
 
-def _close(given: float, wanted: float) -> bool:
+def _close(given: float, wanted: float, tolerance: float) -> bool:
     # The last factor keeps a value exactly on the bound inside, whatever the rounding.
-    return abs(given - wanted) <= RELATIVE_TOLERANCE * abs(wanted) * (1 + 1e-9)
+    return abs(given - wanted) <= tolerance * abs(wanted) * (1 + 1e-9)
 
 
 def _choice(prediction: str, gold: str) -> bool:

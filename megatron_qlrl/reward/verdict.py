@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megatron_qlrl.reward.doubt import is_hedged
 from megatron_qlrl.reward.extract import MAX_ANSWER_CHARS
 from megatron_qlrl.reward.text import normalize
 
@@ -48,8 +49,8 @@ _VERDICT = re.compile(r'[ \t\r\n]*\{[ \t\r\n]*"equivalent"[ \t\r\n]*:[ \t\r\n]*(
 # words between them. Judges are known to pass a candidate made of these alone (arXiv 2507.08794,
 # "One Token to Fool LLM-as-a-Judge").
 _SMALL_WORDS = frozenset(
-    "it its is are be i we my your us let lets this that here heres so as and in of to by with "
-    "therefore thus hence now ok okay sure".split()
+    "a an the it its is are be i we my your us let lets this that here heres so as and in of to "
+    "by with therefore thus hence now ok okay sure".split()
 )
 _EMPTY_WORDS = _SMALL_WORDS | frozenset(
     "yes no true false correct incorrect right wrong equivalent identical same match matches "
@@ -81,10 +82,11 @@ def make_claim(*, question: str, gold: str, prediction: str) -> Claim | None:
     """The claim in bounded length; None when there is nothing that a judge may be asked about.
 
     Never asked about: an answer without words or digits (":"), one made only of words that
-    answer nothing ("YES YES", "Thought process:") and none of them in the gold, and one longer
-    than `MAX_ANSWER_CHARS`: what would be cut off could take back or widen what is left.
+    answer nothing ("YES YES", "Thought process:") and none of them in the gold, one that hedges or
+    takes itself back where the gold does not, and one longer than `MAX_ANSWER_CHARS`: what would
+    be cut off could take back or widen what is left.
     """
-    if len(prediction) > MAX_ANSWER_CHARS:
+    if len(prediction) > MAX_ANSWER_CHARS or is_hedged(prediction, gold):
         return None
     words = set(normalize(prediction).split()) - _SMALL_WORDS
     if not any(char.isalnum() for word in words for char in word):

@@ -15,6 +15,7 @@ import yaml
 from megatron_qlrl.reward.score import score_response
 
 CORPUS = Path(__file__).parent / "corpus"
+KINDS = ("golden", "paraphrase", "hostile", "graded")
 GOLDS = {"musique": "Yes", "docmath": "5", "long_toc_choices": "A", "toy_docqa": "cocoa"}
 FORBIDDEN_EVENTS = ("os.", "subprocess.", "socket.", "pty.", "shutil.", "ctypes.")
 
@@ -53,7 +54,7 @@ def fields(case: dict) -> dict[str, str | bool]:
     }
 
 
-CASES = [(kind, case) for kind in ("golden", "paraphrase", "hostile") for case in read_cases(kind)]
+CASES = [(kind, case) for kind in KINDS for case in read_cases(kind)]
 
 # "(5)" would be right for docmath; two hundred thousand brackets around it are not.
 _PAIRS = ("()", "[]", ("\\text{", "}"), ("$", "$"), ("\\frac{", "}"), ("{", "}"), ("\\(", "\\)"))
@@ -90,7 +91,12 @@ GIANT = [filler * (1_000_000 // len(filler)) for filler in _FILLERS]
 def test_the_corpus_is_large_and_each_kind_keeps_its_promise():
     assert len(CASES) >= 300
     expected = {kind: {c["expected"] for k, c in CASES if k == kind} for kind, _ in CASES}
-    assert expected == {"golden": {1}, "paraphrase": {0, 1}, "hostile": {0}}
+    assert expected == {
+        "golden": {1},
+        "paraphrase": {0, 1},
+        "hostile": {0},
+        "graded": {0, 1},
+    }
     assert all(set(case) == {"data_source", "question", "ground_truth", "cases", "response",
                              "expected", "why"} for _, case in CASES)  # fmt: skip
     assert len({tuple(fields(case).values()) for _, case in CASES}) == len(CASES)

@@ -100,7 +100,7 @@ def test_answer_after_the_phrase(final, text):
         ("the answer is $\\boxed{42}$.", "42"),
         ("the answer is \\boxed{\\text{Paris}}", "Paris"),
         ("the answer is:\n\\[\n\\boxed{1{,}234}\n\\]", "1{,}234"),
-        ("first \\boxed{1} then \\boxed{2}", "2"),
+        ("first \\boxed{1}. Then \\boxed{2}", "2"),
         ("\\boxed{1} but the answer is $\\boxed{3}$", "3"),
     ],
 )

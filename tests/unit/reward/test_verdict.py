@@ -188,6 +188,16 @@ def test_small_words_in_the_gold_make_no_answer_of_empty_words():
 
 
 @pytest.mark.parametrize(
+    "prediction",
+    ["Paris?", "Paris, maybe", "Perhaps the capital of France", "Paname. Wait, no, Rome"]
+    + ["Paname. It could also be Rome", "Paname, I'm not sure", "Paname. I don't know"],
+)
+def test_hedges_never_reach_the_judge(prediction):
+    assert claim(prediction) is None
+    assert claim(prediction, gold="Paris, or maybe Rome?") is not None
+
+
+@pytest.mark.parametrize(
     ("prediction", "gold"),
     [
         ("the capital of France", "Paris"),

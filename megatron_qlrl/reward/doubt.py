@@ -1,0 +1,217 @@
+r"""Whether the words around a stated answer leave it standing.
+
+A careful grader gives nothing for an answer that is denied, hedged or taken back, so such words
+never leave the answer to stand alone: the rule and the judge read them with it, or read nothing.
+What is listed here decides; where a word is ambiguous, the answer counts as doubted. An
+explanation may negate something else: "(Paris). The treaty was not signed in London." stands.
+"""
+
+import re
+
+_MAX_BEFORE_CHARS = 300
+_MAX_BEHIND_CHARS = 2000
+"""Read at each end of a longer text: words that take an answer back stand near it or at the end."""
+
+# "n't" of any verb; "may" in small letters, for May is a month. "No doubt" is none.
+_DENIALS = re.compile(
+    r"\b(?:not|never|no|nobody|none|nor|neither|cannot|without|hardly|scarcely|except|false|wrong"
+    r"|untrue|incorrect|mistake|mistaken|error|deny|denies|denied|rejects?|rejected|refuse|refute"
+    r"|doubt|doubts|doubtful|unlikely|impossible|improbable|implausible|unclear|unsure|uncertain"
+    r"|if|whether|unless|maybe|perhaps|possibly|probably|likely|might|(?-i:may)|could|guess|guessing"
+    r"|suppose|suspect|assume|assuming|pretend|wonder|used\sto|contrary|far\sfrom|fail|fails|failed|unable|disagree|disputed|either|or"
+    r"|(?:anything|everything|all|nothing)\s+but|(?:rather|other|less|more|greater|fewer)\s+than"
+    r"|instead\s+of|at\s+(?:least|most)|up\s+to)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+_NO_DOUBT = re.compile(r"\b(?:no|without(?:\s+(?:a|any))?)\s+doubt\b", re.IGNORECASE)
+# Where a new thought begins. "that" goes on with the one before.
+_SENTENCE = re.compile(r"[.!?;][*_\"'”’)\]]*\s|\n\s*\n")
+_CLAUSE = re.compile(
+    r"[.!?;:,][*_\"'”’)\]]*\s|\n\s*\n|\b(?:and|so|but|therefore|thus|hence|then)\b", re.I
+)
+_NEW_SUBJECT = re.compile(
+    r"(?<=\S)[.!?][*_\"'”’)\]]*(?:\s|$)|\n"
+    r"|[,:;]\s+(?:and\s+)?(?:so|thus|hence|therefore|then|we|it|this|that|the)\b",
+    re.IGNORECASE,
+)
+
+# "I conclude that the answer is" and "it is clear that" state it, "some say", "let us say" and "it
+# is a myth that" do not: only these openings let a that-clause or a verb of saying stand.
+_SAID = re.compile(
+    r"\b(?:says?|said|thinks?|believes?|claims?|argues?|imagine|hear|hold)$", re.IGNORECASE
+)
+_OWN_WORD = re.compile(
+    r"\b(?:i|we)\s+(?:\w+\s+)?(?:say|think|believe|know|conclude|find|found|see|confirm|infer"
+    r"|determine|deduce)(?:\s+that)?$"
+    r"|\b(?:true|clear|certain|sure|confident|evident|obvious|follows?|concluded?|shows?|shown"
+    r"|means?|meaning|impl(?:y|ies|ying)|confirms?|indicat(?:es?|ing)|establish(?:es|ed)|proves?"
+    r"|states?|suggests?|is|no\s+doubt|see|found|known?|determined?)\s+that$",
+    re.IGNORECASE,
+)
+_PLAIN_LEADS = frozenset(("", "Therefore", "So", "Thus", "Hence"))
+# These concern the whole sentence: "I am not sure, but the answer is".
+_UNCERTAIN = re.compile(
+    r"\b(?:maybe|perhaps|possibly|probably|guess|guessing|unsure|no\s+idea)\b"
+    r"|(?:\bnot|n['’]t)\s+(?:\w+\s+){0,2}(?:sure|certain|confident|know)\b",
+    re.IGNORECASE,
+)
+# Behind these words a box is no answer: "any city but", "next to", "London and".
+_AWAY = re.compile(
+    r"\b(?:but|from|near|unlike|excluding|outside|beside|against|and|or|minus|negative|opposite\sof"
+    r"|(?:next|close|compared|contrary|prior)\sto"
+    r"|(?:loss|decrease|decline|drop|fall|reduction|deficit)\sof)$",
+    re.IGNORECASE,
+)
+
+_START = r"(?:^|[.!?;\n(—–])[ \t*_#>\"'“”‘’`\[-]*"  # of a sentence or a line
+_TAKEN_BACK = re.compile(
+    # openings of a sentence or a clause
+    rf"(?:{_START}|,\s*)(?:(?:oh|ah|well|okay|ok|hm+|um+)[\s,.]+)?(?:wait|nope|nah|hmm+|oops|sorry|apologies|actually|correction|hold\son"
+    r"|hang\son|scratch|strike\sthat|never\s?mind|on\s(?:second\sthoughts?|reflection)|or\srather"
+    r"|maybe|perhaps|possibly|probably|just\skidding"
+    r"|no(?=\s*(?:[,.!:;—–]|$)|\s+(?:wait|sorry|it|that|i)\b))\b"
+    # openings of a sentence only: "(Paris). But it was London."
+    rf"|(?:{_START}|^[\s,;]*)(?:or|nor|but|however|rather|instead|otherwise|alternatively|either"
+    r"|not|edit|update|unless|if\snot|then\sagain)\b"
+    # anywhere: no commitment
+    r"|\b(?:maybe|perhaps|possibly|alternatively|unsure|uncertain|guess|guessing|second\sthoughts?"
+    r"|reconsider|retract|my\s(?:mistake|bad|error)|made\s(?:a|an)\s(?:mistake|error)"
+    r"|take\s(?:it|that|this)\sback|changed?\smy\smind|correct\s(?:myself|that)|re-?think|torn"
+    r"|forget\s(?:it|that|this)|i\snow\sthink|(?:do\snot|don['’]t)\sthink\sso|scratch\sthat|never\s?mind|just\skidding"
+    r"|(?:disregard|ignore)\s(?:it|that|this|the|my|what)|i\smeant"
+    r"|i(?:\s+am|\s+was|['’]m|\s+(?:may|might|could)\s+be)\s+(?:wrong|mistaken|incorrect)"
+    r"|(?:not|n['’]t)\s+(?:\w+\s+){0,2}(?:sure|certain|confident)"
+    r"|(?:can|could|do)(?:\s*not|n['’]t)\s+(?:really\s+)?(?:know|tell|say|decide|determine|be\ssure)"
+    # anywhere: another candidate
+    r"|(?:it|this|that|they|he|she|there|answer)\s+(?:could|might|may|should)"
+    r"(?:\s+\w+){0,2}\s+(?:be|have\sbeen)|(?:could|might|may)\s+also"
+    r"|also\s+(?:be|possible|plausible|correct|right|acceptable|valid|fits?|works?)"
+    r"|equally\s+(?:possible|plausible|likely|valid|correct)|(?:is|seems)\s+(?:possible|plausible)"
+    r"|alternative|(?:works|fits|counts|applies)\s+too|(?:['’]s|\sis)\s+either"
+    r"|(?:other|real|actual|true|better|right)\s+answer"
+    r"|another\s+(?:possibility|possible|candidate|option|answer|alternative)"
+    r"|(?:would|could|might|may|should|must)\s+be\s+the\s+(?:\w+\s+)?answer"
+    r"|answer\s+(?:is\snot|was|would|could|might|may|should|must|can|cannot|isn)\b"
+    # anywhere: it is called wrong
+    r"|not\s+(?:the\s+)?(?:(?:correct|right|real|final|actual)\s+)?(?:answer|correct|right|it)"
+    r"|(?:it|this|that)\s+(?:isn['’]t|is\snot|wasn['’]t|was\snot)"
+    r"(?=\s*[,.;!]|\s*$|\s+(?:it|there|so)\b)"
+    r"|(?:this|that|it|which|above|answer|conclusion)(?:\s+is|\s+was|['’]s)\s+(?:\w+\s+){0,2}"
+    r"(?:wrong|incorrect|mistaken|inaccurate|untrue|a\slie|a\sjoke|a\smistake|an\serror)"
+    r"|answer\s+is\s+false)\b",
+    re.IGNORECASE,
+)
+_AGAINST = re.compile(
+    r"\b(?:not|never|no|nor|neither|cannot|wrong|incorrect|false|untrue|mistaken|unlikely"
+    r"|impossible|rejected|except|but|than|instead)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+_SPACES = re.compile(r"\s+")
+_NAMED = re.compile(r"\banswer[*_]*\s*[:=][\s*_:]*([^\n]*)", re.IGNORECASE)
+_CALLED_RIGHT = re.compile(
+    r"([^\s*_()\[\].,;:]{1,30})[\s*_)\].]{1,6}(?:is|are|was|seems|looks)\s+(?:actually\s+|more\s+)?"
+    r"(?:correct|right|better|the\s+(?:(?:right|correct|true|real|actual|better)\s+)?"
+    r"(?:answer|one|choice|option))\b",
+    re.IGNORECASE,
+)
+_POINTERS = frozenset("this that it which he she they answer option choice above".split())
+_MARKS = " \t\r\n*_`\"'“”‘’«»()[]$.,;:!"
+
+
+def denied_before(before: str, *, starts_sentence: bool) -> bool:
+    """True when the words that lead to "the answer is" deny or doubt it: "it is false that", "I do
+    not think", "maybe".
+
+    A clause that ended concerns something else ("It was not London, so the answer is"), but not
+    where "that" goes on with it. With `starts_sentence` ("The answer is") a line break ends it too.
+    """
+    before = before[-_MAX_BEFORE_CHARS:]
+    if before.strip(_MARKS) in _PLAIN_LEADS:  # most answers; saves half of the rule's time
+        return False
+    clause, sentence = _last(_CLAUSE, before), _last(_SENTENCE, before)
+    if clause.strip(_MARKS).lower().startswith("that"):
+        clause = sentence
+    elif starts_sentence:
+        clause = clause.rpartition("\n")[2]
+        sentence = sentence.rpartition("\n")[2]
+    clause = clause.strip(_MARKS)
+    is_said = clause.lower().endswith("that") or _SAID.search(clause)
+    return bool(
+        (is_said and not _OWN_WORD.search(clause)) or denies(clause) or _UNCERTAIN.search(sentence)
+    )
+
+
+def thought_before(before: str) -> str:
+    """The end of `before` that belongs to the same thought as what follows it."""
+    return _last(_NEW_SUBJECT, before[-_MAX_BEFORE_CHARS:])
+
+
+def leads_away(thought: str) -> bool:
+    """True when the words right before a box deny or bound it, or name something beside it."""
+    return denies(thought) or _AWAY.search(thought) is not None
+
+
+def denies(text: str) -> bool:
+    """True when words that deny, doubt or bound stand in `text`."""
+    return bool(_DENIALS.search(_NO_DOUBT.sub("", text)))
+
+
+def taken_back(behind: str, stated: str) -> bool:
+    """True when the text behind the answer `stated` takes it back, hedges it, denies it by its own
+    words, or names another answer."""
+    if len(behind) > 2 * _MAX_BEHIND_CHARS:
+        behind = behind[:_MAX_BEHIND_CHARS] + "\n" + behind[-_MAX_BEHIND_CHARS:]
+    if not behind.strip(_MARKS):
+        return False
+    behind = _SPACES.sub(_one_space, behind)  # long runs would make the search quadratic
+    return (
+        _TAKEN_BACK.search(behind) is not None
+        or _is_denied(stated.strip(_MARKS), behind)
+        or _is_replaced(stated.strip(_MARKS).casefold(), behind)
+    )
+
+
+def is_hedged(prediction: str, gold: str) -> bool:
+    """True when an answer asks ("Paris?") or does not commit itself ("Paris, maybe"), and the gold
+    does not do the same."""
+    if "?" in prediction and "?" not in gold:
+        return True
+    return _TAKEN_BACK.search(prediction) is not None and not (
+        _TAKEN_BACK.search(gold) or denies(gold)
+    )
+
+
+def _one_space(spaces: re.Match[str]) -> str:
+    return "\n" if "\n" in spaces[0] else " "
+
+
+def _last(boundary: re.Pattern[str], text: str) -> str:
+    end = 0
+    for match in boundary.finditer(text):
+        end = match.end()
+    return text[end:]
+
+
+def _is_denied(stated: str, behind: str) -> bool:
+    """A sentence holds the answer's own words and a negation: "It is not Paris." A yes or no is
+    a word of the explanation itself."""
+    if not stated or stated.lower() in ("yes", "no") or stated not in behind:
+        return False
+    whole = re.compile(rf"(?<!\w){re.escape(stated)}(?!\w)")
+    if len(stated) == 1:  # "(A)", "option A", "A is": other letters are words ("A buyer")
+        whole = re.compile(rf"[(\[]{stated}[)\]]|\b(?:[Oo]ption )?{stated}(?= (?:is|was|can))")
+    return any(
+        whole.search(sentence) and _AGAINST.search(whole.sub("", sentence))
+        for sentence in re.split(r"[.!?;\n](?:\s|$)|\n", behind)
+    )
+
+
+def _is_replaced(stated: str, behind: str) -> bool:
+    """ "Final answer: London" or "(C) is correct", and it is not `stated`."""
+    for named in _NAMED.finditer(behind):
+        if named[1].strip(_MARKS).casefold() not in (stated, ""):
+            return True
+    return any(
+        named[1].casefold() not in _POINTERS and not stated.endswith(named[1].casefold())
+        for named in _CALLED_RIGHT.finditer(behind)
+    )
