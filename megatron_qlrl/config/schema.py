@@ -162,8 +162,8 @@ class AlgorithmConfig(Section):
     kl_coef: float = Field(default=0.0, ge=0)
     """Coefficient of the KL term to the reference policy in the loss; it is logged at 0 too."""
     kl_kind: Literal["k1", "k3"] = "k3"
-    """KL estimator: k1 = log p - log p_ref, k3 = exp(-k1) - 1 + k1. In the loss
-    use k3: the on-policy gradient of k1 has mean zero."""
+    """KL estimator: k1 = log p - log p_ref, k3 = exp(-k1) - 1 + k1, at most 10 a token as in verl.
+    In the loss use k3: the on-policy gradient of k1 has mean zero."""
     reference: bool = True
     """Keep the starting weights as reference policy (one more forward pass a step)."""
     entropy_coef: float = Field(default=0.0, ge=0)

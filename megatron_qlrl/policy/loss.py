@@ -4,6 +4,10 @@ truncated importance weights against the engine as in verl's rollout correction 
 
 Nothing here averages: each token's weight already holds the aggregation over the whole
 optimizer batch, so a loss is a weighted sum and the sum over any split is the same.
+
+Differences of log-probs are clamped before they are exponentiated, at the limits of verl
+(`compute_policy_loss` and `kl_penalty` in verl/trainer/ppo/core_algos.py): e^95 is infinite in
+float32. What is clamped has no gradient, there as here.
 """
 
 from collections.abc import Mapping
@@ -11,6 +15,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to +- this (e^20 is about 5e8)."""
+MAX_K3 = 10.0
+"""k3 is clamped to this; it gets there at log p - log p_ref = -2.6 and 11."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,8 @@ class PolicyLoss:
     def __call__(
         self, logprobs: torch.Tensor, entropy: torch.Tensor, columns: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(weighted sum to minimise, per-token sums for the metrics).
+        """(weighted sum to minimise, per-token sums for the metrics). A term whose coefficient is
+        0 is no part of the sum (0 times infinity would be NaN); its metric is there all the same.
 
         Args:
             logprobs, entropy: [M], with gradient.
@@ -39,7 +49,7 @@ class PolicyLoss:
         """
         weights, advantages = columns["weights"], columns["advantages"]
         old = columns.get("old_logprobs", logprobs.detach())
-        log_ratio = logprobs - old
+        log_ratio = _bounded(logprobs - old)
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         objective = torch.minimum(ratio * advantages, clipped * advantages)
@@ -54,7 +64,7 @@ class PolicyLoss:
             "actor/pg_clipfrac_lower": (lower > objective).sum(),
         }
         if self.rollout_is_threshold is not None and len(logprobs):  # a rank may have no work
-            ratio_to_engine = (old - columns["engine_logprobs"]).exp()
+            ratio_to_engine = _bounded(old - columns["engine_logprobs"]).exp()
             importance = ratio_to_engine.clamp(max=self.rollout_is_threshold)
             lower = importance * lower
             high = (ratio_to_engine > importance).sum()
@@ -64,11 +74,12 @@ class PolicyLoss:
             }
         token_loss = -lower
         sums["actor/pg_loss"] = (token_loss * weights).sum()
-        if self.entropy_coef:  # without a gradient the log-probs' backward pass is shorter
+        if self.entropy_coef:  # without it the log-probs' backward pass is shorter
             token_loss = token_loss - self.entropy_coef * entropy
         if "ref_logprobs" in columns:
             kl = reference_kl(logprobs, columns["ref_logprobs"], self.kl_kind)
-            token_loss = token_loss + self.kl_coef * kl
+            if self.kl_coef:
+                token_loss = token_loss + self.kl_coef * kl
             sums["actor/kl_loss"] = kl.sum()
         if "engine_logprobs" in columns:
             sums |= mismatch(old, columns["engine_logprobs"])
@@ -86,9 +97,17 @@ def sft_loss(
 
 def reference_kl(logprobs: torch.Tensor, ref: torch.Tensor, kind: str) -> torch.Tensor:
     """Per-token KL estimate of the policy from the reference: k1 = d, k3 = e^{-d} - 1 + d
-    with d = log p - log p_ref (k3 is never negative and has less variance)."""
+    with d = log p - log p_ref (k3 is never negative and has less variance). In k3, d and then the
+    estimate are clamped (MAX_LOG_RATIO, MAX_K3); a token beyond has no gradient from it."""
     difference = logprobs - ref
-    return difference if kind == "k1" else (-difference).exp() - 1 + difference
+    if kind == "k1":
+        return difference
+    difference = _bounded(difference)
+    return ((-difference).exp() - 1 + difference).clamp(max=MAX_K3)
+
+
+def _bounded(log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def mismatch(trainer: torch.Tensor, engine: torch.Tensor) -> dict[str, torch.Tensor]:

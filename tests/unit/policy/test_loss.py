@@ -62,23 +62,44 @@ def batch_of(seed: int = 0) -> Batch:
     return [[response(n) for n in lengths] for lengths in ([2, 5, 1], [4, 0, 3], [5, 5])]
 
 
+EXTREME = (-95.0, -30.0, -20.5, -19.5, -15.0, -3.0, 2.0, 15.0, 19.5, 20.5, 30.0, 95.0)
+"""Log-ratios beyond and just inside the limits at which verl clamps (20; e^3 - 1 - 3 > 10)."""
+
+
+def extreme_batch() -> Batch:
+    """A group of two responses with opposite advantages for every pair of extreme log-ratios."""
+    return [
+        [
+            [Token(-200.0, -200.0 - ratio, -200.0 - other, 1.0, advantage, -200.0 - ratio - other)]
+            for advantage in (1.5, -1.5)
+        ]
+        for ratio in EXTREME
+        for other in EXTREME
+    ]
+
+
 def tokens_of(batch: Batch) -> list[Token]:
     return [token for group in batch for response in group for token in response]
 
 
+def bounded(value: float, limit: float) -> float:
+    return max(-limit, min(limit, value))
+
+
 def objective(token: Token, loss: PolicyLoss) -> float:
     """What one token adds to the objective that is maximised."""
-    ratio = math.exp(token.logprob - token.old)
+    ratio = math.exp(bounded(token.logprob - token.old, 20))
     low, high = 1 - loss.clip_low, 1 + loss.clip_high
     clipped = low if ratio < low else high if ratio > high else ratio
     value = min(ratio * token.advantage, clipped * token.advantage)
     if loss.dual_clip is not None and token.advantage < 0:
         value = max(value, loss.dual_clip * token.advantage)
     if loss.rollout_is_threshold is not None:
-        value *= min(math.exp(token.old - token.engine), loss.rollout_is_threshold)
+        value *= min(math.exp(bounded(token.old - token.engine, 20)), loss.rollout_is_threshold)
     difference = token.logprob - token.ref
     # Both estimate KL(policy || reference) from a sample of the policy.
-    kl = difference if loss.kl_kind == "k1" else math.exp(-difference) - 1 + difference
+    safe = bounded(difference, 20)
+    kl = difference if loss.kl_kind == "k1" else bounded(math.exp(-safe) - 1 + safe, 10)
     return value - loss.kl_coef * kl + loss.entropy_coef * token.entropy
 
 
@@ -140,7 +161,11 @@ def weights_of(batch: Batch, aggregation: Any) -> torch.Tensor:
 
 
 def run(
-    loss: PolicyLoss, batch: Batch, aggregation: str, *leave_out: str
+    loss: PolicyLoss,
+    batch: Batch,
+    aggregation: str,
+    *leave_out: str,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(loss, gradient of the log-probs, gradient of the entropies, sums)."""
     tokens = tokens_of(batch)
@@ -153,7 +178,8 @@ def run(
         "ref_logprobs": column(tokens, "ref"),
         "engine_logprobs": column(tokens, "engine"),
     }
-    total, sums = loss(logprobs, entropy, {k: v for k, v in columns.items() if k not in leave_out})
+    columns = {k: v.to(dtype) for k, v in columns.items() if k not in leave_out}
+    total, sums = loss(logprobs.to(dtype), entropy.to(dtype), columns)
     by_logprob, by_entropy = torch.autograd.grad(total, [logprobs, entropy], materialize_grads=True)
     return total, by_logprob, by_entropy, sums
 
@@ -182,6 +208,62 @@ def test_value_and_gradients_equal_the_paper(settings: str, aggregation: str) ->
     assert total.item() == pytest.approx(value(batch), rel=1e-12)
     np.testing.assert_allclose(by_logprob, differences(batch, "logprob", value), atol=1e-9)
     np.testing.assert_allclose(by_entropy, differences(batch, "entropy", value), atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_extreme_log_ratios_stay_finite(settings: str) -> None:
+    """e^95 is infinite in float32, and 0 * inf is NaN."""
+    loss, batch = SETTINGS[settings], extreme_batch()
+    total, by_logprob, _, sums = run(loss, batch, "token_mean")
+
+    assert total.item() == pytest.approx(brute_loss(batch, loss, "token_mean"), rel=1e-12)
+    # Beside a value of e^20 a small slope is lost in central differences: one token at a time,
+    # and its objective without and of the KL term.
+    tokens = tokens_of(batch)
+    parts = [(t, replace(loss, kl_coef=0.0)) for t in tokens]
+    parts += [(replace(t, advantage=0.0), loss) for t in tokens]
+    slopes = [
+        differences([[[t]]], "logprob", lambda b, of=of: brute_loss(b, of, "token_mean"))[0]
+        for t, of in parts
+    ]
+    want = np.reshape(slopes, (2, len(tokens))).sum(0) / len(tokens)
+    np.testing.assert_allclose(by_logprob, want, rtol=1e-6, atol=1e-8)
+    narrow = run(loss, batch, "token_mean", dtype=torch.float32)
+    assert narrow[0].item() == pytest.approx(total.item(), rel=1e-4)
+    for numbers in (narrow[1], *narrow[3].values(), *sums.values()):
+        assert torch.isfinite(numbers).all()
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "kl", "loss", "gradient"),
+    [
+        # worked by hand: advantage -2, kl_coef 0.5, no dual clip
+        (95.0, 95.0, 2 * math.exp(20) + 0.5 * 10, 0.0),  # (k3 at 20 is 19, above 10)
+        (-95.0, -95.0, 2 * 0.8 + 0.5 * 10, 0.0),
+        (-95.0, -15.0, 2 * 0.8 + 0.5 * 10, 0.0),  # not 3.3 million
+        (2.0, -2.0, 2.5 * math.exp(2) - 0.5 * 3, 1.5 * math.exp(2) + 0.5),
+    ],
+)
+def test_clamped_terms_have_no_gradient(
+    log_ratio: float, kl: float, loss: float, gradient: float
+) -> None:
+    token = Token(-100.0, -100.0 - log_ratio, -100.0 - kl, 0.0, -2.0)
+    settings = replace(PLAIN, kl_coef=0.5)
+    total, by_logprob, _, sums = run(settings, [[[token]]], "token_mean", "engine_logprobs")
+    assert total.item() == pytest.approx(loss)
+    assert by_logprob.item() == pytest.approx(gradient)
+    assert sums["actor/ppo_kl"].item() == pytest.approx(-max(-20, min(20, log_ratio)))
+
+
+def test_a_term_with_coefficient_0_is_left_out_and_logged() -> None:
+    """Not even what is not finite gets from there into the loss."""
+    token = Token(-1.0, -1.0, math.nan, math.nan, 2.0)
+    total, by_logprob, by_entropy, sums = run(PLAIN, [[[token]]], "token_mean", "engine_logprobs")
+    assert (total.item(), by_logprob.item(), by_entropy.item()) == (-2.0, -2.0, 0.0)
+    assert math.isnan(sums["actor/kl_loss"])
+    far = replace(token, ref=94.0, entropy=0.0)
+    sums = run(PLAIN, [[[far]]], "token_mean", "engine_logprobs", dtype=torch.float32)[3]
+    assert sums["actor/kl_loss"].item() == 10.0
 
 
 def test_the_batch_meets_every_branch() -> None:
