@@ -261,7 +261,7 @@ class Run:
         if self._sharing_checked or not self.config.policy.share_prompts:
             return
         slices = (
-            slice_group(g, prompt_tokens=256, responses=3, response_tokens=32) for g in groups
+            slice_group(g, prompt_tokens=256, responses=3, response_tokens=128) for g in groups
         )
         first = next((s for s in slices if len(s.responses) > 1), None)
         if first is None:

@@ -1,5 +1,5 @@
-"""The first-use check passes on sound kernels in every layout, changes nothing, and names the
-layer of a kernel that is wrong in one direction."""
+"""The first-use check passes on sound kernels in every layout, type, depth and kind of head,
+changes nothing, and names the layer of a kernel that is wrong in one direction."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 from harness import run_ranks, tiny_hf
-from test_policy_parity import groups_of, make_policy
+from test_policy_parity import TEMPERATURE, groups_of, make_policy, policy_on
 
 from megatron_qlrl.errors import KernelError
 from megatron_qlrl.packing.microbatch import group_rows
 from megatron_qlrl.packing.rows import slice_group
+from megatron_qlrl.parallel.context import init_parallel
 from megatron_qlrl.policy.kernels import AtenCpu
 from megatron_qlrl.policy.selfcheck import check_sharing
 from megatron_qlrl.policy.step import Policy
-from megatron_qlrl.types import PackedRow
+from megatron_qlrl.types import PackedRow, TrainGroup, TrainResponse
 
 
 class WrongForward(AtenCpu):
@@ -42,12 +43,17 @@ class NotANumber(AtenCpu):
         return out if causal else out * float("nan"), lse
 
 
-def sides() -> tuple[list[PackedRow], list[PackedRow]]:
-    group = slice_group(groups_of(157)[0], prompt_tokens=20, responses=3, response_tokens=9)
+def both_sides(group: TrainGroup, *, max_tokens: int) -> tuple[list[PackedRow], list[PackedRow]]:
     shared, separate = (
-        group_rows(group, max_tokens=60, share_prompt=share, cost=lambda prompt, responses: 1.0)
+        group_rows(group, max_tokens=max_tokens, share_prompt=share, cost=lambda p, r: 1.0)
         for share in (True, False)
     )
+    return shared, separate
+
+
+def sides() -> tuple[list[PackedRow], list[PackedRow]]:
+    group = slice_group(groups_of(157)[0], prompt_tokens=20, responses=3, response_tokens=9)
+    shared, separate = both_sides(group, max_tokens=60)
     assert (len(shared[0].blocks[0].responses), len(separate[0].blocks[0].responses)) == (3, 1)
     return shared, separate
 
@@ -66,19 +72,27 @@ def check(rank: int, case: tuple[Path, tuple[int, int, int]]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(sound, policy.model.parameters(), strict=True))
     assert all(not p.main_grad.any() for p in policy.model.parameters())
     assert policy.version == 0
-    assert policy.model.config.finalize_model_grads_func is not None
+    # Under context parallelism a separate row is made of pieces that are not causal, too.
+    side = "separate rows" if context.cp.size > 1 else "shared prompts"
+    name_broken_layer(policy, *sides(), number=2, side=side)
+
+
+def name_broken_layer(
+    policy: Policy,
+    shared: list[PackedRow],
+    separate: list[PackedRow],
+    *,
+    number: int,
+    side: str = "shared prompts",
+) -> None:
     for kernel, what in (
-        (WrongForward(), "output of layer 2"),
-        (NotANumber(), "output of layer 2"),
-        (WrongBackward(), "gradient of layer 2"),
+        (WrongForward(), f"output of layer {number}"),
+        (NotANumber(), f"output of layer {number}"),
+        (WrongBackward(), rf"gradient \(keys\) of layer {number}"),
     ):
-        break_layer(policy, 2, kernel)
-        with pytest.raises(KernelError, match=f"the {what} with shared prompts"):
-            check_sharing(policy, *sides())
-    break_layer(policy, 2, AtenCpu())
-    break_layer(policy, 1, WrongBackward())
-    with pytest.raises(KernelError, match="gradient of layer 1 "):
-        check_sharing(policy, *sides())
+        break_layer(policy, number, kernel)
+        with pytest.raises(KernelError, match=f"the {what} with {side} is off"):
+            check_sharing(policy, shared, separate)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -87,3 +101,46 @@ def test_self_check(tmp_path: Path, world_size: int) -> None:
     layouts = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
     fitting = [x for x in layouts if world_size % int(np.prod(x)) == 0]
     run_ranks(check, world_size, [(folder, layout) for layout in fitting])
+
+
+def sampled_group(folder: Path, *, peak: float) -> tuple[TrainGroup, float]:
+    """Scales the model's head by `peak`; a prompt of 40 tokens with three responses of 32 that the
+    model sampled itself, and how many nats a token of theirs has."""
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(0, 157, (40,), generator=generator)
+    ids, nats = prompt.repeat(3, 1), []
+    with torch.no_grad():
+        net.lm_head.weight.mul_(peak)
+        for _ in range(32):
+            logp = (net(ids).logits[:, -1] / TEMPERATURE).log_softmax(-1)
+            chosen = torch.multinomial(logp.exp(), 1, generator=generator)
+            nats.append(-logp.gather(1, chosen))
+            ids = torch.cat([ids, chosen], 1)
+    net.save_pretrained(folder)
+    responses = tuple(TrainResponse(r.numpy().astype(np.int32), 1.0) for r in ids[:, 40:])
+    return TrainGroup(prompt.numpy().astype(np.int32), responses), float(torch.cat(nats).mean())
+
+
+def check_deep(rank: int, case: tuple[Path, TrainGroup, torch.dtype, bool]) -> None:
+    folder, group, dtype, break_a_layer = case
+    policy = policy_on(init_parallel(tp=1, pp=1, cp=1, seed=1), folder, dtype=dtype)
+    rows = both_sides(group, max_tokens=200)
+    check_sharing(policy, *rows)
+    if break_a_layer:
+        name_broken_layer(policy, *rows, number=policy.shape.num_layers // 2)
+
+
+@pytest.mark.parametrize("depth", [2, 28, 48])
+def test_depth_and_head_do_not_matter(tmp_path: Path, depth: int) -> None:
+    """The gradients of the sound bfloat16 models of 28 and 48 layers with a peaked head differ by
+    0.2 and 0.6 between shared prompts and separate rows, from end to end."""
+    cases = []
+    for head, peak, least, most in (("random", 1.0, 2.0, 5.0), ("peaked", 3.5, 0.3, 1.3)):
+        folder = tiny_hf(tmp_path / head, "qwen2", num_hidden_layers=depth)
+        group, nats = sampled_group(folder, peak=peak)
+        assert least < nats < most, nats
+        cases += [(folder, group, torch.bfloat16, True), (folder, group, torch.float32, depth == 2)]
+    run_ranks(check_deep, 1, cases)
