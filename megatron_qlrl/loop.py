@@ -20,7 +20,7 @@ import numpy as np
 from megatron_qlrl.curriculum.dynamic import Batch, DynamicSampler
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.metrics.monitor import Monitor
-from megatron_qlrl.metrics.rollouts import rollout_metrics, source_metrics
+from megatron_qlrl.metrics.rollouts import part_metrics, rollout_metrics
 from megatron_qlrl.metrics.timer import Timer
 from megatron_qlrl.types import (
     PackedRow,
@@ -113,8 +113,8 @@ def step_metrics(batch: Batch, phase: int, sampler: DynamicSampler) -> dict[str,
     groups, curriculum = batch.generated, sampler.curriculum
     return (
         rollout_metrics(groups)
-        | source_metrics(groups, lambda g: g.prompt.data_source)
-        | source_metrics(groups, lambda g: curriculum.source(phase, g.prompt.uid))
+        | part_metrics(groups, "source", lambda g: g.prompt.data_source)
+        | part_metrics(groups, "curriculum", lambda g: curriculum.source(phase, g.prompt.uid))
         | batch.metrics
         | curriculum.metrics(phase)
     )

@@ -71,7 +71,7 @@ def _run_stretch(
         with run.progress.doing("reading the prompts"):
             prompts = on_all_ranks(partial(read_train_prompts, whole, run.tokenizer, warn=run.warn))
         run.read_benchmarks()
-        curriculum = on_all_ranks(partial(make_curriculum, whole, prompts))
+        curriculum = on_all_ranks(partial(make_curriculum, whole, config.curriculum, prompts))
         if config.algorithm.reference:
             run.policy.keep_reference()
         state = run.restore(newest, fresh_steps=fresh_steps(whole))

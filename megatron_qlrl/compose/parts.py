@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_qlrl import __version__
 from megatron_qlrl.advantage.group import group_advantages
 from megatron_qlrl.advantage.shaping import shaped_rewards
-from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.schema import Config, CurriculumConfig
 from megatron_qlrl.config.shape import ModelShape, read_shape
 from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.errors import CheckpointError, ConfigError, RewardError
@@ -149,6 +149,26 @@ def load_tokenizer(folder: Path) -> Any:
         raise ConfigError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
 
 
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Whether the model knows every token of its tokenizer. A padding token may lie beyond: no
+    text holds one.
+
+    Raises:
+        ConfigError: naming tokens that it does not know.
+    """
+    beyond = [
+        f"{token!r} ({number})"
+        for token, number in tokenizer.get_vocab().items()
+        if number >= vocab_size and number != tokenizer.pad_token_id
+    ]
+    if beyond:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has {len(beyond)} tokens that the model "
+            f"with its vocab_size={vocab_size} does not know, e.g. {', '.join(beyond[:3])}; put "
+            "the model's own tokenizer files into model.path"
+        )
+
+
 def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
     """The tokenizer's end token and all of generation_config.json's."""
     stops = {tokenizer.eos_token_id}
@@ -159,12 +179,15 @@ def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
     return sorted(s for s in stops if s is not None)
 
 
-def make_curriculum(config: Config, prompts: Sequence[Prompt]) -> Curriculum:
+def make_curriculum(
+    whole: Config, settings: CurriculumConfig, prompts: Sequence[Prompt]
+) -> Curriculum:
+    """The curriculum of all phases of the run, with the settings of those that run now."""
     return Curriculum(
         prompts,
-        limits=[p.max_input_tokens for p in config.phases],
-        seed=config.run.seed,
-        config=config.curriculum,
+        limits=[p.max_input_tokens for p in whole.phases],
+        seed=whole.run.seed,
+        config=settings,
     )
 
 

@@ -13,6 +13,7 @@ from megatron_qlrl.advantage.filters import has_spread
 from megatron_qlrl.compose.evaluation import Evaluation
 from megatron_qlrl.compose.parts import (
     changed_rope,
+    check_vocabulary,
     load_tokenizer,
     make_context,
     make_policy,
@@ -128,6 +129,7 @@ class Run:
         self.leads = self.context.rank == 0
         self.progress = Progress.of_rank(self.context.rank)
         self.tokenizer = load_tokenizer(Path(config.model.path))
+        check_vocabulary(self.tokenizer, self.shape.vocab_size)
         self.tracker = Tracker.silent()
         self.store = make_store(config)
         self.monitor = Monitor(config.stability, warn=self.warn)

@@ -73,8 +73,9 @@ class PhaseConfig(Section):
     steps: int = Field(gt=0)
     """Optimizer steps (rollout batches) of the phase."""
     overrides: dict[str, dict[str, Any]] = {}
-    """Settings that are others in this phase, as sections of the config (the ones in
-    OVERRIDABLE): {policy: {cp: 2, max_tokens_per_row: 72000}, optimizer: {lr: 1.0e-6}}."""
+    """Settings that are others in this phase, as sections of the config (the ones in OVERRIDABLE,
+    without the settings in FIXED): {policy: {cp: 2, max_tokens_per_row: 72000}, optimizer:
+    {lr: 1.0e-6}}."""
     reference: Literal["keep", "renew"] = "keep"
     """Reference policy of the phase: that of the phase before (of the first phase: model.path), or
     the weights at the phase's start."""
@@ -100,14 +101,21 @@ class PhaseConfig(Section):
                 f"phases: overrides cannot change {', '.join(wrong)}; a phase may change settings "
                 f"of {', '.join(OVERRIDABLE)}"
             )
-        if "distributed_optimizer" in overrides.get("policy", {}):
-            raise ValueError(
-                "phases: policy.distributed_optimizer is the same in all phases (the two kinds "
-                "cannot read each other's checkpoints); set it for the whole run"
-            )
+        for name, reason in FIXED.items():
+            section, _, key = name.partition(".")
+            # What is no section at all is refused with the phase's whole config.
+            if isinstance(settings := overrides.get(section), dict) and key in settings:
+                raise ValueError(
+                    f"phases: {name} is the same in all phases ({reason}); set it for the whole run"
+                )
         return overrides
 
 
+FIXED = {
+    "policy.distributed_optimizer": "the two kinds cannot read each other's checkpoints",
+    "optimizer.warmup_steps": "the warm-up counts from the run's first step",
+}
+"""Settings of overridable sections that no phase may change, and why."""
 OVERRIDABLE = ("policy", "rollout", "algorithm", "optimizer", "curriculum", "stability")
 
 
@@ -149,7 +157,8 @@ class AlgorithmConfig(Section):
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     """How token losses are averaged: over all tokens of the optimizer batch (DAPO), per
     response and then over responses (GRPO), or over a constant number of tokens per response
-    (rollout.max_response_tokens, Dr. GRPO)."""
+    (rollout.max_response_tokens, Dr. GRPO). Empty responses count as responses in the latter two
+    (verl leaves them out of the mean over responses)."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     clip_high: float = Field(default=0.28, ge=0)
     """Ratios are clipped to [1 - clip_low, 1 + clip_high]."""
@@ -180,7 +189,8 @@ class AlgorithmConfig(Section):
     leave the step without an update."""
     max_staleness: int = Field(default=0, ge=0)
     """Groups beyond a full batch wait for the next steps until the weights have had more than so
-    many optimizer updates; 0 drops them."""
+    many optimizer updates; 0 drops them. There are such groups only with oversampling above 1, or
+    where incomplete batches are skipped."""
     overlong_buffer_tokens: int | None = Field(default=None, gt=0)
     """Overlong shaping (DAPO): over the last so many tokens before rollout.max_response_tokens
     the reward that advantages are made of falls linearly by 1. None: no shaping."""
@@ -253,7 +263,8 @@ class SFTConfig(Section):
     max_steps: int | None = Field(default=None, gt=0)
     """Stops earlier than the epochs would."""
     aggregation: Literal["token_mean", "sequence_mean"] = "sequence_mean"
-    """Mean of the per-example means (the method's warm-up) or over all response tokens."""
+    """Mean of the per-example means (the method's warm-up) or over all response tokens. (An
+    example always has a token: its end.)"""
 
 
 JUDGE_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -472,6 +483,18 @@ class Config(Section):
         """Of all phases; the config itself when there are none."""
         return [self.for_phase(k) for k in range(len(self.phases))] or [self]
 
+    def _check_surplus(self) -> None:
+        """Whether max_staleness can have any group to keep."""
+        settings = self.algorithm
+        skips = settings.incomplete_batch == "skip" and settings.generation_rounds > 1
+        if settings.max_staleness and settings.oversampling == 1 and not skips:
+            raise ValueError(
+                f"algorithm.max_staleness={settings.max_staleness} has no effect: no groups are "
+                "left over from a batch. Set algorithm.oversampling above 1, or "
+                "algorithm.incomplete_batch=skip with algorithm.generation_rounds above 1; or "
+                "leave max_staleness at 0"
+            )
+
     def _check_sizes(self) -> None:
         if self.rollout.prompts_per_step % self.algorithm.updates_per_step:
             raise ValueError(
@@ -490,6 +513,7 @@ class Config(Section):
             )
         if self.algorithm.kl_coef > 0 and not self.algorithm.reference:
             raise ValueError("algorithm.kl_coef > 0 needs algorithm.reference=true")
+        self._check_surplus()
         buffer = self.algorithm.overlong_buffer_tokens or 0
         if buffer > self.rollout.max_response_tokens:
             raise ValueError(

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_qlrl.types import Rollout, ScoredGroup
 
-SOURCE_METRICS = (
+PART_METRICS = (
     "critic/rewards/mean",
     "response_length/mean",
     "response_length/clip_ratio",
@@ -43,12 +43,13 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def source_metrics(
-    groups: Sequence[ScoredGroup], source: Callable[[ScoredGroup], str]
+def part_metrics(
+    groups: Sequence[ScoredGroup], prefix: str, part: Callable[[ScoredGroup], str]
 ) -> dict[str, float]:
-    """The same of each source's groups alone, as `source/<source>/<name>`."""
+    """The same of each part's groups alone, as `<prefix>/<part>/<name>`. Data sources have names
+    of the user's, so what is divided otherwise needs a prefix of its own."""
     found: dict[str, float] = {}
-    for name in sorted({source(g) for g in groups}):
-        metrics = rollout_metrics([g for g in groups if source(g) == name])
-        found |= {f"source/{name}/{key}": metrics[key] for key in SOURCE_METRICS}
+    for name in sorted({part(g) for g in groups}):
+        metrics = rollout_metrics([g for g in groups if part(g) == name])
+        found |= {f"{prefix}/{name}/{key}": metrics[key] for key in PART_METRICS}
     return found

@@ -21,7 +21,8 @@ def token_weight(
 
     token_mean: 1 / total response tokens (DAPO). sequence_mean: 1 / (responses * own length)
     (GRPO). constant: 1 / (responses * constant_tokens) (Dr. GRPO). Empty responses count as
-    responses and have no tokens to weigh.
+    responses and have no tokens to weigh. (verl's seq-mean-token-mean leaves them out: there the
+    mean over the others is larger by responses / responses that are not empty.)
     """
     lengths = [[len(r.token_ids) for r in g.responses] for g in groups]
     num_tokens = sum(map(sum, lengths))

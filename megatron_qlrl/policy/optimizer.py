@@ -74,6 +74,9 @@ def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> fl
     return config.lr * (1 - (1 - config.min_lr_ratio) * progress)
 
 
-def set_learning_rate(optimizer: Any, rate: float) -> None:
+def apply_settings(optimizer: Any, config: OptimizerConfig, *, rate: float) -> None:
+    """Gives every parameter group its settings; a checkpoint that was loaded brings those along
+    that it was saved with."""
+    settings = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group.update(settings, lr=rate)

@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.errors import DataError
 from megatron_qlrl.parallel.collectives import gather_objects
 from megatron_qlrl.parallel.context import ParallelContext
 from megatron_qlrl.platform.device import device
@@ -27,7 +28,7 @@ from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.policy.attention import AttentionPlan
 from megatron_qlrl.policy.logprobs import token_logprobs
 from megatron_qlrl.policy.model import build_model
-from megatron_qlrl.policy.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+from megatron_qlrl.policy.optimizer import apply_settings, build_optimizer, wrap_data_parallel
 from megatron_qlrl.types import MicroBatch, PackedRow
 
 # (log-probs, entropy, columns), all [M] -> (weighted sum, sums for the metrics)
@@ -70,7 +71,7 @@ class Policy:
         self.version = 0
         self.shard = shard
         self._reference: list[torch.Tensor] | None = None
-        self._offload = optimizer.offload
+        self._settings = optimizer
         with megatron_device():
             self.model = build_model(shape, policy, dtype=dtype, context=context).to(device())
             load(self.model)
@@ -80,7 +81,7 @@ class Policy:
             self.optimizer = build_optimizer(
                 self.wrapped, optimizer, distributed=policy.distributed_optimizer
             )
-            if self._offload:
+            if optimizer.offload:
                 self.optimizer.offload_to_cpu()
         self.model.config.finalize_model_grads_func = finalize_model_grads
 
@@ -103,7 +104,7 @@ class Policy:
                 norm = float(self.optimizer.get_grad_norm())
                 metrics = _means(found, self.context) | {"actor/grad_norm": norm, "actor/lr": lr}
                 if all(gather_objects(permit(metrics))):
-                    set_learning_rate(self.optimizer, lr)
+                    apply_settings(self.optimizer, self._settings, rate=lr)
                     self.optimizer.step()
                     self.version += 1
         return metrics
@@ -127,10 +128,10 @@ class Policy:
         """Inside, the optimizer's state is on the device; outside, with optimizer.offload, in host
         memory. Without a GPU the same calls move nothing. Not run on a GPU yet."""
         with megatron_device():
-            if self._offload:
+            if self._settings.offload:
                 self.optimizer.restore_from_cpu()
             yield
-            if self._offload:
+            if self._settings.offload:
                 self.optimizer.offload_to_cpu()
 
     @torch.no_grad()
@@ -185,7 +186,13 @@ class Policy:
 
     def run(self, rows: Sequence[PackedRow], finish: Any, *, forward_only: bool) -> list[Any]:
         """Megatron's schedule over `rows`; `finish` (micro-batch, log-probs, entropy) gives what
-        the schedule wants of the last stage. Inside `megatron_device()`."""
+        the schedule wants of the last stage. Inside `megatron_device()`.
+
+        Raises:
+            DataError: (on this rank) a token id that the model does not have.
+        """
+        for row in rows:
+            check_token_ids(row.token_ids, self.shape.vocab_size)
         batches = iter([self.shard(row) for row in rows])
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward, finish),
@@ -223,6 +230,21 @@ class Policy:
             tp_group=self.context.tp.group,
         )
         return finish(batch, logprobs, entropy)
+
+
+def check_token_ids(token_ids: np.ndarray, vocab_size: int) -> None:
+    """Checked here, in host memory, because it costs nothing: on the device an id beyond the
+    vocabulary meets padding or no shard at all, and its log-prob is a wrong number.
+
+    Raises:
+        DataError: there is such an id.
+    """
+    wrong = token_ids[(token_ids < 0) | (token_ids >= vocab_size)]
+    if wrong.size:
+        raise DataError(
+            f"token id {wrong[0]} is outside the model's vocabulary of {vocab_size}; the tokenizer "
+            "that made it is another model's: put the model's own tokenizer files into model.path"
+        )
 
 
 def training_loss(

@@ -46,7 +46,7 @@ def test_phases_see_their_lengths_layouts_and_settings(whole: Any, read_jsonl: A
     assert short["prompt_length/max"] <= 250 < long["prompt_length/max"] <= 500
     assert record[3]["curriculum/carried/drawn"] > 0
     for line in record[2:]:
-        carried = line["source/carried/batch/groups"]
+        carried = line["curriculum/carried/batch/groups"]
         assert 0 < carried <= 3
     assert [line["batch/held_groups"] > 0 for line in record] == [True] * 4
     assert short["batch/staleness/max"] == record[3]["batch/staleness/max"] == 1

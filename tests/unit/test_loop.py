@@ -379,6 +379,6 @@ def test_the_monitor_judges_each_step_before_its_updates() -> None:
 
 def test_the_record_tells_new_from_carried_and_the_data_sources() -> None:
     _, report, _ = next(FakeRun().steps(0))
-    assert report.metrics["source/new/batch/groups"] == 4
+    assert report.metrics["curriculum/new/batch/groups"] == 4
     assert report.metrics["source/docqa/batch/groups"] == 4
-    assert "source/carried/batch/groups" not in report.metrics
+    assert "curriculum/carried/batch/groups" not in report.metrics

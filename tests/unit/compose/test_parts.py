@@ -8,9 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_qlrl.compose.parts import check_masked, judge_metrics, newest_checkpoint
+from megatron_qlrl.compose.parts import (
+    check_masked,
+    check_vocabulary,
+    judge_metrics,
+    newest_checkpoint,
+)
 from megatron_qlrl.config.schema import Config
-from megatron_qlrl.errors import CheckpointError, RewardError
+from megatron_qlrl.errors import CheckpointError, ConfigError, RewardError
 from megatron_qlrl.types import Prompt, Score, ScoredGroup
 from megatron_qlrl.weights.checkpoint import FORMAT
 from megatron_qlrl.weights.megatron_format import FILES
@@ -19,6 +24,19 @@ from megatron_qlrl.weights.megatron_format import FILES
 def group(*values: float | None) -> ScoredGroup:
     prompt = Prompt("f:0", np.zeros(1, np.int32), "musique", "?", "!")
     return ScoredGroup(prompt, (), tuple(Score(v, v or 0.0) for v in values))
+
+
+class Tokenizer:
+    name_or_path, pad_token_id = "folder", 5
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"a": 0, "b": 3, "<pad>": 5, "<tool>": 4}
+
+
+def test_tokens_that_the_model_does_not_know() -> None:
+    check_vocabulary(Tokenizer(), 5)  # the padding token alone lies beyond
+    with pytest.raises(ConfigError, match=r"of 'folder' has 1 tokens .* vocab_size=4 .*'<tool>'"):
+        check_vocabulary(Tokenizer(), 4)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_without_phases_the_config_is_its_own() -> None:
         ({"policy": {"cp": 2}}, ["phases.1.overrides", "max_tokens_per_row=160", "900 + 50"]),
         ({"model": {"path": "x"}}, ["cannot change model", "policy, rollout, algorithm"]),
         ({"policy": {"distributed_optimizer": False}}, ["the same in all phases"]),
+        ({"optimizer": {"warmup_steps": 9}}, ["optimizer.warmup_steps", "the run's first step"]),
         ({"policy": 3}, ["phases.1.overrides.policy", "a section"]),
     ],
 )
@@ -66,6 +67,27 @@ def test_wrong_overrides(tmp_path: Path, overrides: dict[str, Any], expected: li
         load_config(write(tmp_path, overrides))
     for text in expected:
         assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "effective"),
+    [
+        ({}, False),
+        ({"generation_rounds": 3}, False),  # rounds alone stop at a full batch
+        ({"incomplete_batch": "skip"}, False),  # with one round no batch counts as incomplete
+        ({"oversampling": 1.5}, True),
+        ({"incomplete_batch": "skip", "generation_rounds": 3}, True),
+    ],
+)
+def test_staleness_without_surplus_is_refused(
+    tmp_path: Path, algorithm: dict[str, Any], effective: bool
+) -> None:
+    path = write(tmp_path, {}, policy=FITS, algorithm={"max_staleness": 2} | algorithm)
+    if effective:
+        assert load_config(path).algorithm.max_staleness == 2
+    else:
+        with pytest.raises(ConfigError, match="max_staleness=2 has no effect: .*oversampling"):
+            load_config(path)
 
 
 def test_overlong_buffer_must_fit_the_response(tmp_path: Path) -> None:

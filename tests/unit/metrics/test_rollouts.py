@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_qlrl.metrics.rollouts import rollout_metrics, source_metrics
+from megatron_qlrl.metrics.rollouts import part_metrics, rollout_metrics
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
 
 
@@ -64,7 +64,7 @@ def test_sources_apart() -> None:
         scored(prompt("b", source="math"), 1.0, finished=False),
         scored(prompt("c"), None),
     ]
-    assert source_metrics(groups, lambda g: g.prompt.data_source) == {
+    assert part_metrics(groups, "source", lambda g: g.prompt.data_source) == {
         "source/docqa/critic/rewards/mean": 0.5,
         "source/docqa/response_length/mean": 4 / 3,
         "source/docqa/response_length/clip_ratio": 0.0,
@@ -74,4 +74,4 @@ def test_sources_apart() -> None:
         "source/math/response_length/clip_ratio": 1.0,
         "source/math/batch/groups": 1.0,
     }
-    assert source_metrics([], lambda g: "x") == {}
+    assert part_metrics([], "source", lambda g: "x") == {}

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_qlrl.config.schema import OptimizerConfig
-from megatron_qlrl.policy.optimizer import learning_rate, set_learning_rate
+from megatron_qlrl.policy.optimizer import apply_settings, learning_rate
 
 
 def rates(total: int, **settings: float) -> list[float]:
@@ -31,9 +31,16 @@ def test_beyond_the_last_step_it_stays_at_the_minimum() -> None:
     assert learning_rate(config, step=99, total_steps=5) == pytest.approx(2.0)
 
 
-def test_every_parameter_group_gets_the_rate() -> None:
-    class Optimizer:
-        param_groups = [{"lr": 1.0}, {"lr": 2.0, "weight_decay": 0.1}]
+def test_every_parameter_group_gets_the_settings_of_the_config() -> None:
+    """Not those of the checkpoint that was loaded into it."""
 
-    set_learning_rate(Optimizer, 0.5)
-    assert Optimizer.param_groups == [{"lr": 0.5}, {"lr": 0.5, "weight_decay": 0.1}]
+    class Optimizer:
+        param_groups = [
+            {"lr": 1.0, "betas": (0.5, 0.6), "eps": 1.0, "weight_decay": 0.1, "wd_mult": 1.0},
+            {"lr": 2.0, "betas": (0.5, 0.6), "eps": 1.0, "weight_decay": 0.2, "wd_mult": 0.0},
+        ]
+
+    config = OptimizerConfig.model_validate({"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3})
+    apply_settings(Optimizer, config, rate=0.5)
+    same = {"lr": 0.5, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
+    assert Optimizer.param_groups == [same | {"wd_mult": 1.0}, same | {"wd_mult": 0.0}]

@@ -1,12 +1,17 @@
 """How the sums of micro-batches become the metrics of a step. (The step itself runs in
 tests/dist_cpu, against transformers.)"""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_qlrl.config.schema import OptimizerConfig
+from megatron_qlrl.errors import DataError
+from megatron_qlrl.packing.rows import empty_row
 from megatron_qlrl.policy.step import Policy, _means
 
 pytestmark = pytest.mark.usefixtures("lone_group")
@@ -54,9 +59,8 @@ def test_step_without_any_token_divides_by_nothing() -> None:
 class Recorder:
     """An optimizer and data-parallel wrapper that only write down what they are told."""
 
-    param_groups = [{"lr": 1.0}]
-
     def __init__(self) -> None:
+        self.param_groups = [{"lr": 1.0, "eps": 1.0}]
         self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -71,7 +75,8 @@ class FakePolicy(Policy):
     def __init__(self, recorder: Any, *, offload: bool) -> None:
         self.optimizer = self.wrapped = recorder
         self.context = context()
-        self.version, self._offload = 0, offload
+        self.version = 0
+        self._settings = OptimizerConfig.model_validate({"offload": offload, "eps": 1e-3})
 
     def run(self, *_: Any, **__: Any) -> list[Any]:
         return [self.wrapped.forward_backward() and FOUND[0]]
@@ -92,3 +97,15 @@ def test_optimizer_is_on_the_device_from_its_gradients_to_its_step(allowed: bool
             work = ["restore_from_cpu", *work, "offload_to_cpu"]
         assert recorder.calls == UPDATE + work
         assert policy.version == len(step)
+        (group,) = recorder.param_groups
+        assert (group["lr"], group["eps"]) == ((0.5, 1e-3) if allowed else (1.0, 1.0))
+
+
+@pytest.mark.parametrize("wrong", [-1, 157, 160])
+def test_a_token_that_the_model_does_not_have_is_refused(wrong: int) -> None:
+    """Its log-prob would be a wrong number: 157 to 159 are rows of padding."""
+    policy = Policy.__new__(Policy)
+    policy.shape = SimpleNamespace(vocab_size=157)  # pyright: ignore
+    row = replace(empty_row(), token_ids=np.array([0, 156, wrong], np.int32))
+    with pytest.raises(DataError, match=f"token id {wrong} is outside .* of 157; the tokenizer"):
+        policy.run([empty_row(), row], None, forward_only=True)
