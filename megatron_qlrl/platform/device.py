@@ -18,11 +18,16 @@ def backend() -> str:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used (it needs a GPU)."""
+    """Whether Transformer Engine can be used: there is a GPU, and the layers that Megatron takes
+    from it load. (Without its torch extension the package itself can be imported all the same.)"""
     if not has_gpu():
         return False
     try:
-        import transformer_engine  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
+        from transformer_engine.pytorch import (  # noqa: F401  # pyright: ignore
+            LayerNormLinear,
+            Linear,
+            RMSNorm,
+        )
+    except (ImportError, OSError):
         return False
     return True

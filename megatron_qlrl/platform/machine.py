@@ -1,4 +1,5 @@
-"""What this machine has, as names and reasons: torch-free, so that `qlrl check` can say it."""
+"""What this machine has, as names and reasons: without a GPU torch-free, so that `qlrl check` can
+say it."""
 
 import shutil
 import subprocess
@@ -16,12 +17,22 @@ class Choice:
 
 
 def attention_kernel(*, gpu: bool) -> Choice:
-    """The kernel of `policy.kernels` for a machine with or without a GPU."""
+    """The kernel of `policy.kernels` for a machine with or without a GPU. flash-attn is taken if
+    the functions that are called load: the package may be there for another's sake (flash-attn 4
+    lies in its folder), or made for another torch."""
     if not gpu:
         return Choice("aten_cpu", "no GPU: torch's CPU flash kernel")
-    if find_spec("flash_attn"):
-        return Choice("flash_attn", "flash-attn is installed: grouped keys are not copied")
-    return Choice("aten_cuda", "flash-attn is not installed: torch's own CUDA flash kernel")
+    if find_spec("flash_attn") is None:
+        return Choice("aten_cuda", "flash-attn is not installed: torch's own CUDA flash kernel")
+    try:
+        from flash_attn.flash_attn_interface import (  # noqa: F401  # pyright: ignore
+            _flash_attn_backward,
+            _flash_attn_forward,
+        )
+    except (ImportError, OSError) as error:
+        why = f"flash-attn cannot be used here ({error}): torch's own CUDA flash kernel"
+        return Choice("aten_cuda", why)
+    return Choice("flash_attn", "flash-attn is installed: grouped keys are not copied")
 
 
 def commit() -> str | None:

@@ -237,8 +237,14 @@ def build_model(
         ConfigError: the GPU, CUDA or Transformer Engine cannot run policy.fp8_recipe.
     """
     config = transformer_config(shape, policy, dtype=dtype, tp=context.tp.size)
-    _check_fp8_recipe(config)
     engine = has_transformer_engine()
+    if policy.fp8 != "off" and not engine:
+        raise ConfigError(
+            f"policy.fp8={policy.fp8} needs Transformer Engine's layers, which do not load here "
+            '(`python -c "from transformer_engine.pytorch import Linear"` says why); install it '
+            "for this torch, or set policy.fp8=off"
+        )
+    _check_fp8_recipe(config)
     spec = layer_spec(transformer_engine=engine, qk_norm=shape.qk_norm)
     if engine:
         from megatron.core.extensions.transformer_engine import TENorm

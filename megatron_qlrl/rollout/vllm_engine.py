@@ -120,24 +120,41 @@ class VllmEngine:
         """Loads `weights` and yields `generate`; sleeps afterwards, also on an error.
 
         Raises:
-            SyncError: a tensor is missing, unknown, doubled or of another shape.
+            SyncError: a tensor is missing, unknown, doubled or of another shape, or the engine
+                cannot load it. An engine that then fails to sleep, too, does not hide it.
             StopRequested: (by `generate`) a rank of this engine had a reason to give up.
         """
         self._wake("weights")
         try:
-            executor: Any = self._llm.llm_engine.model_executor  # pyright: ignore
-            # `model.load_weights` does not work after start on CPU, where weights are packed.
-            executor.driver_worker.reload_weights(weights_iterator=self._checked(weights))
+            self._reload(weights)
             self._wake("kv_cache")
             self._llm.reset_prefix_cache()
             yield self._generate
-        finally:
-            self._sleep()
+        except BaseException as first:
+            try:
+                self._sleep()
+            finally:
+                # Half awake it may fail to sleep: what went wrong first is what has to be known.
+                raise first
+        self._sleep()
 
     def close(self) -> None:
         """Ends the engine. vLLM destroys every process group on the way, ours too, so this is
         the last thing a run does; left to the interpreter's exit it fails with a stack trace."""
         self._llm.llm_engine.engine_core.shutdown()
+
+    def _reload(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        executor: Any = self._llm.llm_engine.model_executor  # pyright: ignore
+        try:
+            # `model.load_weights` does not work after start on CPU, where weights are packed.
+            executor.driver_worker.reload_weights(weights_iterator=self._checked(weights))
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+            raise SyncError(
+                f"weight sync: the engine could not load the weights ({type(error).__name__}: "
+                f"{error})"
+            ) from error
 
     def _wake(self, part: str) -> None:
         if has_gpu():

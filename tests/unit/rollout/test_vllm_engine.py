@@ -94,6 +94,62 @@ def test_on_a_gpu_the_cache_wakes_after_the_weights(monkeypatch: pytest.MonkeyPa
     ]
 
 
+class Half(FakeLLM):
+    """Its weights are half replaced: it cannot load the rest, nor sleep."""
+
+    failure: BaseException
+
+    def reload(self, *, weights_iterator: Iterable[tuple[str, torch.Tensor]]) -> None:
+        super().reload(weights_iterator=weights_iterator)
+        raise self.failure
+
+    def sleep(self, *, level: int) -> None:
+        super().sleep(level=level)
+        raise RuntimeError("CUDA error: cannot sleep")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        KeyError("layers.0.qkv"),
+        ValueError("There is no module or parameter named layers.0.qkv"),
+        AssertionError("layers.0.qkv"),
+        RuntimeError("The size of tensor layers.0.qkv must match"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_weights_that_the_engine_cannot_load(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    monkeypatch.setattr(vllm_engine, "has_gpu", lambda: True)
+    llm = Half()
+    llm.failure = failure
+    with (
+        pytest.raises(SyncError, match=rf"could not load .*{type(failure).__name__}.*layers.0.qkv"),
+        engine_with(llm).awake([("a", A), ("b", B)]),
+    ):
+        pass
+    assert llm.calls[-1] == ("sleep", 2)
+
+
+def test_no_error_of_going_to_sleep_hides_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "has_gpu", lambda: True)
+    llm = Half()
+    llm.failure = torch.OutOfMemoryError("CUDA out of memory")  # no disagreement about weights
+    both = [("a", A), ("b", B)]
+    with pytest.raises(torch.OutOfMemoryError), engine_with(llm).awake(both):
+        pass
+    with pytest.raises(SyncError, match="1 tensors missing"), engine_with(llm).awake([("a", A)]):
+        pass
+    llm.reload = FakeLLM.reload.__get__(llm)  # pyright: ignore
+    llm.llm_engine.model_executor.driver_worker.reload_weights = llm.reload
+    with pytest.raises(StopRequested), engine_with(llm).awake(both):
+        raise StopRequested("asked")
+    with pytest.raises(RuntimeError, match="cannot sleep"), engine_with(llm).awake(both):
+        pass
+    assert llm.calls.count(("sleep", 2)) == 4
+
+
 @pytest.mark.parametrize("where", ["weights", "generation"])
 def test_engine_sleeps_after_an_error(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     monkeypatch.setattr(vllm_engine, "has_gpu", lambda: True)
@@ -102,11 +158,11 @@ def test_engine_sleeps_after_an_error(monkeypatch: pytest.MonkeyPatch, where: st
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
         yield "a", A
         if where == "weights":
-            raise KeyError(where)
+            raise OSError(where)
         yield "b", B
 
-    with pytest.raises(KeyError, match=where), engine_with(llm).awake(weights()):
-        raise KeyError(where)
+    with pytest.raises(OSError, match=where), engine_with(llm).awake(weights()):
+        raise OSError(where)
     assert llm.calls[-1] == ("sleep", 2)
 
 
