@@ -17,6 +17,7 @@ from megatron_qlrl.compose.parts import (
 )
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.data.template import response_decoder
 from megatron_qlrl.errors import StopRequested
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import ParallelContext
@@ -136,7 +137,7 @@ class Rollouts:
             sampling=sampling,
             run_seed=self._config.run.seed,
             step=step,
-            decode=partial(self._tokenizer.decode, skip_special_tokens=True),
+            decode=response_decoder(self._tokenizer),
             on_done=submit,
         )
         found = self._sampled(sample, *weights)

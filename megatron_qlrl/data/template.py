@@ -1,6 +1,7 @@
 """One user message per question, and its token ids under a model's chat template."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -79,3 +80,23 @@ def opens_reasoning(tokenizer: Any, token_ids: np.ndarray) -> bool:
     """Whether a rendered prompt (int32 [P]) ends in an open `<think>`, as R1-Distill's does."""
     # Tokenizers that have no token for the tag need up to eight for it and the line end.
     return tokenizer.decode(token_ids[-8:]).rstrip().endswith("<think>")
+
+
+def response_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """Turns response ids into text without special tokens, but with the tags of the reasoning: some
+    tokenizers hold `</think>` for a special token, and without it no answer would count."""
+    added = tokenizer.added_tokens_decoder
+    tags = {i: t.content for i, t in added.items() if t.content in ("<think>", "</think>")}
+    tags = {i: tag for i, tag in tags.items() if added[i].special}
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+
+    def decode_around_tags(ids: Sequence[int]) -> str:
+        parts: list[str] = []
+        start = 0
+        for place, token in enumerate(ids):
+            if token in tags:
+                parts += [decode(ids[start:place]), tags[token]]
+                start = place + 1
+        return "".join([*parts, decode(ids[start:])])
+
+    return decode_around_tags if tags else decode

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_qlrl.data.template import docqa_message, render
+from megatron_qlrl.data.template import docqa_message, render, response_decoder
 from megatron_qlrl.errors import ConfigError
 
 # "[role]" content ... "[gen]", with "[think]" only where enable_thinking is true.
@@ -58,3 +58,14 @@ def test_enable_thinking_reaches_the_template_only_when_set(value, last):
 def test_a_tokenizer_without_chat_template_is_a_clear_error():
     with pytest.raises(ConfigError, match="no chat template"):
         render(make_tokenizer(None), [{"role": "user", "content": "hello"}], None)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_responses_keep_the_tags_of_their_reasoning(special):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("</think>", special=special)])
+    tokenizer.add_special_tokens({"eos_token": "[end]"})
+    close, end = len(VOCAB), len(VOCAB) + 1
+    decode = response_decoder(tokenizer)
+    assert decode([3, close, 4, 3, end]).split() == ["hello", "</think>", "world", "hello"]
+    assert decode([3, 4, end]) == "hello world"
