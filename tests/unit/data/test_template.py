@@ -67,5 +67,6 @@ def test_responses_keep_the_tags_of_their_reasoning(special):
     tokenizer.add_special_tokens({"eos_token": "[end]"})
     close, end = len(VOCAB), len(VOCAB) + 1
     decode = response_decoder(tokenizer)
-    assert decode([3, close, 4, 3, end]).split() == ["hello", "</think>", "world", "hello"]
+    # This tokenizer puts spaces between words, but not around special tokens.
+    assert decode([3, close, 4, 3, end]).replace(" ", "") == "hello</think>worldhello"
     assert decode([3, 4, end]) == "hello world"
