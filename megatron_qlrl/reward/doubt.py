@@ -41,11 +41,11 @@ _SAID = re.compile(
     r"\b(?:says?|said|thinks?|believes?|claims?|argues?|imagine|hear|hold)$", re.IGNORECASE
 )
 _OWN_WORD = re.compile(
-    r"\b(?:i|we)\s+(?:\w+\s+)?(?:say|think|believe|know|conclude|find|found|see|confirm|infer"
+    r"\b(?:i|we)(?:['’](?:d|ll|ve))?\s+(?:\w+\s+)?(?:say|think|believe|know|conclude|find|found|see|confirm|infer"
     r"|determine|deduce)(?:\s+that)?$"
     r"|\b(?:true|clear|certain|sure|confident|evident|obvious|follows?|concluded?|shows?|shown"
     r"|means?|meaning|impl(?:y|ies|ying)|confirms?|indicat(?:es?|ing)|establish(?:es|ed)|proves?"
-    r"|states?|suggests?|is|no\s+doubt|see|found|known?|determined?)\s+that$",
+    r"|states?|suggests?|is|safe\s+to\s+say|no\s+doubt|see|found|known?|determined?)\s+that$",
     re.IGNORECASE,
 )
 _PLAIN_LEADS = frozenset(("", "Therefore", "So", "Thus", "Hence"))
@@ -64,46 +64,49 @@ _AWAY = re.compile(
 )
 
 _START = r"(?:^|[.!?;\n(—–])[ \t*_#>\"'“”‘’`\[-]*"  # of a sentence or a line
-_TAKEN_BACK = re.compile(
-    # openings of a sentence or a clause
-    rf"(?:{_START}|,\s*)(?:(?:oh|ah|well|okay|ok|hm+|um+)[\s,.]+)?(?:wait|nope|nah|hmm+|oops|sorry|apologies|actually|correction|hold\son"
-    r"|hang\son|scratch|strike\sthat|never\s?mind|on\s(?:second\sthoughts?|reflection)|or\srather"
-    r"|maybe|perhaps|possibly|probably|just\skidding"
-    r"|no(?=\s*(?:[,.!:;—–]|$)|\s+(?:wait|sorry|it|that|i)\b))\b"
-    # openings of a sentence only: "(Paris). But it was London."
-    rf"|(?:{_START}|^[\s,;]*)(?:or|nor|but|however|rather|instead|otherwise|alternatively|either"
-    r"|not|edit|update|unless|if\snot|then\sagain)\b"
-    # anywhere: no commitment
-    r"|\b(?:maybe|perhaps|possibly|alternatively|unsure|uncertain|guess|guessing|second\sthoughts?"
-    r"|reconsider|retract|my\s(?:mistake|bad|error)|made\s(?:a|an)\s(?:mistake|error)"
-    r"|take\s(?:it|that|this)\sback|changed?\smy\smind|correct\s(?:myself|that)|re-?think|torn"
-    r"|forget\s(?:it|that|this)|i\snow\sthink|(?:do\snot|don['’]t)\sthink\sso|scratch\sthat|never\s?mind|just\skidding"
-    r"|(?:disregard|ignore)\s(?:it|that|this|the|my|what)|i\smeant"
-    r"|i(?:\s+am|\s+was|['’]m|\s+(?:may|might|could)\s+be)\s+(?:wrong|mistaken|incorrect)"
-    r"|(?:not|n['’]t)\s+(?:\w+\s+){0,2}(?:sure|certain|confident)"
-    r"|(?:can|could|do)(?:\s*not|n['’]t)\s+(?:really\s+)?(?:know|tell|say|decide|determine|be\ssure)"
-    # anywhere: another candidate
-    r"|(?:it|this|that|they|he|she|there|answer)\s+(?:could|might|may|should)"
-    r"(?:\s+\w+){0,2}\s+(?:be|have\sbeen)|(?:could|might|may)\s+also"
-    r"|also\s+(?:be|possible|plausible|correct|right|acceptable|valid|fits?|works?)"
-    r"|equally\s+(?:possible|plausible|likely|valid|correct)|(?:is|seems)\s+(?:possible|plausible)"
-    r"|alternative|(?:works|fits|counts|applies)\s+too|(?:['’]s|\sis)\s+either"
-    r"|(?:other|real|actual|true|better|right)\s+answer"
-    r"|another\s+(?:possibility|possible|candidate|option|answer|alternative)"
-    r"|(?:would|could|might|may|should|must)\s+be\s+the\s+(?:\w+\s+)?answer"
-    r"|answer\s+(?:is\snot|was|would|could|might|may|should|must|can|cannot|isn)\b"
-    # anywhere: it is called wrong
-    r"|not\s+(?:the\s+)?(?:(?:correct|right|real|final|actual)\s+)?(?:answer|correct|right|it)"
-    r"|(?:it|this|that)\s+(?:isn['’]t|is\snot|wasn['’]t|was\snot)"
-    r"(?=\s*[,.;!]|\s*$|\s+(?:it|there|so)\b)"
-    r"|(?:this|that|it|which|above|answer|conclusion)(?:\s+is|\s+was|['’]s)\s+(?:\w+\s+){0,2}"
-    r"(?:wrong|incorrect|mistaken|inaccurate|untrue|a\slie|a\sjoke|a\smistake|an\serror)"
-    r"|answer\s+is\s+false)\b",
+_OPENINGS = re.compile(
+    # of a sentence or a clause: "Paris, no, London"
+    rf"(?:{_START}|,\s*)(?:(?:oh|ah|well|okay|ok|hm+|um+)[\s,.]+)?"
+    r"(?:wait|nope|nah|hmm+|oops|sorry|apologies|actually|correction|hold\son|hang\son|scratch"
+    r"|strike\sthat|never\s?mind|on\s(?:second\sthoughts?|reflection)|or\srather|probably"
+    r"|just\skidding|no(?=\s*(?:[,.!:;—–]|$)|\s+(?:wait|sorry|it|that|i)\b))\b"
+    # of a sentence, or right behind the answer: "(Paris). But it was London."
+    rf"|(?:{_START}|^[\s,;]*)(?:or|nor|but|however|rather|instead|otherwise|either|not|edit|update"
+    r"|unless|if\snot|then\sagain)\b"
+    # "That is wrong." Within a sentence it may concern another candidate.
+    rf"|(?:{_START}|^[\s,;]*)(?:this|that|it|which|(?:the\s)?above)(?:\s+is|\s+was|['’]s)\s+"
+    r"(?:\w+\s+){0,2}(?:wrong|incorrect|mistaken|inaccurate|untrue|a\slie|a\sjoke|a\smistake"
+    r"|an\serror)\b",
     re.IGNORECASE,
 )
-_AGAINST = re.compile(
-    r"\b(?:not|never|no|nor|neither|cannot|wrong|incorrect|false|untrue|mistaken|unlikely"
-    r"|impossible|rejected|except|but|than|instead)\b|n['’]t\b",
+_HEDGES = re.compile(
+    # no commitment
+    r"\b(?:maybe|perhaps|possibly|alternatively|unsure|(?:i|just\sa|only\sa|my)\s+guess|guessing"
+    r"|(?:not|n['’]t)\s+(?:\w+\s+){0,2}(?:sure|certain|confident)"
+    r"|i\s+(?:can|could|do)(?:\s*not|n['’]t)\s+(?:know|tell|say|decide|determine|be\ssure)"
+    r"|i(?:\s+am|\s+was|['’]m|\s+(?:may|might|could)\s+be)\s+(?:wrong|mistaken|incorrect)"
+    # another candidate
+    r"|(?:it|this|that|there|answer)\s+(?:could|might|may|should)(?!\s+not)(?:\s+\w+){0,2}\s+"
+    r"(?:be|have\sbeen)|(?:could|might|may)\s+also"
+    r"|(?:can|would)\s+also\s+be(?!\s+(?:seen|found|read))"
+    r"|also\s+(?:possible|plausible|correct|right|acceptable|valid|fits?|works?)"
+    r"|equally\s+(?:possible|plausible|likely|valid|correct)"
+    r"|(?:is|seems)\s+(?:possible|plausible)(?=\s*(?:[.,;!]|$))"
+    r"|alternative\s+(?:answer|is)|(?:works|fits|counts|applies)\s+too|(?:['’]s|\sis)\s+either"
+    r"|another\s+(?:possibility|possible|candidate|answer|alternative))\b",
+    re.IGNORECASE,
+)
+_RETRACTIONS = re.compile(
+    r"\b(?:guess|uncertain|second\sthoughts?|reconsider|retract|torn\sbetween|scratch\sthat"
+    r"|really\s+don['’]t\s+know|my\s(?:mistake|bad|error)|made\s(?:a|an)\s(?:mistake|error)"
+    r"|take\s(?:it|that|this)\sback|changed?\smy\smind|correct\smyself|re-?think|never\s?mind"
+    r"|(?:forget|disregard|ignore)\s(?:it|that|this|the|my|what)|i\smeant|i\snow\sthink"
+    r"|(?:do\snot|don['’]t)\sthink\sso|just\skidding|(?:other|real|actual|better)\s+answer"
+    r"|(?:would|could|might|may|should|must)\s+be\s+the\s+(?:\w+\s+)?answer"
+    r"|answer\s+(?:is\s(?:not|false|wrong|incorrect)|would|could|might|may|should|cannot|isn)"
+    r"|not\s+(?:be\s+)?(?:the\s+)?(?:(?:correct|right|real|final|actual)\s+)?(?:answer|correct|right|it)"
+    r"|(?:it|this|that)\s+(?:isn['’]t|is\snot|wasn['’]t|was\snot)"
+    r"(?=\s*[,.;!]|\s*$|\s+(?:it|there|so)\b))(?!\w)",
     re.IGNORECASE,
 )
 _SPACES = re.compile(r"\s+")
@@ -114,6 +117,7 @@ _CALLED_RIGHT = re.compile(
     r"(?:answer|one|choice|option))\b",
     re.IGNORECASE,
 )
+_LETTER_LINE = re.compile(r"^[^\w\n]*([A-Z])[^\w\n]*$", re.MULTILINE)
 _POINTERS = frozenset("this that it which he she they answer option choice above".split())
 _MARKS = " \t\r\n*_`\"'“”‘’«»()[]$.,;:!"
 
@@ -164,10 +168,11 @@ def taken_back(behind: str, stated: str) -> bool:
     if not behind.strip(_MARKS):
         return False
     behind = _SPACES.sub(_one_space, behind)  # long runs would make the search quadratic
+    stated = stated.strip(_MARKS)
     return (
-        _TAKEN_BACK.search(behind) is not None
-        or _is_denied(stated.strip(_MARKS), behind)
-        or _is_replaced(stated.strip(_MARKS).casefold(), behind)
+        any(words.search(behind) for words in (_OPENINGS, _HEDGES, _RETRACTIONS))
+        or _is_denied(stated, behind)
+        or _is_replaced(stated, behind)
     )
 
 
@@ -176,9 +181,9 @@ def is_hedged(prediction: str, gold: str) -> bool:
     does not do the same."""
     if "?" in prediction and "?" not in gold:
         return True
-    return _TAKEN_BACK.search(prediction) is not None and not (
-        _TAKEN_BACK.search(gold) or denies(gold)
-    )
+    # The mark in front: "Not disclosed" and "No, they are" open an answer, they take none back.
+    hedged = _OPENINGS.search("= " + prediction) or _HEDGES.search(prediction)
+    return hedged is not None and not (_HEDGES.search(gold) or denies(gold))
 
 
 def _one_space(spaces: re.Match[str]) -> str:
@@ -193,25 +198,33 @@ def _last(boundary: re.Pattern[str], text: str) -> str:
 
 
 def _is_denied(stated: str, behind: str) -> bool:
-    """A sentence holds the answer's own words and a negation: "It is not Paris." A yes or no is
-    a word of the explanation itself."""
-    if not stated or stated.lower() in ("yes", "no") or stated not in behind:
+    """The answer's own words stand behind a negation or before a denial: "It is not Paris", "(A) is
+    wrong". In "Paris, not London" they do neither."""
+    if not stated or stated not in behind:
         return False
-    whole = re.compile(rf"(?<!\w){re.escape(stated)}(?!\w)")
-    if len(stated) == 1:  # "(A)", "option A", "A is": other letters are words ("A buyer")
-        whole = re.compile(rf"[(\[]{stated}[)\]]|\b(?:[Oo]ption )?{stated}(?= (?:is|was|can))")
+    words = rf"(?<!\w){re.escape(stated)}(?!\w)"
     return any(
-        whole.search(sentence) and _AGAINST.search(whole.sub("", sentence))
-        for sentence in re.split(r"[.!?;\n](?:\s|$)|\n", behind)
+        re.search(pattern, behind)
+        for pattern in (
+            r"(?:\b(?:[Nn]ot|[Nn]ever|nor|cannot|except|rather than|other than|instead of"
+            r"|rule[sd]? out|rejects?|rejected|excludes?)|n['’]t)\s+(?:\w+\s+){0,2}[(\[\"*]*"
+            + words,
+            rf"{words}[)\]\"*]*\s+(?:(?:is|was|are|were|seems)\s+(?:\w+\s+)?(?:not|wrong|incorrect"
+            r"|false|untrue|mistaken|unlikely|impossible|rejected|ruled|excluded)\b|cannot\b"
+            r"|(?:is|was|are|were|do|does|did|could|would|ca|wo)n['’]t\b)",
+        )
     )
 
 
 def _is_replaced(stated: str, behind: str) -> bool:
-    """ "Final answer: London" or "(C) is correct", and it is not `stated`."""
+    """ "Final answer: London", "(C) is correct" or a line with another letter alone."""
+    wanted = stated.casefold()
     for named in _NAMED.finditer(behind):
-        if named[1].strip(_MARKS).casefold() not in (stated, ""):
+        if named[1].strip(_MARKS).casefold() not in (wanted, ""):
             return True
+    if len(stated) == 1 and any(m[1] != stated for m in _LETTER_LINE.finditer(behind)):
+        return True
     return any(
-        named[1].casefold() not in _POINTERS and not stated.endswith(named[1].casefold())
+        named[1].casefold() not in _POINTERS and not wanted.endswith(named[1].casefold())
         for named in _CALLED_RIGHT.finditer(behind)
     )

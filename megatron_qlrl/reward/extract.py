@@ -230,10 +230,11 @@ def _closing_index(text: str, start: int, closing: str) -> int:
 
 _CHOICE = re.compile(
     r"(?:(?i:option|choice)\s+)?"
-    r"(?:[(\[]([A-Za-z])[)\]]|([A-Z])(?=[ \t]*(?:$|[).:,;\n]|[-–—]\s))|([a-z])$)"
+    r"(?:[(\[]([A-Za-z])[)\]]"
+    r"|([A-Z])(?=[ \t]*(?:$|[).:,;\n]|[-–—]\s|(?:because|since)\b))|([a-z])$)"
 )
 # Half a pair is enough: "B) or (A". A letter right behind a word or a number is none: "3(a)".
-_BRACKETED = re.compile(r"(?<!\w)[(\[]([A-Za-z])(?!\w)|(?<![\w(\[])([A-Za-z])[)\]]")
+_BRACKETED = re.compile(r"(?<!\w)(?<![0-9] )[(\[]([A-Za-z])(?!\w)|(?<![\w(\[])([A-Za-z])[)\]]")
 # A letter on its own that punctuation or a linking word joins to the first: "B - A", "B; d",
 # "(B) as well as D". In an option's own text it stands behind a name: "Exhibit A", "John F.".
 _ANOTHER = re.compile(
@@ -244,7 +245,7 @@ _ANOTHER = re.compile(
 _CAPITALS = re.compile(r"\b[A-Z]\b")
 _HEDGE = re.compile(r"\s*(?:[,;]|(?:and|or|but)\b)")
 # Behind the letter these words are no option's text. "(B) Not disclosed" is one.
-_NEGATIVE_OPTION = re.compile(r"\W*(?:No|Not|None|Never|Neither|Either)\b")
+_NEGATIVE_OPTION = re.compile(r"[)\]]?[.:]?\s+(?=(?:No|Not|None|Never|Neither|Either)\b)")
 _DENIAL = re.compile(
     r"\s*(?:(?:is|are|was|were|do|does|did|has|had|would|wo|ca|could|should|must|might|can|cannot)"
     r"(?:n['’]t)?\b|[^\w]*(?:not|never|nope|or|and|but|maybe|perhaps|possibly|probably)\b"
@@ -270,7 +271,9 @@ def parse_choice(text: str) -> str | None:
     # Behind a comma or a linking word every other letter is a choice: "A, I think B".
     if _HEDGE.match(rest):
         others |= set(_CAPITALS.findall(rest)) - {"I"}
-    behind = _NEGATIVE_OPTION.sub("", rest, count=1) if _NEGATIVE_OPTION.match(rest) else rest
+    # "(B) Not disclosed" is an option, "(B). Not that." is a denial.
+    is_option = not (found[1] and rest[0] == ".") and _NEGATIVE_OPTION.match(rest)
+    behind = "= " + rest[is_option.end() :] if is_option else rest
     if others - {letter} or _DENIAL.match(rest) or taken_back(behind, letter):
         return None
     # "A. Paris B. London": a row of options, in the order of their letters.

@@ -116,7 +116,8 @@ def _qa(prediction: str, gold: str) -> bool:
         return bool(gold.strip()) and gold.strip() == prediction.strip()
     if given == wanted or gold.casefold() == prediction.casefold():
         return True
-    lead = _TITLED_LEAD if " " in wanted else _LEAD
+    has_title = re.match(_TITLE, wanted)
+    lead = _TITLED_LEAD if " " in wanted and not has_title else _LEAD
     if _has_lead(given, wanted, lead):
         return True
     untitled = _OWN_TITLE.sub("", wanted, count=1) if _OWN_TITLE.match(wanted) else wanted
