@@ -35,6 +35,9 @@ def data_docs(
 ) -> None:
     """Build a data set from your own documents and questions."""
     from megatron_qlrl.data.builders.docs import build_docs
+    from megatron_qlrl.reward.rules import check_gold
 
-    rows = build_docs(documents_dir=documents, questions=questions, out=out, split=split)
+    rows = build_docs(
+        documents_dir=documents, questions=questions, out=out, split=split, check_gold=check_gold
+    )
     typer.echo(f"{rows} rows: {out}")

@@ -1,6 +1,7 @@
 """`qlrl judge`: the LLM judge's server."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,12 +19,19 @@ def serve(
     model: Annotated[str, typer.Option(help="Hugging Face name or folder.")] = JUDGE_MODEL,
     host: Annotated[str, typer.Option(help="0.0.0.0 for other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(help="The key to ask for (mode 0600); a missing file is made with a new key."),
+    ] = None,
     limit: Annotated[float, typer.Option(min=1, help="Seconds until it must be healthy.")] = 900,
 ) -> None:
     """Serve a judge with vLLM until Ctrl-C; prints a line when it is ready.
 
-    With VLLM_API_KEY in the environment the server asks for that key.
+    The server asks for the key in --key-file, else for that in VLLM_API_KEY, else for none.
     """
     from megatron_qlrl.launch import judge
 
-    sys.exit(judge.serve(model, host=host, port=port, limit_s=limit, extra=extra or []))
+    code = judge.serve(
+        model, host=host, port=port, limit_s=limit, key_file=key_file, extra=extra or []
+    )
+    sys.exit(code)

@@ -63,7 +63,7 @@ def distill(
 ) -> None:
     """Warm-up data: a teacher's correct answers to data.train_files. Started again, it goes on."""
     loaded = load_config(config, overrides or [])
-    checks.check_files(loaded, "distill")
+    _check_files(loaded, "distill")
     from megatron_qlrl.distill import output_files
 
     for file in output_files(out):
@@ -132,7 +132,7 @@ def _check_config(config: Config, world_size: int) -> None:
     }
     for command, used in uses.items():
         if used:
-            checks.check_files(config, command)
+            _check_files(config, command)
     hf = checks.read_hf_config(config.model.path)
     for stage in config.phase_configs():
         checks.check_layout(stage, hf, world_size=world_size)
@@ -198,7 +198,7 @@ def check_command(command: checks.Command, config: Config, world_size: int) -> N
     Raises:
         QlrlError: naming what does not fit.
     """
-    checks.check_files(config, command)
+    _check_files(config, command)
     hf = checks.read_hf_config(config.model.path)
     # Under torchrun and srun the job may span machines: their ranks here are not counted.
     here = world_size if read_ranks().world_size == 1 else 1
@@ -207,6 +207,18 @@ def check_command(command: checks.Command, config: Config, world_size: int) -> N
         checks.check_machine(stage, processes=here, num_gpus=local.num_gpus())
     checks.check_run_dir(config)
     _check_judge(config)
+
+
+def _check_files(config: Config, command: checks.Command) -> None:
+    checks.check_files(config, command)
+    from megatron_qlrl.data.dataset import check_file
+
+    data = config.data
+    own = {"sft": data.sft_files, "eval": ()}.get(command, data.train_files)
+    for file in own:
+        check_file(Path(file), has_response=command == "sft")
+    for file in data.eval_files:
+        check_file(Path(file), has_response=False)
 
 
 def _stages(command: checks.Command, config: Config) -> list[Config]:

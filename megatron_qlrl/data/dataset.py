@@ -153,7 +153,27 @@ def _rows(
             yield f"{path}, row {index}", f"{stem}:{index}", row
 
 
+def check_file(path: Path, *, has_response: bool) -> None:
+    """Whether a data file has rows and the columns that it needs; its rows are not read.
+
+    Raises:
+        DataError: it has not.
+    """
+    with _opened(path, (*_REQUIRED, "response") if has_response else _REQUIRED):
+        pass
+
+
 def _read(path: Path, required: Sequence[str]) -> Iterator[dict[str, Any]]:
+    with _opened(path, required) as file:
+        names = file.schema_arrow.names
+        columns = [*required, *(name for name in _OPTIONAL if name in names)]
+        for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
+            batch.validate(full=True)  # a text that is no UTF-8 is refused here
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def _opened(path: Path, required: Sequence[str]) -> Iterator[pq.ParquetFile]:
     if not path.is_file():
         raise DataError(f"data file {path} does not exist; pass the path of a parquet file")
     try:
@@ -167,10 +187,7 @@ def _read(path: Path, required: Sequence[str]) -> Iterator[dict[str, Any]]:
                 )
             if not file.metadata.num_rows:
                 raise DataError(f"{path} has no rows")
-            columns = [*required, *(name for name in _OPTIONAL if name in names)]
-            for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-                batch.validate(full=True)  # a text that is no UTF-8 is refused here
-                yield from batch.to_pylist()
+            yield file
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path} cannot be read as a parquet file: {error}") from error
 

@@ -5,6 +5,7 @@ serve -> guard and server, one process group -> /health -> ready -> until it end
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -12,8 +13,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
@@ -35,9 +37,18 @@ _DEFAULTS = {
 _COMPACT_JSON = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
 
 
-def serve(model: str, *, host: str, port: int, limit_s: float, extra: Sequence[str]) -> int:
+def serve(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    limit_s: float,
+    key_file: Path | None,
+    extra: Sequence[str],
+) -> int:
     """Runs `python -m vllm.entrypoints.openai.api_server` until it ends or SIGINT or SIGTERM
-    comes; `extra` goes to it unread. A key is taken from VLLM_API_KEY, never from arguments.
+    comes; `extra` goes to it unread. A key is taken from `key_file` (see `read_key`) or
+    VLLM_API_KEY, never from arguments.
 
     Its output is kept back until it is healthy, and goes to stderr from then on.
 
@@ -45,15 +56,17 @@ def serve(model: str, *, host: str, port: int, limit_s: float, extra: Sequence[s
         The server's exit code, 128 + n after signal n.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: the port is taken, or the key file cannot be used.
         RewardError: the server ended, or was not healthy within `limit_s`; with its last lines.
     """
     _check_port(host, port)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model, "--host", host, "--port", str(port)]
     command += ["--structured-outputs-config", _COMPACT_JSON, *extra]
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-    with _signals() as signals, _server(command) as server:
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://{f'[{local}]' if ':' in local else local}:{port}"
+    key = {} if key_file is None else {"VLLM_API_KEY": read_key(key_file)}
+    with _signals() as signals, _server(command, key) as server:
         output = _Output(server)
         deadline = time.monotonic() + limit_s
         while not _healthy(url):
@@ -102,7 +115,7 @@ class _Output:
 
 
 @contextmanager
-def _server(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+def _server(command: list[str], key: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
     """The server's processes, all of them ended afterwards.
 
     vLLM's engine is a process of its own and survives a server that is killed. So a guard leads
@@ -116,7 +129,7 @@ def _server(command: list[str]) -> Iterator[subprocess.Popen[str]]:
     try:
         server = subprocess.Popen(
             command,
-            env=_DEFAULTS | dict(os.environ),
+            env=_DEFAULTS | dict(os.environ) | dict(key),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -153,16 +166,40 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def read_key(file: Path) -> str:
+    """The key in `file`, which only its owner may read; where there is no such file, a new one
+    with a new key.
+
+    Raises:
+        ConfigError: others may read it, it holds no key, or it cannot be read or made.
+    """
+    try:
+        with suppress(FileExistsError):
+            number = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(number, "w") as new:
+                new.write(secrets.token_urlsafe(32) + "\n")
+        key = file.read_text(encoding="utf-8").strip()
+        mode = file.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--key-file {file} cannot be used: {error}") from error
+    if mode & 0o077:
+        raise ConfigError(f"--key-file {file} may be read by others; chmod 600 it, or remove it")
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError(f"--key-file {file} holds no key in one line; remove it to get a new one")
+    return key
+
+
 def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"the judge server cannot listen on {host}:{port} ({error.strerror}); choose "
-                "another --port"
-            ) from error
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:  # of names with an empty or too long part
+        raise ConfigError(
+            f"the judge server cannot listen on {host}:{port} "
+            f"({getattr(error, 'strerror', None) or error}); choose another --port or --host"
+        ) from error
 
 
 def _healthy(url: str) -> bool:

@@ -71,6 +71,19 @@ def rule_of(data_source: str) -> SourceRule:
     )
 
 
+def check_gold(data_source: str, gold: str) -> None:
+    """Whether a data source and a gold answer can be scored.
+
+    Raises:
+        DataError: the source has no rule, or its rule wants a letter and the gold names none.
+    """
+    if rule_of(data_source).rule == "choice" and parse_choice(_stated(gold)) is None:
+        raise DataError(
+            f"the answer {gold[:80]!r} to a question of multiple choice (data_source "
+            f"{data_source!r}) names no option; give its letter, such as B"
+        )
+
+
 def apply_rule(rule: RuleName, *, gold: str, answer: Answer) -> bool:
     """True when `answer` gives `gold`. Any gold text is accepted, a whole sentence too. A question
     ("Paris?") states nothing."""

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -22,13 +24,18 @@ from megatron_qlrl.launch import local
 MakeConfig = Callable[..., Path]
 
 
+def write_rows(path: Path, *, rows: int = 1, without: str = "") -> None:
+    names = {"data_source", "prompt", "reward_model", "response"} - {without}
+    pq.write_table(pa.table({name: ["x"] * rows for name in sorted(names)}), path)
+
+
 @pytest.fixture
 def make_config(tmp_path: Path, fake_hf: Callable[..., Path]) -> MakeConfig:
     """A config file that passes every check, with sections added."""
 
     def make(**sections: Any) -> Path:
         train = tmp_path / "train.parquet"
-        train.touch()
+        write_rows(train)
         tree = {
             "model": {"path": str(fake_hf())},
             "data": {"train_files": [str(train)], "sft_files": [str(train)]},
@@ -302,7 +309,7 @@ def test_judge_settings_that_are_wrong_never_show_a_key(
 def test_distill_overwrites_none_of_its_inputs(
     tmp_path: Path, make_config: MakeConfig, train: str, out: str
 ) -> None:
-    (tmp_path / train).touch()
+    write_rows(tmp_path / train)
     teacher = {"urls": ["http://127.0.0.1:9/v1"], "model": "t"}
     config = make_config(
         data={"train_files": [str(tmp_path / train)]}, distill={"teacher": teacher}
@@ -310,3 +317,28 @@ def test_distill_overwrites_none_of_its_inputs(
     result = CliRunner().invoke(cli.app, ["distill", str(config), str(tmp_path / out)])
     assert isinstance(result.exception, ConfigError), result.output
     assert "the same file as the input" in str(result.exception)
+
+
+@pytest.mark.parametrize("command", ["check", "sft", "rl", "eval"])
+@pytest.mark.parametrize("damage", ["no rows", "no bytes", "no column"])
+def test_data_files_are_looked_into_before_anything_starts(
+    tmp_path: Path, make_config: MakeConfig, command: str, damage: str
+) -> None:
+    file = tmp_path / "other.parquet"
+    write_rows(
+        file,
+        rows=0 if damage == "no rows" else 1,
+        without="prompt" if damage == "no column" else "",
+    )
+    if damage == "no bytes":
+        file.write_bytes(b"")
+    name = {"sft": "sft_files", "eval": "eval_files"}.get(command, "train_files")
+    result = CliRunner().invoke(cli.app, [command, str(make_config(data={name: [str(file)]}))])
+    message = {
+        "no rows": "has no rows",
+        "no bytes": "cannot be read as a parquet file",
+        "no column": "has no column prompt",
+    }[damage]
+    # The commands with ranks show it themselves.
+    assert isinstance(result.exception, DataError) or result.exit_code == 2, result.output
+    assert f"{file} {message}" in result.output + str(result.exception)

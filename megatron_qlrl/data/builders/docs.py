@@ -12,7 +12,7 @@ given for files with several sources. `response` (every line or none) makes an S
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,21 @@ _SCHEMA = pa.schema(
 )
 
 
-def build_docs(*, documents_dir: Path, questions: Path, out: Path, split: str) -> int:
+def build_docs(
+    *,
+    documents_dir: Path,
+    questions: Path,
+    out: Path,
+    split: str,
+    check_gold: Callable[[str, str], None],
+) -> int:
     """Writes `out` (parquet) and returns its number of rows.
 
     Args:
         documents_dir: folder of UTF-8 text files.
         questions: JSONL, see the module's docstring; empty lines are skipped.
         split: written to `extra_info.split`.
+        check_gold: raises DataError for a (`data_source`, answer) that no rule can score.
 
     Raises:
         DataError: a line or a document cannot be used; names the file and the line.
@@ -63,6 +71,10 @@ def build_docs(*, documents_dir: Path, questions: Path, out: Path, split: str) -
     records = _records(questions)
     for where, record in records:
         row = _row(where, record, documents_dir)
+        try:
+            check_gold(row["data_source"], record["answer"])
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
         row["extra_info"] = {"split": split, "index": len(rows)}
         rows.append(row)
         if ("response" in row) != ("response" in rows[0]):
@@ -87,7 +99,7 @@ def _records(questions: Path) -> list[tuple[str, dict[str, Any]]]:
         try:
             record = json.loads(line)
             json.dumps(record, ensure_ascii=False).encode("utf-8")  # no lone surrogates
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON ({error}); write one object a line") from error
         records.append((where, _checked(where, record)))
     return records

@@ -180,3 +180,53 @@ def test_without_an_example_it_says_how(tmp_path: Path) -> None:
     done = batch(tmp_path, "phase_rl", codes="")
     assert done.code != 0 and done.calls == []
     assert "usage: sbatch [SBATCH_OPTIONS] slurm/SCRIPT.sh EXAMPLE [KEY=VALUE ...]" in done.out
+
+
+# Stands for `python -m megatron_qlrl judge serve`: says what it was given, and that it is ready.
+SERVER = """#!/bin/bash
+echo "$*" > "$LOG"
+while [ $# -gt 0 ]; do [ "$1" != --key-file ] || { (umask 077; echo k > "$2"); }; shift; done
+echo "judge ready: ..."
+sleep 0.3
+ls -- *.url *.key > "$LOG.files" 2> /dev/null || true
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "kept", "given", "files"),
+    [
+        ({}, False, " --key-file {here}/judge_42.key", ["judge_42.key", "judge_42.url"]),
+        ({}, True, " --key-file {here}/judge_42.key", ["judge_42.key", "judge_42.url"]),
+        ({"VLLM_API_KEY": "mine"}, False, "", ["judge_42.url"]),
+    ],
+)
+def test_the_judge_has_a_key(
+    tmp_path: Path, env: dict[str, str], kept: bool, given: str, files: list[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(SERVER)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    here = submitted(tmp_path)
+    if kept:
+        (here / "judge_42.key").write_text("earlier")
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / "judge.sh"), "--max-model-len", "8192"],
+        env={
+            "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "LOG": str(tmp_path / "log"),
+            "SLURM_JOB_ID": "42",
+            "SLURM_SUBMIT_DIR": str(here),
+            **env,
+        },
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "log").read_text() == (
+        "-m megatron_qlrl judge serve --model Qwen/Qwen2.5-1.5B-Instruct --host 0.0.0.0 --port 8000"
+        f"{given.format(here=here)} -- --max-model-len 8192\n"
+    )
+    assert sorted((tmp_path / "log.files").read_text().split()) == files
+    assert [path.name for path in here.glob("judge_*")] == (["judge_42.key"] if kept else [])

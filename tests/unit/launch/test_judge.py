@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_qlrl.errors import ConfigError
+from megatron_qlrl.launch.judge import read_key
 from megatron_qlrl.platform.env import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_S = 30
 
 SERVER = """
-import http.server, os, subprocess, sys, pathlib
+import http.server, os, socket, subprocess, sys, pathlib
 here = pathlib.Path(__file__).parents[3]
 helper = subprocess.Popen(["sleep", "300"])  # as vLLM's engine, a process of its own
 (here / "pids").write_text(f"{os.getpid()} {helper.pid}")
@@ -35,8 +37,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200 if mode == "sound" else 503)
         self.end_headers()
         print("asked for", self.path, flush=True)
-port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+def argument(name):
+    return sys.argv[sys.argv.index(name) + 1]
+(here / "key").write_text(os.environ.get("VLLM_API_KEY", "none"))
+host = argument("--host")
+class Server(http.server.HTTPServer):
+    address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+Server((host, int(argument("--port"))), Handler).serve_forever()
 """
 
 Serve = Callable[..., subprocess.Popen[str]]
@@ -158,3 +165,47 @@ def test_a_port_that_is_taken(serve: Serve, port: int, tmp_path: Path) -> None:
     assert process.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port} (Address already in use); choose another" in err
     assert not (tmp_path / "pids").exists()
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("localhost", "localhost")])
+def test_other_addresses_of_this_machine(serve: Serve, port: int, host: str, shown: str) -> None:
+    process = serve("sound", "--host", host, "--model", "m")
+    assert ready(process) == f"judge ready: http://{shown}:{port}/v1 model m\n"
+
+
+@pytest.mark.parametrize("host", ["2001:db8::1", "no.such.host.invalid", "a..b", "x" * 100])
+def test_an_address_that_is_not_of_this_machine(serve: Serve, port: int, host: str) -> None:
+    _, err = serve("sound", "--host", host).communicate(timeout=LIMIT_S)
+    assert err.count("\n") == 1
+    assert f"qlrl: error: the judge server cannot listen on {host}:{port} (" in err
+
+
+def test_a_key_is_made_once_and_only_its_owner_may_read_it(serve: Serve, tmp_path: Path) -> None:
+    file = tmp_path / "judge.key"
+    ready(serve("sound", "--key-file", str(file)))
+    key = file.read_text().strip()
+    assert len(key) == 43  # 32 random bytes in base64
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "key").read_text() == key
+    assert key not in (tmp_path / "argv").read_text()  # where every user of the machine could see
+    assert read_key(file) == key
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "message"),
+    [
+        ("key", 0o640, "may be read by others; chmod 600 it"),
+        ("", 0o600, "holds no key in one line"),
+        ("two\nlines", 0o600, "holds no key in one line"),
+    ],
+)
+def test_a_key_file_that_cannot_be_used(
+    tmp_path: Path, content: str, mode: int, message: str
+) -> None:
+    file = tmp_path / "judge.key"
+    file.write_text(content)
+    file.chmod(mode)
+    with pytest.raises(ConfigError, match=message):
+        read_key(file)
+    with pytest.raises(ConfigError, match="cannot be used"):
+        read_key(tmp_path / "none" / "judge.key")

@@ -6,6 +6,7 @@ import pytest
 from megatron_qlrl.data.builders.docs import build_docs
 from megatron_qlrl.data.template import docqa_message
 from megatron_qlrl.errors import ConfigError, DataError
+from megatron_qlrl.reward.rules import check_gold
 
 QA = {"document": "a.txt", "question": "Who?", "answer": "me"}
 
@@ -26,7 +27,11 @@ def build(folder, *lines):
     (folder / "q.jsonl").write_text(text, encoding="utf-8")
     out = folder / "out" / "docs.parquet"
     number = build_docs(
-        documents_dir=folder / "docs", questions=folder / "q.jsonl", out=out, split="train"
+        documents_dir=folder / "docs",
+        questions=folder / "q.jsonl",
+        out=out,
+        split="train",
+        check_gold=check_gold,
     )
     rows = pq.read_table(out).to_pylist()
     assert number == len(rows)
@@ -96,6 +101,11 @@ def test_responses_make_an_sft_file(folder):
         (QA | {"document": "\0"}, "`document` must be a file name or a list"),
         (QA | {"document": "empty.txt"}, "document 'empty.txt' is empty"),
         ('{"document": "a.txt", "question": "\\ud800", "answer": "x"}', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"document": "a.txt", "question": "Who?", "answer": ' + "[" * 100_000, "not JSON"),
+        (QA | {"data_source": "gsm8k"}, "data_source 'gsm8k' has no rule; its name must"),
+        (QA | {"kind": "choice", "answer": "the first"}, "'the first' to a question of multiple"),
+        (QA | {"data_source": "my_long_toc_choices"}, "names no option; give its letter"),
         (QA | {"document": []}, "`document` must be a file name or a list"),
         (QA | {"document": 5}, "`document` must be a file name or a list"),
         (QA | {"document": "../secret.txt"}, "'../secret.txt' lies outside"),
@@ -116,6 +126,7 @@ def test_missing_inputs_are_named(folder):
             questions=folder / "q.jsonl",
             out=folder / "o.parquet",
             split="train",
+            check_gold=check_gold,
         )
     with pytest.raises(DataError, match="cannot read .*gone.jsonl"):
         build_docs(
@@ -123,6 +134,7 @@ def test_missing_inputs_are_named(folder):
             questions=folder / "gone.jsonl",
             out=folder / "o.parquet",
             split="train",
+            check_gold=check_gold,
         )
 
 
@@ -137,6 +149,7 @@ def test_an_input_is_not_overwritten(folder, name):
             questions=folder / "q.jsonl",
             out=folder / "out.parquet",
             split="train",
+            check_gold=check_gold,
         )
     assert (folder / name).read_bytes() == before
 
@@ -149,4 +162,5 @@ def test_a_folder_that_takes_no_file(folder):
             questions=folder / "q.jsonl",
             out=folder / "secret.txt" / "o.parquet",
             split="train",
+            check_gold=check_gold,
         )
