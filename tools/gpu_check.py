@@ -82,7 +82,8 @@ def machine() -> dict[str, Any]:
 
 def check_attention() -> dict[str, Any]:
     """Out and gradients of shared-prompt pieces for every kernel that loads here, relative to
-    dense attention in float64."""
+    dense attention in float64; allowed is half as much again as dense attention in the kernel's
+    type, and 8 units in the last place."""
     import torch
 
     from megatron_qlrl.platform.device import device, has_gpu
@@ -120,7 +121,15 @@ def check_attention() -> dict[str, Any]:
         return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
     want = with_gradients(dense, [x.double() for x in (q, k, v)], g.double())
-    found = {}
+    peer = with_gradients(dense, [q, k, v], g)
+
+    def errors(ours: Any) -> dict[str, float]:
+        return {
+            part: float((a.cpu().double() - b).norm() / b.norm())
+            for part, a, b in zip(("out", "dq", "dk", "dv"), ours, want, strict=True)
+        }
+
+    found: dict[str, Any] = {"dense": errors(peer)}
     for name in ["aten_cuda", "flash_attn"] if has_gpu() else ["aten_cpu"]:
         kernel = KERNELS[name]
         try:
@@ -134,12 +143,9 @@ def check_attention() -> dict[str, Any]:
         except ImportError as error:
             found[name] = f"absent: {error}"
             continue
-        found[name] = {
-            part: float((a.cpu().double() - b).norm() / b.norm())
-            for part, a, b in zip(("out", "dq", "dk", "dv"), ours, want, strict=True)
-        }
-        allowed = 0.02 if dtype is torch.bfloat16 else 1e-5
-        assert all(error < allowed for error in found[name].values()), found[name]
+        found[name] = errors(ours)
+        for part, error in found[name].items():
+            assert error <= 1.5 * found["dense"][part] + 8 * torch.finfo(dtype).eps, found
     return {"relative_error": found}
 
 
@@ -148,7 +154,8 @@ def check_logprobs() -> dict[str, Any]:
     from megatron_qlrl.bench.logprob import bench_logprob
 
     found = bench_logprob(vocab=10_000, hidden=256, tokens=512, rounds=1)
-    assert found["max_error"] < 2 * found["full_logits_max_error"] + 1e-5, found
+    # 64 units in the last place of 1 are 8 of the log-probs, about -log(10,000).
+    assert found["max_error"] <= 3 * found["full_logits_max_error"] + 64 * 2.0**-23, found
     return {name: found[name] for name in ("max_error", "full_logits_max_error")}
 
 

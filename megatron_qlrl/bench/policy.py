@@ -56,9 +56,14 @@ def make_shape(
 
 
 @contextmanager
-def random_policy(shape: ModelShape, **settings: Any) -> Iterator[Policy]:
-    """A policy on the job's ranks, float32 on CPU and bfloat16 on a GPU; its process group ends
-    with the context. `settings` are those of the config's policy section."""
+def random_policy(
+    shape: ModelShape, *, dtype: torch.dtype | None = None, **settings: Any
+) -> Iterator[Policy]:
+    """A policy on the job's ranks; its process group ends with the context.
+
+    `dtype`: by default float32 on CPU and bfloat16 on a GPU; `settings` are those of the config's
+    policy section.
+    """
     ranks = init_ranks()
     config = PolicyConfig.model_validate({"distributed_optimizer": False} | settings)
     with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
@@ -68,7 +73,7 @@ def random_policy(shape: ModelShape, **settings: Any) -> Iterator[Policy]:
             policy=config,
             # Gradients are compared after the step: it must not scale them down.
             optimizer=OptimizerConfig(clip_grad=1e9),  # pyright: ignore[reportCallIssue]
-            dtype=torch.bfloat16 if has_gpu() else torch.float32,
+            dtype=dtype or (torch.bfloat16 if has_gpu() else torch.float32),
             temperature=0.7,
             context=context,
             shard=partial(

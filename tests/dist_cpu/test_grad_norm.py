@@ -16,6 +16,7 @@ from megatron_qlrl.policy.loss import sft_loss
 from megatron_qlrl.policy.step import Policy
 from megatron_qlrl.types import TrainGroup, TrainResponse
 from megatron_qlrl.weights.stream import load_hf
+from tests.parity import Reference, transformers_model
 
 # (tp, pp, cp); data parallelism takes the rest of the ranks.
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1)]
@@ -31,11 +32,14 @@ def groups() -> list[TrainGroup]:
     return [TrainGroup(tokens(9 + i), (TrainResponse(tokens(4 + i), 1.0),)) for i in range(4)]
 
 
-def reference_norm(folder: Path) -> float:
+def reference(folder: Path) -> Reference:
     """transformers' gradient of the mean negative log-probability of the response tokens."""
-    from transformers import AutoModelForCausalLM
+    exact, peer = (transformers_gradient(folder, d) for d in (torch.float64, torch.float32))
+    return Reference.of(exact, peer)
 
-    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+def transformers_gradient(folder: Path, dtype: torch.dtype) -> torch.Tensor:
+    net = transformers_model(folder, dtype)
     losses = []
     for group in groups():
         response = torch.from_numpy(np.asarray(group.responses[0].token_ids)).long()
@@ -43,10 +47,10 @@ def reference_norm(folder: Path) -> float:
         logits = net(ids[None]).logits[0, -len(response) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, response, reduction="none"))
     torch.cat(losses).mean().backward()
-    return float(torch.stack([p.grad.norm() for p in net.parameters()]).norm())
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
-def check_case(rank: int, case: tuple[Path, tuple[int, int, int], bool, float]) -> None:
+def check_case(rank: int, case: tuple[Path, tuple[int, int, int], bool, Reference]) -> None:
     folder, (tp, pp, cp), distributed, expected = case
     context = init_parallel(tp=tp, pp=pp, cp=cp, seed=1)
     shape = read_shape(folder)
@@ -65,7 +69,7 @@ def check_case(rank: int, case: tuple[Path, tuple[int, int, int], bool, float]) 
     )
     rows = rows_of(groups(), context)
     found = policy.update(rows, sft_loss, lr=1e-3)["actor/grad_norm"]
-    assert found == pytest.approx(expected, rel=1e-4), (folder.name, tp, pp, cp, distributed)
+    expected.check_norm(found, (folder.name, tp, pp, cp, distributed))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -73,7 +77,7 @@ def test_gradient_norm_equals_transformers(tmp_path: Path, world_size: int) -> N
     cases = []
     for name, tied in (("untied", False), ("tied", True)):
         folder = tiny_hf(tmp_path / name, "qwen2", tie_word_embeddings=tied)
-        expected = reference_norm(folder)
+        expected = reference(folder)
         cases += [
             (folder, layout, distributed, expected)
             for layout in LAYOUTS

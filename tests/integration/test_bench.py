@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+UNITS = 8 * 2.0**-23  # units in the last place of float32, relative
 MODEL = ["--layers=2", "--hidden=64", "--heads=4", "--kv-heads=2", "--ffn=128", "--vocab=300"]
 
 
@@ -17,7 +18,36 @@ def bench(qlrl: Callable[..., Any], *argv: str) -> dict[str, Any]:
     return json.loads(qlrl("bench", *argv).check().out)
 
 
-def test_update(qlrl: Callable[..., Any]) -> None:
+ROUNDING = """
+import json, torch
+from megatron_qlrl.bench.policy import LOSS, make_group, make_shape, random_policy
+from megatron_qlrl.packing.microbatch import group_rows
+
+shape = make_shape(layers=2, hidden=64, heads=4, kv_heads=2, ffn=128, vocab=300, positions=320)
+group = make_group(vocab=300, prompt_tokens=200, response_tokens=10, group=4)
+rows = group_rows(group, max_tokens=210, share_prompt=False, cost=lambda prompt, responses: 1.0)
+gradients = []
+for dtype in (torch.float64, torch.float32):
+    with random_policy(shape, dtype=dtype) as policy:
+        policy.optimizer.step = lambda: (True, 0.0, None)  # gradients stay as they are
+        policy.update(rows, LOSS, lr=0.0)
+        gradients.append([p.main_grad.double() for p in policy.model.parameters()])
+print(json.dumps([float((b - a).norm() / a.norm()) for a, b in zip(*gradients)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def rounding() -> float:
+    """What float32 does to gradients of MODEL here: the largest norm of the difference from float64
+    over the norm of any parameter's gradient."""
+    done = subprocess.run(
+        [sys.executable, "-c", ROUNDING], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return max(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_update(qlrl: Callable[..., Any], rounding: float) -> None:
     found = bench(
         qlrl, "update", "--prompt-tokens=200", "--response-tokens=10", "--group=4", "--rounds=1",
         *MODEL,
@@ -29,7 +59,7 @@ def test_update(qlrl: Callable[..., Any]) -> None:
     shared = 2 * (73_728 * 240 + 256 * (20_100 + 4 * 2_055)) + 38_400 * 40
     separate = 2 * (73_728 * 840 + 256 * 4 * 22_155) + 38_400 * 40
     assert found["flop_ratio"] == pytest.approx(separate / shared)
-    assert found["grad_rel_error"] <= found["max_grad_rel_error"] < 1e-5
+    assert found["grad_rel_error"] <= found["max_grad_rel_error"] <= 3 * rounding + UNITS
     assert found["speedup"] > 0
     assert found["peak_memory_ratio"] > 0
     assert {"shared", "separate"} == set(found["sides"])
@@ -37,7 +67,8 @@ def test_update(qlrl: Callable[..., Any]) -> None:
 
 def test_logprob(qlrl: Callable[..., Any]) -> None:
     found = bench(qlrl, "logprob", "--vocab=40000", "--tokens=512", "--hidden=32", "--rounds=1")
-    assert found["max_error"] < 1e-5
+    # Of log-probs of about -log(40,000) = -10.6, whose unit is 8 times that of 1.
+    assert found["max_error"] <= 3 * found["full_logits_max_error"] + 8 * UNITS
     # One tensor of full logits has 78 MiB; two blocks of ours have 8 MiB.
     assert found["added_peak_bytes"]["full_logits"] > 3 * 40_000 * 512 * 4
     assert found["added_peak_ratio"] < 1 / 13
@@ -51,13 +82,15 @@ def test_pack(qlrl: Callable[..., Any]) -> None:
     assert 10_000 < found["mean_prompt_tokens"] < 12_500
 
 
-def test_row_does_not_depend_on_context_parallel_ranks(qlrl: Callable[..., Any]) -> None:
+def test_row_does_not_depend_on_context_parallel_ranks(
+    qlrl: Callable[..., Any], rounding: float
+) -> None:
     shape = ["row", "--prompt-tokens=300", "--response-tokens=20", "--group=3", *MODEL]
     one, two = (bench(qlrl, *shape, f"--cp={cp}") for cp in (1, 2))
     assert one["row_tokens"] == two["row_tokens"] == 360
     assert len(two["peak_gib_per_rank"]) == 2
-    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-6)
-    assert one["entropy"] == pytest.approx(two["entropy"], rel=1e-6)
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=3 * rounding + UNITS)
+    assert one["entropy"] == pytest.approx(two["entropy"], rel=UNITS)
 
 
 def test_shape_that_does_not_fit_is_one_message(qlrl: Callable[..., Any]) -> None:

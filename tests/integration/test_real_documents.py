@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.parity import Reference, transformers_model
+
 LICENCES = Path("/usr/share/common-licenses")
 # Characters of each document; the toy tokenizer needs about 0.57 tokens for one.
 DOCUMENTS = {
@@ -145,11 +147,30 @@ def test_updates_happen_on_real_gradients(run: Path, model: Path, read_jsonl: An
     assert not torch.equal(start["lm_head.weight"], end["lm_head.weight"])
 
 
-def test_trainer_and_engine_agree_at_every_length(run: Path, read_jsonl: Any) -> None:
+@pytest.fixture(scope="module")
+def bounds(parquet: Path, model: Path) -> Reference:
+    """Of the log-probs of a document's last tokens; of the middle one: float64 takes a minute for
+    the longest."""
+    from transformers import AutoTokenizer
+
+    text = (parquet.parent / "middle.txt").read_text(encoding="utf-8")
+    ids = torch.tensor([AutoTokenizer.from_pretrained(model)(text)["input_ids"]])
+    logprobs = []
+    for dtype in (torch.float64, torch.float32):
+        with torch.no_grad():
+            logits = transformers_model(model, dtype)(ids, logits_to_keep=257).logits[0, :-1]
+        logprobs.append(logits.log_softmax(-1).gather(1, ids[0, -256:, None]))
+    return Reference.of(*logprobs)
+
+
+def test_trainer_and_engine_agree_at_every_length(
+    run: Path, bounds: Reference, read_jsonl: Any
+) -> None:
+    """Each may be as far from the exact values as the bounds allow."""
     for line in read_jsonl(run / "metrics.jsonl"):
-        assert line["training/rollout_logprobs_diff_mean"] < 1e-5
-        assert line["training/rollout_logprobs_diff_max"] < 1e-4
-        assert line["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-5)
+        assert line["training/rollout_logprobs_diff_mean"] <= 2 * bounds.rms_error
+        assert line["training/rollout_logprobs_diff_max"] <= 2 * bounds.max_error
+        assert line["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=3 * bounds.rms_error)
         assert line["rollout_corr/rollout_is_ratio_fraction_high"] == 0
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from megatron_qlrl.errors import STOPPED
 
+LR = 5e-4  # of write_config
 STEPS = [0, 1, 1, 2, 2, 3, 3]  # evaluations after 1, 2 and 3
 
 
@@ -106,7 +107,13 @@ def test_killed_run_has_the_same_record(
 
 
 def test_run_goes_on_in_another_layout(
-    whole: Path, qlrl: Any, write_config: Any, read_jsonl: Any, untimed: Any, tmp_path: Path
+    whole: Path,
+    qlrl: Any,
+    write_config: Any,
+    base_model: Path,
+    read_jsonl: Any,
+    untimed: Any,
+    tmp_path: Path,
 ) -> None:
     config = _copy(whole, tmp_path, write_config)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
@@ -115,12 +122,19 @@ def test_run_goes_on_in_another_layout(
     here, there = (read_jsonl(run / "metrics.jsonl") for run in (whole, tmp_path / "run"))
     assert untimed(there[:5]) == untimed(here[:5])
     assert [line["step"] for line in there] == STEPS
-    # Sums run in another order, so the step is the same one up to rounding.
+    # Sums run in another order, so the step is the same one up to rounding, which is less than a
+    # hundredth of this.
     for name in ("actor/grad_norm", "actor/entropy", "prompt_length/mean"):
         assert there[5][name] == pytest.approx(here[5][name], rel=1e-3), name
-    start, end = (load_file(run / "hf" / "model.safetensors") for run in (whole, tmp_path / "run"))
-    for name, tensor in end.items():
-        torch.testing.assert_close(tensor, start[name], atol=2e-4, rtol=0, msg=name)
+    start, one, two = (
+        load_file(folder / "model.safetensors")
+        for folder in (base_model, whole / "hf", tmp_path / "run" / "hf")
+    )
+    apart = torch.cat([(two[name] - tensor).flatten() for name, tensor in one.items()])
+    moved = torch.cat([(tensor - start[name]).flatten() for name, tensor in one.items()])
+    # Where a gradient is all rounding, Adam may step to the other side; few weights are so.
+    assert apart.abs().max() <= 2 * LR
+    assert apart.norm() < 0.01 * moved.norm()
 
 
 def _copy(whole: Path, folder: Path, write_config: Any) -> Path:
