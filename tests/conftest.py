@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 LAUNCH_VARIABLES = (
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT QLRL_ERROR_DIR "
@@ -34,6 +35,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def fuzz_cases(request: pytest.FixtureRequest) -> int:
     return request.config.getoption("--fuzz-cases")
+
+
+# Files that look at the same run, a fixture of the session. Where tests run in several processes,
+# all of these go to one, so that the run is made once.
+SHARED_RUNS = {
+    "tests/integration/test_phases.py": "phased_run",
+    "tests/integration/test_slurm.py": "phased_run",
+    "tests/integration/test_release.py": "finished_run",
+    "tests/integration/test_resume.py": "finished_run",
+    "tests/integration/test_judge.py": "answering_model",
+    "tests/integration/test_distill.py": "answering_model",
+    "tests/integration/test_fast.py": "answering_model",
+}
+
+
+class _BySharedRun(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return SHARED_RUNS.get(file, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _BySharedRun:
+    return _BySharedRun(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares a run takes longest and comes first."""
+    order = {run: place for place, run in enumerate(SHARED_RUNS.values())}
+    items.sort(
+        key=lambda item: order.get(SHARED_RUNS.get(item.nodeid.split("::")[0], ""), len(order))
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# Everything CI runs: environment, lint, format, types, tests. Without arguments all tests, in two
-# processes side by side; arguments go to pytest:
-#   bash tools/test.sh                 bash tools/test.sh tests/unit -k reward
+# Everything CI runs: environment, lint, format, types, tests.
+#   bash tools/test.sh                          all of it
+#   bash tools/test.sh --fast                   lint, types, unit tests and one short SFT run; not
+#                                               several ranks, vLLM, RL runs, Slurm, servers
+#   bash tools/test.sh tests/unit -k reward     lint, types, and pytest with these arguments
 # Tests run even when lint or types fail; the exit code tells of either.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+case "${1:-}" in
+  -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$root/tools/test.sh"; exit 0 ;;
+esac
 cd "$root"
 bash tools/setup_env.sh
 bin="$root/.venv/bin"
@@ -28,8 +33,13 @@ run pyright
 echo "== pytest"
 # Last, so that its summary is the last line.
 code=0
-# The order of pyproject.toml's testpaths, longest first, so that both processes end together.
-[ $# -gt 0 ] || set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=20
+# One process more than there are cores, up to four: tests wait for servers, ranks and Slurm.
+parallel=(--numprocesses="$(($(nproc) < 4 ? $(nproc) + 1 : 4))" --dist=loadfile --no-loadscope-reorder
+  --durations=20)
+case "${1:-}" in
+  "") set -- "${parallel[@]}" ;;
+  --fast) shift; set -- "${parallel[@]}" tests/unit tests/integration/test_fast.py "$@" ;;
+esac
 python -m pytest "$@" || code=$?
 [ -z "$failed" ] || [ "$code" -ne 0 ] || code=1
 exit "$code"
