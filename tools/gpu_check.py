@@ -175,8 +175,7 @@ def check_sharing_by_layer() -> dict[str, Any]:
         rows = (
             group_rows(group, max_tokens=1024, share_prompt=s, cost=cost) for s in (True, False)
         )
-        check_sharing(policy, *rows)
-    return {"layers": 4}
+        return {"layers": 4, "error_in_units_of_noise": check_sharing(policy, *rows)}
 
 
 def bench_logprob(gpu: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_qlrl.errors import KernelError
 from megatron_qlrl.parallel.collectives import gather_objects
+from megatron_qlrl.parallel.context import Axis
 from megatron_qlrl.platform.device import has_gpu
 from megatron_qlrl.platform.machine import attention_kernel
 from megatron_qlrl.policy.attention import AttentionPlan, SegmentAttention
@@ -44,8 +45,9 @@ class Finding:
     error: float
     noise: float
 
-    def allowed(self, dtype: torch.dtype) -> float:
-        return ALLOWED_NOISE * max(self.noise, torch.finfo(dtype).eps / 8)
+    def ratio(self, dtype: torch.dtype) -> float:
+        """The error in units of the noise, which is at least what rounding once leaves."""
+        return self.error / max(self.noise, torch.finfo(dtype).eps / 8)
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ _PARTS = ("output", "gradient (queries)", "gradient (keys)", "gradient (values)"
 
 def check_sharing(
     policy: Policy, shared: Sequence[PackedRow], separate: Sequence[PackedRow]
-) -> None:
+) -> float:
     """Both sides hold the same responses to the same prompts. Collective; nothing of the policy
-    changes.
+    changes. Returns the largest error, in units of the noise.
 
     Raises:
         KernelError: on every rank, naming the first layer whose output is wrong, or else the first
@@ -76,17 +78,20 @@ def check_sharing(
         together = _measured_layers(policy, shared)
     # Rotary embeddings are the same for all layers; behind the first, inputs carry rounding.
     _judge(policy, _input_findings(shared, together, separate, alone), "shared prompts")
-    _judge(policy, _findings(alone), "separate rows")
-    _judge(policy, _findings(together), "shared prompts")
+    return max(
+        _judge(policy, _findings(alone), "separate rows"),
+        _judge(policy, _findings(together), "shared prompts"),
+    )
 
 
-def _judge(policy: Policy, mine: Sequence[Finding], side: str) -> None:
+def _judge(policy: Policy, mine: Sequence[Finding], side: str) -> float:
+    """The largest ratio of any rank."""
     dtype = policy.model.config.params_dtype
     findings = [finding for part in gather_objects(list(mine)) for finding in part]
     # A comparison with NaN is false: what counts is that an error is NOT small.
-    wrong = [f for f in findings if not f.error <= f.allowed(dtype)]
+    wrong = [f for f in findings if not f.ratio(dtype) <= ALLOWED_NOISE]
     if not wrong:
-        return
+        return max(f.ratio(dtype) for f in findings)
     first = min(wrong, key=lambda f: (f.what != "output", f.layer))
     kernel = attention_kernel(gpu=has_gpu())
     way_out = (
@@ -96,9 +101,9 @@ def _judge(policy: Policy, mine: Sequence[Finding], side: str) -> None:
     )
     raise KernelError(
         f"self-check: with the attention kernel {kernel.name}, the {first.what} of layer "
-        f"{first.layer} with {side} is off by {first.error:.1e} (allowed: "
-        f"{first.allowed(dtype):.0e}, from a rounding noise of {first.noise:.0e}). {way_out} the "
-        "versions that `qlrl check` prints with those in the README"
+        f"{first.layer} with {side} is off by {first.error:.1e}, {first.ratio(dtype):.0f} times "
+        f"its rounding noise (allowed: {ALLOWED_NOISE:.0f} times). {way_out} the versions that "
+        "`qlrl check` prints with those in the README"
     )
 
 
@@ -184,7 +189,8 @@ def _measure(
     plan: AttentionPlan,
 ) -> _Measured:
     """`qkv`: this rank's tokens of the row, [L, 1, heads, d]."""
-    whole = partial(_whole_row, policy, row)
+    places = _places(policy, row).to(qkv[0].device)
+    whole = partial(_whole_row, policy.context.cp, places)
     inputs = query, key, value = tuple(whole(x[:, 0]) for x in qkv)
     generator = torch.Generator().manual_seed(row.num_tokens)
     cotangent = torch.randn(query.shape, generator=generator).to(query)
@@ -194,7 +200,7 @@ def _measure(
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return attention.forward(q, k, v, packed_seq_params=plan).view_as(q)
 
-    local = _local_rows(policy, row, cotangent, len(qkv[0]))[:, None]
+    local = _local_part(policy.context.cp, places, cotangent, len(qkv[0]))[:, None]
     ours = [whole(x[:, 0]) for x in _with_gradients(kernel, qkv, local)]
     plain = partial(plain_attention, mask=mask, scale=attention.scale)
     noisy = plain(query, key, value, cotangent)
@@ -270,23 +276,21 @@ def visible(block: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     return ((block == block[:, None]) & own).tril()
 
 
-def _whole_row(policy: Policy, row: PackedRow, local: torch.Tensor) -> torch.Tensor:
-    """[T, ...] in row order, from the tokens that this context parallel rank holds."""
-    axis = policy.context.cp
-    whole = local.new_empty(axis.size * len(local), *local.shape[1:])
-    dist.all_gather_into_tensor(whole, local.contiguous(), group=axis.group)
-    return whole[_places(policy, row).to(whole.device)]
-
-
-def _local_rows(policy: Policy, row: PackedRow, whole: torch.Tensor, length: int) -> torch.Tensor:
-    """The other way: this rank's `length` tokens of [T, ...], zeros where it pads."""
-    axis = policy.context.cp
-    padded = whole.new_zeros(axis.size * length, *whole.shape[1:])
-    padded[_places(policy, row).to(whole.device)] = whole
-    return padded[axis.rank * length :][:length]
-
-
 def _places(policy: Policy, row: PackedRow) -> torch.Tensor:
-    """Where each token of the row lies in what is gathered over context parallel ranks."""
+    """Where each token of the row lies in what is gathered over context parallel ranks, [T]."""
     index = policy.shard(row).kv_index
     return torch.arange(row.num_tokens) if index is None else torch.from_numpy(index)
+
+
+def _whole_row(cp: Axis, places: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """[T, ...] in row order, from the tokens that this rank holds."""
+    whole = local.new_empty(cp.size * len(local), *local.shape[1:])
+    dist.all_gather_into_tensor(whole, local.contiguous(), group=cp.group)
+    return whole[places]
+
+
+def _local_part(cp: Axis, places: torch.Tensor, whole: torch.Tensor, length: int) -> torch.Tensor:
+    """The other way: this rank's `length` tokens of [T, ...], zeros where it pads."""
+    padded = whole.new_zeros(cp.size * length, *whole.shape[1:])
+    padded[places] = whole
+    return padded[cp.rank * length :][:length]
