@@ -10,16 +10,23 @@ from megatron_qlrl.platform.env import Ranks, read_ranks
 
 
 def on_ranks(
-    argv: list[str], processes: int, *, check: Callable[[int], None], run: Callable[[], None]
+    argv: list[str],
+    processes: int,
+    *,
+    check: Callable[[int], None],
+    run: Callable[[], None],
+    saves: bool = False,
 ) -> None:
-    """Checks once, then runs here (already a rank, or a job of one) or in `processes` ranks."""
+    """Checks once, then runs here (already a rank, or a job of one) or in `processes` ranks.
+
+    `saves`: the command saves when it is asked to stop."""
     ranks = read_ranks()
     world_size = ranks.world_size if ranks.world_size > 1 else processes
     if not local.is_child():
         with shown_once():
             check(world_size)
     if ranks.world_size == 1 and processes > 1:
-        sys.exit(local.launch(argv, processes=processes))
+        sys.exit(local.launch(argv, processes=processes, saves=saves))
     run()
 
 

@@ -189,7 +189,8 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
             )
 
     processes = wanted or _default_processes(_stages(command, config))
-    on_ranks([command, str(path), *overrides], processes, check=check, run=run)
+    argv = [command, str(path), *overrides]
+    on_ranks(argv, processes, check=check, run=run, saves=command in ("sft", "rl"))
 
 
 def check_command(command: checks.Command, config: Config, world_size: int) -> None:

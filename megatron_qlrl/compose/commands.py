@@ -32,7 +32,13 @@ from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.loop import run_phases
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import init_parallel, process_group
-from megatron_qlrl.platform.env import free_port, init_ranks, job_ends_at, longest_step_s
+from megatron_qlrl.platform.env import (
+    free_port,
+    init_ranks,
+    job_ends_at,
+    longest_step_s,
+    read_ranks,
+)
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.platform.stop import StopSignals
 from megatron_qlrl.policy.loss import sft_loss
@@ -50,7 +56,7 @@ def run_rl(config: Config) -> Handover | None:
         None at the end of the run, which leaves a Hugging Face folder; else what the next phases
         need, which fresh processes go on with.
     """
-    with StopSignals(job_ends_at(), longest_s=longest_step_s()) as stop, joined():
+    with _stop_signals(longest_s=longest_step_s()) as stop, joined():
         newest = newest_checkpoint(config, "rl")
         stretch = stretch_at(config, step_of(newest) if newest else 0)
         return _run_stretch(config, stretch, newest, stop)
@@ -124,7 +130,7 @@ def run_sft(config: Config) -> None:
     """Warm-up SFT, from the newest checkpoint on; ends with a Hugging Face folder."""
     sft = config.sft
     with (
-        StopSignals(job_ends_at()) as stop,
+        _stop_signals() as stop,
         joined(),
         open_run(config, "sft", temperature=1.0, give_up=stop.within_step) as run,
     ):
@@ -164,6 +170,11 @@ def run_sft(config: Config) -> None:
                 run.save()
             run.stop_if_asked(stop.between_steps(steps - report.step - 1))
         run.release(run.folder / "hf")
+
+
+def _stop_signals(*, longest_s: float = 0.0) -> StopSignals:
+    # Under the launcher of `--processes` it is the launcher that meets Ctrl-C.
+    return StopSignals(job_ends_at(), longest_s=longest_s, speaks=read_ranks().rank == 0)
 
 
 def run_eval(config: Config) -> None:

@@ -20,7 +20,7 @@ from types import FrameType
 
 from megatron_qlrl.errors import STOPPED
 from megatron_qlrl.platform.env import free_port
-from megatron_qlrl.platform.stop import STOP_SIGNALS
+from megatron_qlrl.platform.stop import STOPPING, heard_signals
 
 ERROR_DIR = "QLRL_ERROR_DIR"
 """Variable naming the folder for users' errors; set for children of `launch` only."""
@@ -30,8 +30,6 @@ SETTLE_S = 0.5
 """A user's error that every rank meets is reported by each: how long to wait for the others."""
 GRACE_S = 15.0
 """A rank that reported a user's error gets this long to leave by itself."""
-SIGNAL_GRACE_S = 120.0
-"""After SIGINT or SIGTERM to the job: time to finish a checkpoint."""
 TAIL_LINES = 30
 
 
@@ -50,12 +48,17 @@ class Child:
         return 128 - code if code is not None and code < 0 else code
 
 
-def launch(argv: list[str], *, processes: int, module: str = "megatron_qlrl") -> int:
+def launch(
+    argv: list[str], *, processes: int, saves: bool = False, module: str = "megatron_qlrl"
+) -> int:
     """Runs `python -m megatron_qlrl <argv>` as `processes` ranks on this machine.
 
     Rank 0's output is shown as it comes. When a rank fails, the others are ended and its
-    message is shown: the user's error it reported, else the end of its output. SIGINT and
-    those that ask a run to stop reach every rank; a second one ends them at once.
+    message is shown: the user's error it reported, else the end of its output. Signals that ask
+    a run to stop reach every rank, Ctrl-C as SIGTERM; a second one ends them at once.
+
+    Args:
+        saves: the command saves when it is asked to stop, which takes a while: Ctrl-C is answered.
 
     Returns:
         0, or the exit code of the first failing rank, or 128 + n after signal n; STOPPED if that
@@ -66,14 +69,14 @@ def launch(argv: list[str], *, processes: int, module: str = "megatron_qlrl") ->
     def note(number: int, _: FrameType | None) -> None:
         signals.append(number)
 
-    before = {n: signal.signal(n, note) for n in (signal.SIGINT, *STOP_SIGNALS)}
+    before = {n: signal.signal(n, note) for n in heard_signals()}
     children: list[Child] = []
     with tempfile.TemporaryDirectory(prefix="qlrl_") as name:
         folder = Path(name)
         try:
             for env in _environments(processes, folder):
                 children.append(_start([sys.executable, "-m", module, *argv], env, folder))
-            return _watch(children, signals, folder)
+            return _watch(children, signals, folder, saves=saves)
         finally:
             _kill(children)
             for number, handler in before.items():
@@ -158,25 +161,36 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
-def _watch(children: list[Child], signals: list[int], folder: Path) -> int:
-    while True:
-        if signals:
-            return _stop(children, signals)
+def _watch(children: list[Child], signals: list[int], folder: Path, *, saves: bool) -> int:
+    while not signals:
         failed = [c for c in children if c.code not in (None, 0, STOPPED)]
         if failed or _messages(folder):
             return _fail(children, failed, folder)
         if all(c.code is not None for c in children):
             return max(c.code or 0 for c in children)
         time.sleep(POLL_S)
+    if saves and signals[0] == signal.SIGINT:
+        print(STOPPING, file=sys.stderr, flush=True)
+    return _stop(children, signals, folder)
 
 
-def _stop(children: list[Child], signals: list[int]) -> int:
-    """Hands the signal on and lets the ranks finish; another signal, or time, ends them."""
+def _stop(children: list[Child], signals: list[int], folder: Path) -> int:
+    """Hands the first signal on and lets the ranks finish; another signal ends them."""
+    number = signals[0]
+    handed_on = signal.SIGTERM if number == signal.SIGINT else number
     for child in children:
-        child.process.send_signal(signals[0])
-    _wait(children, SIGNAL_GRACE_S, signals)
+        child.process.send_signal(handed_on)
+    while len(signals) == 1:
+        failed = [c for c in children if c.code not in (None, 0, STOPPED, 128 + handed_on)]
+        if failed or _messages(folder):
+            return _fail(children, failed, folder)
+        codes = [c.code for c in children]
+        # One that did not listen yet has ended; the others would wait for it.
+        if None not in codes or 128 + handed_on in codes:
+            break
+        time.sleep(POLL_S)
     stopped = all(c.code == STOPPED for c in children)
-    return STOPPED if stopped else 128 + signals[0]
+    return STOPPED if stopped else 128 + number
 
 
 def _fail(children: list[Child], failed: list[Child], folder: Path) -> int:
@@ -185,7 +199,9 @@ def _fail(children: list[Child], failed: list[Child], folder: Path) -> int:
         if child.rank not in _messages(folder):
             child.process.kill()  # it waits for the one that failed, whatever it is asked
     # A rank that reported leaves by itself (it may be closing its logs).
-    _wait(children, GRACE_S, [])
+    deadline = time.monotonic() + GRACE_S
+    while any(c.code is None for c in children) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
     _kill(children)
     messages = _messages(folder)
     for line in format_errors(messages):
@@ -194,15 +210,6 @@ def _fail(children: list[Child], failed: list[Child], folder: Path) -> int:
     if not messages:
         _show_end(first)
     return first.code or 2
-
-
-def _wait(children: list[Child], limit_s: float, signals: list[int]) -> None:
-    """Returns when all have ended, after `limit_s`, or at a second signal."""
-    deadline = time.monotonic() + limit_s
-    while any(c.code is None for c in children) and time.monotonic() < deadline:
-        if len(signals) > 1:
-            return
-        time.sleep(POLL_S)
 
 
 def _kill(children: list[Child]) -> None:

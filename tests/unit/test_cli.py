@@ -67,7 +67,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
     """What would have been started; the fake ranks fail with code 7."""
     made: list[tuple[list[str], int]] = []
 
-    def launch(argv: list[str], *, processes: int) -> int:
+    def launch(argv: list[str], *, processes: int, saves: bool) -> int:
+        assert saves == (argv[0] in ("sft", "rl"))
         made.append((argv, processes))
         return 7
 

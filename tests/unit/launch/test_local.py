@@ -122,14 +122,16 @@ time.sleep(600)
 
 
 def _launcher(tmp_path: Path, body: str) -> "subprocess.Popen[bytes]":
-    """`launch` in a process of its own, returned once both ranks are up."""
+    """`launch` in a process of its own, returned once both ranks are up; writes to err.txt."""
     (tmp_path / "ranks_body.py").write_text(HEAD + body)
     code = (
         "import sys; from megatron_qlrl.launch.local import launch;"
-        f"sys.exit(launch([{str(tmp_path)!r}], processes=2, module='ranks_body'))"
+        f"sys.exit(launch([{str(tmp_path)!r}], processes=2, saves=True, "
+        "module='ranks_body'))"
     )
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env)
+    with (tmp_path / "err.txt").open("wb") as err:
+        process = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=err)
     _wait_until(lambda: all((tmp_path / f"up_{rank}").exists() for rank in (0, 1)))
     return process
 
@@ -142,16 +144,19 @@ def _wait_until(ready: Callable[[], bool]) -> None:
     pytest.fail("waited 30 s in vain")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "handed_on", "code"),
+    [(signal.SIGTERM, 15, 143), (signal.SIGUSR1, 10, 138), (signal.SIGINT, 15, 130)],
+)
 def test_signals_reach_every_rank_and_they_may_finish(
-    tmp_path: Path, number: signal.Signals, code: int
+    tmp_path: Path, number: signal.Signals, handed_on: int, code: int
 ) -> None:
     body = """
 def save(number, frame):
     (folder / f"saved_{rank}").write_text(str(number))
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
-signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGUSR1, save)
 seen("up")
 time.sleep(600)
 """
@@ -159,7 +164,7 @@ time.sleep(600)
     process.send_signal(number)
     assert process.wait(timeout=30) == code
     saved = [(tmp_path / f"saved_{rank}").read_text() for rank in (0, 1)]
-    assert saved == [str(int(number))] * 2
+    assert saved == [str(handed_on)] * 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -201,6 +206,54 @@ while True:
     _wait_until(lambda: all((tmp_path / f"asked_{rank}").exists() for rank in (0, 1)))
     process.terminate()
     assert process.wait(timeout=30) == 143
+
+
+def test_interrupt_is_answered_at_once_and_a_second_one_ends_the_ranks(tmp_path: Path) -> None:
+    body = """
+signal.signal(signal.SIGTERM, lambda *_: seen("asked"))
+(folder / f"pid_{rank}").write_text(str(os.getpid()))
+seen("up")
+while True:
+    time.sleep(1)
+"""
+    process = _launcher(tmp_path, body)
+    answer = "qlrl: stopping after this step; Ctrl-C again ends at once\n"
+    process.send_signal(signal.SIGINT)
+    _wait_until(lambda: (tmp_path / "err.txt").read_text() == answer)
+    _wait_until(lambda: all((tmp_path / f"asked_{rank}").exists() for rank in (0, 1)))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=2) == 130
+    assert (tmp_path / "err.txt").read_text() == answer
+    assert not any(_runs(int((tmp_path / f"pid_{rank}").read_text())) for rank in (0, 1))
+
+
+def test_rank_that_does_not_listen_yet_ends_the_others(tmp_path: Path) -> None:
+    body = """
+if rank == 0:
+    signal.signal(signal.SIGTERM, lambda *_: seen("asked"))
+seen("up")
+while True:
+    time.sleep(1)
+"""
+    process = _launcher(tmp_path, body)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+
+
+def test_what_fails_while_the_ranks_stop_is_shown(tmp_path: Path) -> None:
+    body = """
+def fail(number, frame):
+    report_error("disk is full", rank)
+    sys.exit(2)
+signal.signal(signal.SIGTERM, fail)
+seen("up")
+while True:
+    time.sleep(1)
+"""
+    process = _launcher(tmp_path, body)
+    process.terminate()
+    assert process.wait(timeout=30) == 2
+    assert (tmp_path / "err.txt").read_text() == "qlrl: error: disk is full\n"
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:

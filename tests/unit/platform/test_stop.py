@@ -2,11 +2,14 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from megatron_qlrl.platform.stop import StopSignals
+from megatron_qlrl.platform.stop import StopSignals, interrupt_ends
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -79,3 +82,63 @@ def test_first_step_is_always_begun() -> None:
     with StopSignals(ends_at=time.time() + 1) as stop:
         assert stop.between_steps(9) == ""
         assert stop.between_steps(8) != ""
+
+
+INTERRUPTED = """
+import os, signal, time
+from megatron_qlrl.platform.stop import StopSignals, interrupt_ends
+
+interrupt_ends()
+with StopSignals(None) as stop:
+    print("up", flush=True)
+    while not stop.between_steps(1):
+        time.sleep(0.01)
+    print(stop.between_steps(1), flush=True)
+    sum(range(10**12))  # one call of C code: no handler of Python's gets its turn
+"""
+
+
+def test_first_interrupt_asks_and_the_second_ends_at_once() -> None:
+    process = _start(INTERRUPTED)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "asked to stop\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT  # 130 in a shell
+    assert err == "qlrl: stopping after this step; Ctrl-C again ends at once\n"
+
+
+def test_interrupt_outside_a_run_ends_without_a_stack_trace() -> None:
+    process = _start(
+        "from megatron_qlrl.platform.stop import interrupt_ends\n"
+        "interrupt_ends(); print('up', flush=True); sum(range(10**12))"
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (-signal.SIGINT, "")
+
+
+def test_interrupts_that_a_shell_has_turned_off_stay_off() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interrupt_ends()
+        with StopSignals(None) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.between_steps(1) == ""
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start(program: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[3],
+    )
