@@ -56,10 +56,14 @@ def run_rl(config: Config) -> Handover | None:
         None at the end of the run, which leaves a Hugging Face folder; else what the next phases
         need, which fresh processes go on with.
     """
-    with _stop_signals(longest_s=longest_step_s()) as stop, joined():
+    folder = Path(config.run.dir)
+    with _stop_signals(longest_s=longest_step_s()) as stop, joined(folder) as held:
         newest = newest_checkpoint(config, "rl")
         stretch = stretch_at(config, step_of(newest) if newest else 0)
-        return _run_stretch(config, stretch, newest, stop)
+        handover = _run_stretch(config, stretch, newest, stop)
+        if handover is not None:
+            held.pop_all()
+        return handover
 
 
 def _run_stretch(
@@ -131,7 +135,7 @@ def run_sft(config: Config) -> None:
     sft = config.sft
     with (
         _stop_signals() as stop,
-        joined(),
+        joined(Path(config.run.dir)),
         open_run(config, "sft", temperature=1.0, give_up=stop.within_step) as run,
     ):
         with run.progress.doing("reading the SFT rows"):
@@ -179,7 +183,8 @@ def _stop_signals(*, longest_s: float = 0.0) -> StopSignals:
 
 def run_eval(config: Config) -> None:
     """Scores model.path on data.eval_files; writes eval/eval.json and the answers."""
-    with joined(), open_run(config, "eval", temperature=1.0) as run:
+    folder = Path(config.run.dir)
+    with joined(folder), open_run(config, "eval", temperature=1.0) as run:
         run.read_benchmarks()
         with run.progress.doing("answering the evaluation files"):
             metrics = run.evaluation.score("eval", 0)

@@ -26,6 +26,7 @@ from megatron_qlrl.distill import (
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.platform.env import read_secret
 from megatron_qlrl.platform.files import replaced
+from megatron_qlrl.platform.lock import take_lock
 from megatron_qlrl.reward.endpoint import open_session
 from megatron_qlrl.reward.score import check_sources
 from megatron_qlrl.rollout.sampler import token_seed
@@ -53,8 +54,11 @@ def run_distill(config: Config, out: Path) -> None:
         **settings.model_dump(include={"temperature", "top_p", "max_response_tokens"}),
     }
     # More samples or another length limit may be asked for later of the same journal.
-    journal = Journal(output_files(out)[1], identity)
-    with closing(journal), closing(make_scorer(config)) as scorer:
+    with (
+        closing(take_lock(out.with_name(out.name + ".lock"), what=str(out))),
+        closing(Journal(output_files(out)[1], identity)) as journal,
+        closing(make_scorer(config)) as scorer,
+    ):
         failed = asyncio.run(_collect(config, prompts, rows, journal, tokenizer))
         kept, counts = select(
             prompts,

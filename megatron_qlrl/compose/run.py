@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from megatron_qlrl.parallel.collectives import gather_dicts, gather_objects, on_
 from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.platform.env import init_ranks, set_engine_env
+from megatron_qlrl.platform.lock import Lock, take_lock
 from megatron_qlrl.platform.machine import commit
 from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.platform.watchdog import watch_steps
@@ -60,11 +61,28 @@ T = TypeVar("T")
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """The process group of the job."""
+def joined(run_dir: Path) -> Iterator[ExitStack]:
+    """The process group of the job, which has run.dir to itself: rank 0 holds the lock until the
+    end. The stack that is yielded lets go of it; emptied (`pop_all`), it leaves the lock to the
+    program that goes on in this process.
+
+    Raises:
+        ConfigError: another run holds it (every rank).
+    """
     ranks = init_ranks()
-    with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
-        yield
+
+    def lock() -> list[Lock]:
+        if ranks.rank:
+            return []
+        return [take_lock(run_dir / "run.lock", what=f"run.dir {run_dir}")]
+
+    with (
+        process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size),
+        ExitStack() as held,
+    ):
+        for taken in on_all_ranks(lock):
+            held.enter_context(closing(taken))
+        yield held
 
 
 @contextmanager

@@ -103,6 +103,13 @@ def job_ends_at() -> float | None:
     return float(value) if value.isdigit() else None
 
 
+def read_job() -> tuple[str, int]:
+    """Slurm's number of this job, and how often it has been put back into the queue; ("", 0)
+    outside of one."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    return os.environ.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdigit() else 0
+
+
 def longest_step_s() -> float:
     """What this job's longest step took before this process, in seconds; 0 at its start."""
     return float(os.environ.get(LONGEST_STEP, "0"))

@@ -1,9 +1,10 @@
-"""kill -9 in the middle of a step, a damaged checkpoint, another layout: the run goes on.
+"""kill -9 in the middle of a step, a damaged checkpoint, another layout: the run goes on. Ctrl-C.
 
 Runs: whole (the reference), cut (killed, its newest checkpoint damaged, started again), and a copy
 of the reference that goes on under another layout.
 """
 
+import os
 import random
 import shutil
 import signal
@@ -145,23 +146,56 @@ def _copy(whole: Path, folder: Path, write_config: Any) -> Path:
     return config
 
 
-def test_evaluation_is_given_up_when_the_job_asks(
-    start_qlrl: Any, write_config: Any, tmp_path: Path
-) -> None:
-    """One of 9,600 responses, long enough for any machine: in the run's last phase, after steps."""
+def _start_long_evaluation(start_qlrl: Any, write_config: Any, folder: Path, *argv: str) -> Any:
+    """A run that is in its last evaluation, of 9,600 responses, long enough for any machine."""
     phase = {"name": "phase1", "max_input_tokens": 250, "steps": 2}
-    config = write_config(tmp_path, phases=[phase], evaluation={"samples": 600, "temperature": 1.0})
-    record = tmp_path / "run" / "metrics.jsonl"
-    process = start_qlrl("rl", config)
+    config = write_config(folder, phases=[phase], evaluation={"samples": 600, "temperature": 1.0})
+    record = folder / "run" / "metrics.jsonl"
+    process = start_qlrl("rl", config, *argv)
     while process.poll() is None and not (record.is_file() and '"step": 1' in record.read_text()):
         time.sleep(0.01)
-    time.sleep(1)
-    process.send_signal(signal.SIGUSR1)
+    return process
+
+
+def test_run_is_alone_in_its_folder_and_saves_at_an_interrupt(
+    start_qlrl: Any, qlrl: Any, write_config: Any, tmp_path: Path
+) -> None:
+    process = _start_long_evaluation(start_qlrl, write_config, tmp_path)
+    second = qlrl("rl", tmp_path / "config.yaml", "--processes", "2")
+    assert second.code == 2
+    assert len(second.messages) == 1
+    assert (
+        f"run.dir {tmp_path}/run is in use by another run, process {process.pid} on"
+        in (second.messages[0])
+    )
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=300)
     assert process.returncode == STOPPED, out + err
+    assert "qlrl: stopping after this step; Ctrl-C again ends at once\n" in err
+    assert "Traceback" not in out + err
     assert "qlrl: asked to stop; the run is saved" in out
     assert not (tmp_path / "run" / "eval").exists()
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [
         "step_00000001",
         "step_00000002",
     ]
+    assert not list((tmp_path / "run").glob("run.lock*"))
+
+
+def test_second_interrupt_ends_all_ranks_at_once(
+    start_qlrl: Any, write_config: Any, tmp_path: Path
+) -> None:
+    process = _start_long_evaluation(start_qlrl, write_config, tmp_path, "--processes", "2")
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(ranks) == 2
+    os.killpg(process.pid, signal.SIGINT)
+    line = process.stderr.readline()
+    while line and "stopping after this step" not in line:
+        line = process.stderr.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 130
+    assert "Traceback" not in out + err
+    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]

@@ -10,6 +10,7 @@ from megatron_qlrl.platform.env import (
     free_port,
     init_ranks,
     quiet_foreign_warnings,
+    read_job,
     read_ranks,
     read_secret,
     set_engine_env,
@@ -123,3 +124,13 @@ def test_a_secret_is_read_by_the_name_of_its_variable(monkeypatch: pytest.Monkey
     for name in ("EMPTY_KEY", "NO_SUCH_KEY"):
         with pytest.raises(ConfigError, match=f"{name}, which is not set; export {name}"):
             read_secret(name)
+
+
+def test_job_and_its_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert read_job() == ("", 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "812")
+    assert read_job() == ("812", 0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert read_job() == ("812", 2)
