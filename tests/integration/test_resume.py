@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,28 +147,37 @@ def _copy(whole: Path, folder: Path, write_config: Any) -> Path:
     return config
 
 
-def _start_long_evaluation(start_qlrl: Any, write_config: Any, folder: Path, *argv: str) -> Any:
-    """A run that is in its last evaluation, of 9,600 responses, long enough for any machine."""
+def _long_evaluation(write_config: Any, folder: Path) -> Path:
+    """Config of a run that ends in an evaluation of 9,600 responses, long on any machine."""
     phase = {"name": "phase1", "max_input_tokens": 250, "steps": 2}
-    config = write_config(folder, phases=[phase], evaluation={"samples": 600, "temperature": 1.0})
-    record = folder / "run" / "metrics.jsonl"
-    process = start_qlrl("rl", config, *argv)
-    while process.poll() is None and not (record.is_file() and '"step": 1' in record.read_text()):
+    return write_config(folder, phases=[phase], evaluation={"samples": 600, "temperature": 1.0})
+
+
+def _wait_for(process: Any, condition: Callable[[], bool]) -> None:
+    while process.poll() is None and not condition():
         time.sleep(0.01)
-    return process
+
+
+def _is_logged(folder: Path, step: int) -> bool:
+    record = folder / "run" / "metrics.jsonl"
+    return record.is_file() and f'"step": {step}' in record.read_text()
 
 
 def test_run_is_alone_in_its_folder_and_saves_at_an_interrupt(
     start_qlrl: Any, qlrl: Any, write_config: Any, tmp_path: Path
 ) -> None:
-    process = _start_long_evaluation(start_qlrl, write_config, tmp_path)
-    second = qlrl("rl", tmp_path / "config.yaml", "--processes", "2")
+    config = _long_evaluation(write_config, tmp_path)
+    process = start_qlrl("rl", config)
+    _wait_for(process, (tmp_path / "run" / "run.lock.1").exists)
+    second = qlrl("rl", config, "--processes", "2")
     assert second.code == 2
     assert len(second.messages) == 1
     assert (
         f"run.dir {tmp_path}/run is in use by another run, process {process.pid} on"
         in (second.messages[0])
     )
+    _wait_for(process, lambda: _is_logged(tmp_path, 1))
+    time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=300)
     assert process.returncode == STOPPED, out + err
@@ -185,7 +195,8 @@ def test_run_is_alone_in_its_folder_and_saves_at_an_interrupt(
 def test_second_interrupt_ends_all_ranks_at_once(
     start_qlrl: Any, write_config: Any, tmp_path: Path
 ) -> None:
-    process = _start_long_evaluation(start_qlrl, write_config, tmp_path, "--processes", "2")
+    process = start_qlrl("rl", _long_evaluation(write_config, tmp_path), "--processes", "2")
+    _wait_for(process, lambda: _is_logged(tmp_path, 0))
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(ranks) == 2
     os.killpg(process.pid, signal.SIGINT)
