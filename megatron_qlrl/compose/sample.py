@@ -31,7 +31,7 @@ def run_sample(config: Config, num: int, folder: Path) -> None:
             "evaluation": config.evaluation.model_copy(update=greedy),
         }
     )
-    with joined(), open_run(config, "check", temperature=1.0) as run:
+    with joined(folder), open_run(config, "check", temperature=1.0) as run:
         with run.progress.doing("reading the prompts"):
             prompts = spread(_read(run), num)
         with run.progress.doing("answering"):
