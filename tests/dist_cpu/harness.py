@@ -1,5 +1,6 @@
 """Runs a function on several gloo ranks and shows a failing rank's traceback."""
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from multiprocessing import set_forkserver_preload
@@ -38,7 +39,7 @@ def run_ranks(
 def _start(
     rank: int, worker: Callable[..., None], world_size: int, folder: str, cases: Sequence[Any]
 ) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     for number, case in enumerate(cases):
         with process_group(
             rank=rank,
