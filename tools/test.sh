@@ -34,7 +34,8 @@ echo "== pytest"
 # Last, so that its summary is the last line.
 code=0
 # One process more than there are cores, up to four: tests wait for servers, ranks and Slurm.
-parallel=(--numprocesses="$(($(nproc) < 4 ? $(nproc) + 1 : 4))" --dist=loadfile --no-loadscope-reorder
+cores="$(env -u OMP_NUM_THREADS nproc)"
+parallel=(--numprocesses="$((cores < 4 ? cores + 1 : 4))" --dist=loadfile --no-loadscope-reorder
   --durations=20)
 case "${1:-}" in
   "") set -- "${parallel[@]}" ;;
