@@ -128,7 +128,7 @@ class Chain:
 
     def _spoiled(self) -> int | None:
         """Step of the checkpoint that was damaged, unless it was written anew."""
-        from megatron_qlrl.weights.checkpoint import step_of
+        from megatron_qlrl.weights.checkpoint_folder import step_of
 
         if self.damaged is None:
             return None
@@ -183,7 +183,7 @@ def children(pid: int) -> list[int]:
 
 def newest(run: Path) -> int | None:
     """Step of the newest checkpoint that is whole, by its checksums."""
-    from megatron_qlrl.weights.checkpoint import step_of, torn
+    from megatron_qlrl.weights.checkpoint_folder import step_of, torn
 
     folders = sorted((run / "checkpoints").glob("step_????????"), reverse=True)
     whole = (f for f in folders if torn(f) is None)

@@ -44,9 +44,18 @@ from megatron_qlrl.platform.stop import StopSignals
 from megatron_qlrl.policy.loss import sft_loss
 from megatron_qlrl.policy.model import build_model
 from megatron_qlrl.sft import num_sft_steps, run_sft_steps
-from megatron_qlrl.weights.checkpoint import CheckpointStore, load_weights, read_state, step_of
+from megatron_qlrl.weights.checkpoint import CheckpointStore, load_weights
+from megatron_qlrl.weights.checkpoint_folder import (
+    is_checkpoint,
+    read_state,
+    step_of,
+    taking_up,
+    torn,
+)
 from megatron_qlrl.weights.release import write_release
 from megatron_qlrl.weights.stream import WeightStream
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def run_rl(config: Config) -> Handover | None:
@@ -87,8 +96,9 @@ def _run_stretch(
         state = run.restore(newest, fresh_steps=fresh_steps(whole))
         run.evaluation.before_training(state)
         sampler = run.sampler(curriculum)
-        if state:
-            sampler.load_state_dict(state["sampler"])
+        if newest:
+            with taking_up(newest):
+                sampler.load_state_dict(state["sampler"])
         trainer = run.trainer(policy_loss(config), total_updates=whole.total_rl_steps)
         first = state.get("step", 0)
         for phase in make_phases(whole):
@@ -196,24 +206,34 @@ def run_export(checkpoint: Path, out: Path) -> None:
     """A checkpoint (or the newest one of a run's folder) as a Hugging Face folder."""
     ranks = init_ranks()
     with process_group(rank=0, local_rank=ranks.local_rank, world_size=1):
-        source = checkpoint
-        if not (source / "state.json").is_file():
-            newest = CheckpointStore(checkpoint / "checkpoints", keep=1, warn=print).newest()
-            if newest is None:
-                raise CheckpointError(f"{checkpoint} is no checkpoint and has none in checkpoints/")
-            source = newest
-        state = read_state(source)
+        source = _checkpoint_in(checkpoint)
+        with taking_up(source):
+            state = read_state(source)
+            facts, dtype = state["facts"], _DTYPES[state["dtype"]]
         context = init_parallel(tp=1, pp=1, cp=1, seed=0)
         shape = read_shape(source / "hf")
-        dtype = getattr(torch, state["dtype"])
         with megatron_device():
             model = build_model(shape, PolicyConfig(), dtype=dtype, context=context)  # pyright: ignore[reportCallIssue]
         load_weights(source, model=model)
         stream = WeightStream(model, shape=shape, context=context, bucket_bytes=2**29)
         write_release(
-            stream, out, companions=source / "hf", facts=state["facts"], writer=True,
-            dtype=state["dtype"],
+            stream, out, companions=source / "hf", facts=facts, writer=True, dtype=state["dtype"],
         )  # fmt: skip
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """The checkpoint in `folder`: itself, or the newest one where it is a run's."""
+    if is_checkpoint(folder):
+        if problem := torn(folder):
+            raise CheckpointError(
+                f"checkpoint {folder} is not whole: {problem}; export another one, or copy it "
+                "again from where it was written"
+            )
+        return folder
+    newest = CheckpointStore(folder / "checkpoints", keep=1, warn=print).newest()
+    if newest is None:
+        raise CheckpointError(f"{folder} is no checkpoint and has no whole one in checkpoints/")
+    return newest
 
 
 def run_import(hf_folder: Path, out: Path, tp: int, pp: int) -> None:

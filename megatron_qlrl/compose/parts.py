@@ -23,13 +23,14 @@ from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.collectives import on_all_ranks
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.platform.device import has_gpu
-from megatron_qlrl.platform.env import read_secret
+from megatron_qlrl.platform.env import PICKLED_STATE, may_unpickle_state, read_secret
 from megatron_qlrl.policy.loss import PolicyLoss
 from megatron_qlrl.policy.step import Policy
 from megatron_qlrl.reward.judge import Judge
 from megatron_qlrl.reward.score import Scorer
 from megatron_qlrl.types import Prompt, ScoredGroup
-from megatron_qlrl.weights.checkpoint import CheckpointStore, read_state
+from megatron_qlrl.weights.checkpoint import CheckpointStore
+from megatron_qlrl.weights.checkpoint_folder import read_state, taking_up
 from megatron_qlrl.weights.release import copy_companions
 from megatron_qlrl.weights.stream import load_hf
 
@@ -92,6 +93,22 @@ def make_store(config: Config) -> CheckpointStore:
     )
 
 
+def check_resumable(config: Config) -> None:
+    """Whether the checkpoints that a run writes may be read again.
+
+    Raises:
+        ConfigError: delayed FP8 scaling, without the user's leave to unpickle its state.
+    """
+    policy = config.policy
+    if policy.fp8 != "off" and policy.fp8_recipe == "delayed" and not may_unpickle_state():
+        raise ConfigError(
+            "policy.fp8_recipe=delayed keeps a pickle in each checkpoint, which could run any code "
+            f"where it is read, so that the run could not resume. Set {PICKLED_STATE}=1 in the "
+            "environment if run.dir holds checkpoints of your own alone, or set another "
+            "policy.fp8_recipe (blockwise or tensorwise)"
+        )
+
+
 def newest_checkpoint(config: Config, command: str) -> Path | None:
     """What a run of `qlrl <command>` continues from; None for a fresh start (collective).
 
@@ -101,7 +118,11 @@ def newest_checkpoint(config: Config, command: str) -> Path | None:
     newest = make_store(config).newest() if config.checkpoint.resume else None
 
     def check() -> None:
-        if newest is not None and (other := read_state(newest)["command"]) != command:
+        if newest is None:
+            return
+        with taking_up(newest):
+            other = read_state(newest)["command"]
+        if other != command:
             raise CheckpointError(
                 f"run.dir {config.run.dir} holds a run of `qlrl {other}`, which `qlrl {command}` "
                 "cannot go on with; set run.dir to another folder, and model.path to the Hugging "

@@ -13,6 +13,7 @@ from megatron_qlrl.advantage.filters import has_spread
 from megatron_qlrl.compose.evaluation import Evaluation
 from megatron_qlrl.compose.parts import (
     changed_rope,
+    check_resumable,
     check_vocabulary,
     load_tokenizer,
     make_context,
@@ -53,7 +54,8 @@ from megatron_qlrl.types import (
     StepReport,
     TrainGroup,
 )
-from megatron_qlrl.weights.checkpoint import load_checkpoint, load_weights, step_of
+from megatron_qlrl.weights.checkpoint import load_checkpoint, load_weights
+from megatron_qlrl.weights.checkpoint_folder import step_of, taking_up
 from megatron_qlrl.weights.release import write_release
 from megatron_qlrl.weights.stream import WeightStream
 
@@ -104,6 +106,8 @@ def open_run(
         weights: Hugging Face folder that the policy starts from, else model.path.
         give_up: asked while responses are generated: this rank's reason to stop, or "".
     """
+    if command != "eval":
+        check_resumable(config)
     set_engine_env(cpu_kv_cache_gib=config.rollout.cpu_kv_cache_gib)
     folder = weights or Path(config.model.path)
     run = Run(
@@ -309,15 +313,18 @@ class Run:
         """
         self._fresh_steps = fresh_steps
         state: dict[str, Any] = {}
+        tracked = None
         if path is not None:
             with self.progress.doing(f"loading {path}"):
                 state = self._load(path)
-            self.policy.version = state["version"]
-            self.evaluation.load_state_dict(state["evaluation"])
-            self.monitor.load_state_dict(state["monitor"])
+            with taking_up(path):
+                self.policy.version = state["version"]
+                self.evaluation.load_state_dict(state["evaluation"])
+                self.monitor.load_state_dict(state["monitor"])
+                tracked = {name: state["tracker"][name] for name in ("step", "lines", "wandb_id")}
             if self.leads:
                 print(f"resuming from {path} at step {state['step']}", flush=True)
-        opened = self._on_disk(partial(self._open_tracker, state.get("tracker")))
+        opened = self._on_disk(partial(self._open_tracker, tracked))
         self.tracker = opened or self.tracker
         return state
 

@@ -223,8 +223,9 @@ class PolicyConfig(Section):
     (blockwise, mxfp8), hybrid one scale for a tensor (tensorwise, delayed)."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "blockwise"
     """Transformer Engine's scaling recipe (GPU only). blockwise needs Hopper and CUDA 12.9, mxfp8
-    Blackwell. With delayed, checkpoints hold state as a pickle, which Transformer Engine 2.20 loads
-    only with NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 in the environment."""
+    Blackwell. With delayed, checkpoints hold state as a pickle, which could run any code: a run
+    starts only with NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 in the environment, and then resumes
+    from checkpoints of your own alone."""
 
     @property
     def fp8_block(self) -> int:

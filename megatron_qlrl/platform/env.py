@@ -15,6 +15,9 @@ from megatron_qlrl.errors import ConfigError
 LONGEST_STEP = "QLRL_LONGEST_STEP_S"
 """From one process to the next in its place (launch/again.py)."""
 
+PICKLED_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+"""Transformer Engine's name for the user's leave to unpickle its state of delayed FP8 scaling."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -113,6 +116,11 @@ def read_job() -> tuple[str, int]:
 def longest_step_s() -> float:
     """What this job's longest step took before this process, in seconds; 0 at its start."""
     return float(os.environ.get(LONGEST_STEP, "0"))
+
+
+def may_unpickle_state() -> bool:
+    """Whether the user trusts the FP8 state in checkpoints; Transformer Engine asks the same."""
+    return os.environ.get(PICKLED_STATE) == "1"
 
 
 def read_secret(variable: str | None) -> str | None:

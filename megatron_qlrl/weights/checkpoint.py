@@ -16,13 +16,10 @@ checkpoint or a `.tmp` folder, which the next good save removes.
 The threads of all ranks agree over a process group of their own: collectives of two threads in
 one group would mix.
 
-Trust: `weights/common.pt` and the tensors are read with torch's `weights_only`, but
-`weights/.metadata` is a pickle to torch's reader (and so is the extra state that Transformer
-Engine's layers keep). The manifest proves a checkpoint whole, not harmless: load only
-checkpoints of your own runs.
+Trust: the manifest proves a checkpoint whole, not harmless. Nothing that a file says is run when
+it is read: stored.py, and `_Planner` in megatron_format.py.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -33,18 +30,28 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.parallel.collectives import gather_dicts, gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import TIMEOUT
 from megatron_qlrl.weights import megatron_format
+from megatron_qlrl.weights.checkpoint_folder import (
+    FORMAT,
+    UNFIT,
+    digest_of,
+    first_line,
+    open_checkpoint,
+    step_of,
+    torn,
+)
 from megatron_qlrl.weights.megatron_format import Snapshot, take_snapshot
+from megatron_qlrl.weights.stored import StoredWeights
 
 T = TypeVar("T")
 
-FORMAT = 2
-"""Of what a checkpoint holds; counted up when those written before cannot be read any more."""
+_FOLDERS = "step_" + "[0-9]" * 8
 
 
 class CheckpointStore:
@@ -113,21 +120,27 @@ class CheckpointStore:
             self._warn(str(error))
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose files all match its manifest, the same on every rank."""
+        """The newest checkpoint whose files all match its manifest, the same on every rank.
+
+        Raises:
+            CheckpointError: it matches and holds what no checkpoint of this package does, or
+                another version of the package wrote it.
+        """
         self.wait()
         found = on_all_ranks(self._newest if dist.get_rank() == 0 else lambda: None)
         return gather_objects(found)[0]
 
     def _newest(self) -> Path | None:
-        for folder in sorted(self.folder.glob("step_????????"), reverse=True):
+        for folder in sorted(self.folder.glob(_FOLDERS), reverse=True):
             problem = torn(folder)
             if problem is None:
+                open_checkpoint(folder)
                 return folder
             self._warn(f"checkpoint {folder} is passed over: {problem}")
         return None
 
     def _prepare(self, temporary: Path, needed: int) -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -167,11 +180,11 @@ class CheckpointStore:
     def _remove_others(self, step: int) -> None:
         """All but the last `keep` up to `step`. What is numbered higher was torn when the run
         resumed below it; counted in, it would push good checkpoints out."""
-        folders = sorted(self.folder.glob("step_????????"))
+        folders = sorted(self.folder.glob(_FOLDERS))
         kept = [f for f in folders if f.name <= f"step_{step:08d}"][-self._keep :]
-        for folder in [*folders, *self.folder.glob("step_????????.tmp")]:
+        for folder in [*folders, *self.folder.glob(f"{_FOLDERS}.tmp")]:
             if folder not in kept:
-                shutil.rmtree(folder)
+                _remove(folder)
 
 
 def load_checkpoint(path: Path, *, model: Any, optimizer: Any) -> dict[str, Any]:
@@ -190,66 +203,37 @@ def load_weights(path: Path, *, model: Any) -> dict[str, Any]:
     return _load(path, partial(megatron_format.read_model, model=model))
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What was saved beside model and optimizer; also makes sure that this rank sees the files
-    that Megatron opens by itself (not collective).
-
-    Raises:
-        CheckpointError: it cannot be read, or another version of this package wrote it.
-    """
-    try:
-        for name in megatron_format.FILES:
-            (path / "weights" / name).open("rb").close()
-        state = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} cannot be read ({_first_line(error)}); run.dir must be on a disk "
-            "that all machines of the run share"
-        ) from error
-    if state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"checkpoint {path} has format {state.get('format', 1)}, this version of megatron_qlrl "
-            f"reads {FORMAT}; go on with the version that wrote it (a run's starts.jsonl names its "
-            "commits), or export it there and start from the Hugging Face folder"
-        )
-    return state
-
-
-def step_of(path: Path) -> int:
-    """Steps done at a checkpoint, by its name."""
-    return int(path.name.removeprefix("step_"))
-
-
-def torn(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, None when it is whole."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return "it has no readable manifest.json (an interrupted save)"
-    for name, digest in manifest.items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if _digest(folder / name) != digest:
-            return f"{name} does not match its checksum"
-    return None
-
-
 def _temporary(final: Path) -> Path:
     return final.with_name(f"{final.name}.tmp")
 
 
-def _load(path: Path, read: Callable[[Path], None]) -> dict[str, Any]:
-    state = on_all_ranks(partial(read_state, path))
+def _load(path: Path, read: Callable[[StoredWeights], None]) -> dict[str, Any]:
+    state, stored = on_all_ranks(partial(open_checkpoint, path))
 
     def fill() -> None:
         try:
-            read(path / "weights")
+            read(stored)
         except CheckpointException as error:  # on every rank, whichever failed
-            failure = _first_failure(error)
-            raise CheckpointError(f"{path} does not fit this model: {failure}") from error
+            raise _does_not_fit(path, error) from error
+        except (CheckpointingException, *UNFIT) as error:
+            raise CheckpointError(f"{path} does not fit this model: {first_line(error)}") from error
 
     on_all_ranks(fill)
     return state
+
+
+def _does_not_fit(path: Path, error: CheckpointException) -> CheckpointError:
+    refusals = (cause for cause, _ in error.failures.values() if isinstance(cause, CheckpointError))
+    fallback = CheckpointError(f"{path} does not fit this model: {_first_failure(error)}")
+    return next(refusals, fallback)
+
+
+def _remove(path: Path) -> None:
+    """A folder, or a link or file in its place; what a link points to stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _write_tensors(snapshot: Snapshot, weights: Path, group: dist.ProcessGroup) -> None:
@@ -268,7 +252,7 @@ def _guarded(where: Path, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except (OSError, RuntimeError) as error:  # torch's file writer raises RuntimeError
-        raise _cannot_write(where, _first_line(error)) from error
+        raise _cannot_write(where, first_line(error)) from error
 
 
 def _cannot_write(where: Path, reason: str) -> CheckpointError:
@@ -289,7 +273,7 @@ def _digests(folder: Path, group: dist.ProcessGroup) -> dict[str, str]:
     mine = found[dist.get_rank() :: dist.get_world_size()]
 
     def hashed() -> dict[str, str]:
-        return _guarded(folder, lambda: {name: _digest(folder / name) for name in mine})
+        return _guarded(folder, lambda: {name: digest_of(folder / name) for name in mine})
 
     return gather_dicts(on_all_ranks(hashed, group), group)
 
@@ -301,8 +285,7 @@ def _publish(temporary: Path, final: Path, digests: dict[str, str]) -> None:
         _sync(temporary / name)
     for folder in [*temporary.rglob("*/"), temporary]:
         _sync(folder)
-    if final.exists():
-        shutil.rmtree(final)
+    _remove(final)
     temporary.rename(final)
     _sync(final.parent)
 
@@ -315,17 +298,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _first_failure(error: CheckpointException) -> str:
     if not error.failures:
         return "another rank failed"
     rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-    return f"rank {rank}: {_first_line(cause)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    return f"rank {rank}: {first_line(cause)}"

@@ -9,30 +9,44 @@ Any layout (tp, pp, cp, dp) reads what another one wrote.
 """
 
 import copy
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
+    TorchDistLoadShardedStrategy,
+    _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load_state_dict as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from megatron_qlrl.errors import CheckpointError
+from megatron_qlrl.parallel.collectives import on_all_ranks
+from megatron_qlrl.platform.env import PICKLED_STATE, may_unpickle_state
 from megatron_qlrl.platform.megatron_cpu import megatron_device
-
-FILES = ("common.pt", "metadata.json", ".metadata")
-"""What reading needs, beside the tensors' files."""
+from megatron_qlrl.weights.stored import BACKEND, DAMAGED, EXTRA_STATE, StoredWeights, refused
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class Snapshot:
         """What rank 0 writes. Megatron does so between collectives, where an error (a full disk)
         is rank 0's alone and leaves the others waiting."""
         torch.save(self.common, weights / "common.pt")
-        save_config(CheckpointingConfig("torch_dist", 1), str(weights))
+        save_config(BACKEND, str(weights))
 
 
 def take_snapshot(model: Any, optimizer: Any) -> Snapshot:
@@ -90,30 +104,139 @@ def take_snapshot(model: Any, optimizer: Any) -> Snapshot:
     return Snapshot(mcore_to_pyt_state_dict(by_key), copy.deepcopy(common), num_bytes)
 
 
-def read_all(weights: Path, *, model: Any, optimizer: Any) -> None:
+def read_all(stored: StoredWeights, *, model: Any, optimizer: Any) -> None:
     """Fills model and optimizer in place; collective.
 
     Raises:
         CheckpointException: it does not fit the model; on every rank, whichever failed.
+        CheckpointError: it holds FP8 state that may not be unpickled (every rank).
     """
     with megatron_device():
         _complete_adam_state(optimizer)
-        loaded = _read(_sharded_state(model, optimizer, is_loading=True), weights)
-        model.load_state_dict(loaded["model"])
+        loaded = _read(_sharded_state(model, optimizer, is_loading=True), stored)
+        _load_model(model, loaded["model"])
         _load_optimizer(optimizer, loaded["optimizer"])
 
 
-def read_model(weights: Path, *, model: Any) -> None:
+def read_model(stored: StoredWeights, *, model: Any) -> None:
     """Fills the model alone; as `read_all`."""
     with megatron_device():
         sharded = {"model": model.sharded_state_dict(metadata=_metadata())}
-        model.load_state_dict(_read(sharded, weights)["model"])
+        _load_model(model, _read(sharded, stored)["model"])
 
 
-def _read(sharded: dict[str, Any], weights: Path) -> dict[str, Any]:
-    loaded = dist_checkpointing.load(sharded, str(weights))
+def _read(sharded: dict[str, Any], stored: StoredWeights) -> dict[str, Any]:
+    """Megatron's load, with its two places that unpickle replaced."""
+    loaded = dist_checkpointing.load(
+        sharded,
+        str(stored.folder),
+        sharded_strategy=_Tensors(stored.metadata),
+        common_strategy=_Common(stored.common),
+    )
     assert isinstance(loaded, dict)
     return loaded
+
+
+def _load_model(model: Any, loaded: dict[str, Any]) -> None:
+    """`load_state_dict`, with as little of the layers' extra state as the model needs.
+
+    Transformer Engine unpickles that state. Only delayed FP8 scaling needs it; other recipes keep
+    none (before Transformer Engine 2.20 they saved it all the same).
+    """
+    extra = {
+        name: value
+        for name, value in loaded.items()
+        if name.endswith(EXTRA_STATE) and isinstance(value, torch.Tensor) and value.numel()
+    }
+    if model.config.fp8 and model.config.fp8_recipe == "delayed":
+        on_all_ranks(partial(_check_may_unpickle, sorted(extra)))
+    else:
+        loaded |= {name: torch.empty(0, dtype=torch.uint8) for name in extra}
+    model.load_state_dict(loaded)
+
+
+def _check_may_unpickle(names: Sequence[str]) -> None:
+    if names and not may_unpickle_state():
+        raise CheckpointError(
+            f"the checkpoint holds Transformer Engine's state of delayed FP8 scaling ({names[0]}), "
+            "a pickle, and reading that could run any code. If the checkpoint is your own, set "
+            f"{PICKLED_STATE}=1 in the environment; else set another policy.fp8_recipe, which "
+            "leaves that state aside"
+        )
+
+
+class _Common(TorchCommonLoadStrategy):
+    """Hands over what was read already, where Megatron would unpickle common.pt."""
+
+    def __init__(self, common: dict[str, Any]) -> None:
+        super().__init__()
+        self._values = common
+
+    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
+        return copy.deepcopy(self._values)  # Megatron merges the rest into it
+
+
+class _Tensors(TorchDistLoadShardedStrategy):
+    """Megatron's strategy with a reader and a planner that unpickle nothing."""
+
+    def __init__(self, metadata: Metadata) -> None:
+        super().__init__()
+        self._metadata = metadata
+
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
+        tensors = [t for t in nested_values(sharded_state_dict) if isinstance(t, ShardedTensor)]
+        by_key, flat_names, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
+        targets = mcore_to_pyt_state_dict(by_key, is_loading=True)
+        load_tensors(
+            targets,
+            _Reader(checkpoint_dir, self._metadata),
+            planner=_Planner(
+                Path(checkpoint_dir),
+                shapes_validation_sharded_tensors=[
+                    t for t in tensors if not t.allow_shape_mismatch
+                ],
+                allow_shape_mismatch_sharded_tensors={
+                    t.key: t for t in tensors if t.allow_shape_mismatch
+                },
+            ),
+        )
+        filled: dict[str, Any] = {
+            key: _unwrap_pyt_sharded_tensor(target) for key, target in targets.items()
+        }
+        loaded = _replace_sharded_keys_with_state_dict_keys(filled, flat_names, renamed)
+        _restore_dict_types(loaded, sharded_state_dict)
+        return loaded
+
+
+class _Reader(FileSystemReader):
+    """Reads tensors where the metadata, already read, says that they lie. (Without `**kwargs`,
+    by which torch would know that a rank may have metadata of its own.)"""
+
+    def __init__(self, folder: Any, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self) -> Metadata:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._metadata
+
+
+class _Planner(MCoreLoadPlanner):
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._folder = folder
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Torch's unpickles any object here. The only ones in our checkpoints are the layers'
+        extra state: a list of one tensor, or of None where a layer keeps nothing."""
+        name = read_item.dest_index.fqn
+        foreign = refused(self._folder, f"what it holds as {name} is no tensor")
+        try:
+            (content,) = torch.load(value, map_location="cpu", weights_only=True)
+        except (*DAMAGED, RuntimeError) as error:
+            raise foreign from error
+        if not isinstance(content, torch.Tensor | None):
+            raise foreign
+        set_element(self.original_state_dict, self.mappings[name], [content])
 
 
 def _metadata() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 save is every rank's failure and leaves the last checkpoint good."""
 
 import errno
-import json
 import os
 import resource
 import shutil
@@ -23,13 +22,8 @@ from test_policy_parity import LOSS, groups_of, make_policy
 
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.weights import checkpoint, megatron_format
-from megatron_qlrl.weights.checkpoint import (
-    FORMAT,
-    CheckpointStore,
-    load_checkpoint,
-    load_weights,
-    torn,
-)
+from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights
+from megatron_qlrl.weights.checkpoint_folder import FORMAT, torn
 from megatron_qlrl.weights.megatron_format import Snapshot
 from megatron_qlrl.weights.stream import WeightStream
 from tests.parity import Reference, pooled
@@ -265,26 +259,3 @@ def test_a_failure_is_every_ranks_and_the_last_checkpoint_stays(
     out = tmp_path / "checkpoints"
     cases = [("failures", (folder, out, small_disk)), ("refusals", (other, out, None))]
     run_ranks(check_failure_case, 2, cases)
-
-
-def test_removal_keeps_the_newest_and_forgets_what_was_torn(tmp_path: Path) -> None:
-    # Step 12 was torn, so the run resumed at 9 and now saved step 11.
-    for name in ["08", "09", "11", "12", "10.tmp"]:
-        (tmp_path / f"step_000000{name}").mkdir()
-    (tmp_path / "notes").mkdir()
-    CheckpointStore(tmp_path, keep=2, warn=print)._remove_others(11)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000009", "step_00000011"]
-
-
-def test_torn_checkpoints_are_recognised(tmp_path: Path) -> None:
-    folder = tmp_path / "step_00000001"
-    (folder / "weights").mkdir(parents=True)
-    (folder / "weights/a").write_bytes(b"abc")
-    assert "manifest" in (torn(folder) or "")
-    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # sha256("abc")
-    (folder / "manifest.json").write_text(json.dumps({"weights/a": digest}))
-    assert torn(folder) is None
-    (folder / "weights/a").write_bytes(b"abd")
-    assert "checksum" in (torn(folder) or "")
-    (folder / "weights/a").unlink()
-    assert "missing" in (torn(folder) or "")

@@ -1,6 +1,7 @@
 """The policy made of Transformer Engine's layers against that of Megatron's own, on real ranks with
 the stand-in of tests/fakes/te, and what FP8 asks of a row, a step and a checkpoint."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from test_policy_parity import LOSS, groups_of, policy_on
 from test_selfcheck import sides
 
+from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.parallel.collectives import gather_objects
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.policy import model as policy_model
@@ -210,8 +212,9 @@ def record() -> list[Any]:
 def check_checkpoint(
     context: ParallelContext, folder: Path, rows: list[PackedRow], local: Policy
 ) -> None:
-    """Checkpoints keep the layers' extra state, go on bitwise, and fit Megatron's own layers."""
-    fp8: dict[str, Any] = {"fp8": "e4m3", "distributed_optimizer": True}
+    """Checkpoints keep what delayed scaling needs of the layers' extra state, which is loaded only
+    with the user's leave, go on bitwise, and fit other recipes and Megatron's own layers."""
+    fp8: dict[str, Any] = {"fp8": "hybrid", "fp8_recipe": "delayed", "distributed_optimizer": True}
     first, second = (engine_policy(context, folder, **fp8) for _ in range(2))
     store = CheckpointStore(folder / f"pp{context.pp.size}", keep=9, warn=print)
 
@@ -226,13 +229,20 @@ def check_checkpoint(
     load(save(0, first), second)  # nothing has been updated yet
     assert [step(first, rows) for _ in range(2)] == [step(second, rows) for _ in range(2)]
     third = engine_policy(context, folder, **fp8)
-    load(save(2, first), third)
+    path = save(2, first)
+    with pytest.raises(CheckpointError, match="set NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 in"):
+        load(path, third)
+    with patch.dict(os.environ, {"NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1"}):
+        load(path, third)
     extra = "decoder.layers.0.mlp.linear_fc2._extra_state"
     assert first.model.state_dict()[extra].numel() > 0
     assert torch.equal(third.model.state_dict()[extra], first.model.state_dict()[extra])
     assert step(third, rows) == step(first, rows)
     for name, tensor in streamed(first).items():
         assert torch.equal(streamed(third)[name], tensor), name
+    blockwise = engine_policy(context, folder, fp8="e4m3", distributed_optimizer=True)
+    load(path, blockwise)
+    assert blockwise.model.state_dict()[extra].numel() == 0
     load_weights(save(3, third), model=local.model)  # as for an export without a GPU
     for name, tensor in streamed(local).items():
         assert torch.equal(streamed(third)[name], tensor), name

@@ -1,15 +1,16 @@
 """What stops a run: a batch without verdicts, a checkpoint that is not its own. The judge's
 metrics over all ranks."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import write_checkpoint
 
 from megatron_qlrl.compose.parts import (
     check_masked,
+    check_resumable,
     check_vocabulary,
     judge_metrics,
     newest_checkpoint,
@@ -17,8 +18,7 @@ from megatron_qlrl.compose.parts import (
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import CheckpointError, ConfigError, RewardError
 from megatron_qlrl.types import Prompt, Score, ScoredGroup
-from megatron_qlrl.weights.checkpoint import FORMAT
-from megatron_qlrl.weights.megatron_format import FILES
+from megatron_qlrl.weights.checkpoint_folder import FORMAT
 
 
 def group(*values: float | None) -> ScoredGroup:
@@ -73,14 +73,7 @@ def test_metrics_are_summed_over_ranks_and_latency_is_a_mean() -> None:
 
 
 def checkpoint_of(run: Path, **state: Any) -> Path:
-    """A checkpoint's folder, whole by its manifest, with empty weights."""
-    folder = run / "checkpoints" / "step_00000003"
-    (folder / "weights").mkdir(parents=True)
-    for name in FILES:
-        (folder / "weights" / name).touch()
-    (folder / "state.json").write_text(json.dumps(state))
-    (folder / "manifest.json").write_text("{}")
-    return folder
+    return write_checkpoint(run / "checkpoints" / "step_00000003", state)
 
 
 def config_of(run: Path) -> Config:
@@ -100,6 +93,10 @@ def test_run_goes_on_from_a_checkpoint_of_its_own(tmp_path: Path, lone_group: An
         ({"format": FORMAT, "command": "import"}, "a run of `qlrl import`, which `qlrl rl` cannot"),
         ({"command": "rl"}, f"has format 1, this version of megatron_qlrl reads {FORMAT}"),
         ({"format": 99, "command": "rl"}, "has format 99"),
+        (
+            {"format": FORMAT},
+            r"does not hold the state that this run needs \(KeyError: 'command'\)",
+        ),
     ],
 )
 def test_run_does_not_go_on_from_another_one(
@@ -108,3 +105,18 @@ def test_run_does_not_go_on_from_another_one(
     checkpoint_of(tmp_path, **state)
     with pytest.raises(CheckpointError, match=message):
         newest_checkpoint(config_of(tmp_path), "rl")
+
+
+def test_delayed_fp8_scaling_needs_leave_to_read_its_checkpoints(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def config(**policy: str) -> Config:
+        return Config.model_validate({"model": {"path": "m"}, "policy": policy})
+
+    monkeypatch.delenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", raising=False)
+    check_resumable(config(fp8="e4m3"))
+    check_resumable(config(fp8_recipe="delayed"))
+    with pytest.raises(ConfigError, match="Set NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 in"):
+        check_resumable(config(fp8="hybrid", fp8_recipe="delayed"))
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+    check_resumable(config(fp8="hybrid", fp8_recipe="delayed"))
