@@ -74,7 +74,7 @@ class PolicyLoss:
             }
         token_loss = -lower
         sums["actor/pg_loss"] = (token_loss * weights).sum()
-        if self.entropy_coef:  # without it the log-probs' backward pass is shorter
+        if self.entropy_coef:  # without its gradient the log-probs' backward pass is shorter
             token_loss = token_loss - self.entropy_coef * entropy
         if "ref_logprobs" in columns:
             kl = reference_kl(logprobs, columns["ref_logprobs"], self.kl_kind)
