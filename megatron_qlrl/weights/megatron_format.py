@@ -143,13 +143,14 @@ def _load_model(model: Any, loaded: dict[str, Any]) -> None:
     Transformer Engine unpickles that state. Only delayed FP8 scaling needs it; other recipes keep
     none (before Transformer Engine 2.20 they saved it all the same).
     """
-    extra = {
-        name: value
+    extra = sorted(
+        name
         for name, value in loaded.items()
-        if name.endswith(EXTRA_STATE) and isinstance(value, torch.Tensor) and value.numel()
-    }
+        if name.endswith(EXTRA_STATE)
+        and not (value is None or (isinstance(value, torch.Tensor) and not value.numel()))
+    )
     if model.config.fp8 and model.config.fp8_recipe == "delayed":
-        on_all_ranks(partial(_check_may_unpickle, sorted(extra)))
+        on_all_ranks(partial(_check_may_unpickle, extra))
     else:
         loaded |= {name: torch.empty(0, dtype=torch.uint8) for name in extra}
     model.load_state_dict(loaded)
