@@ -1,13 +1,17 @@
 """Fixtures for every suite."""
 
 import json
+import math
+import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
+
+from megatron_qlrl.config.shape import ModelShape, hf_shapes
 
 LAUNCH_VARIABLES = (
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT QLRL_ERROR_DIR "
@@ -86,22 +90,33 @@ def lone_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     dist.destroy_process_group()
 
 
+TOKENIZER = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+
+
 @pytest.fixture
 def fake_hf(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a Hugging Face folder that passes the checks but holds one tiny tensor."""
+    """Makes a Hugging Face folder that passes the checks; its weights are zeros."""
 
     def make(**changes: Any) -> Path:
         folder = tmp_path / "model"
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(HF_CONFIG | changes))
-        (folder / "tokenizer.json").write_text("{}")
-        write_safetensors(folder / "model.safetensors")
+        (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+        write_safetensors(folder / "model.safetensors", hf_shapes(ModelShape.from_hf(HF_CONFIG)))
         return folder
 
     return make
 
 
-def write_safetensors(path: Path) -> None:
-    """One float32 scalar, written by hand after the format's description."""
-    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0\0\0")
+def write_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "F32", num_bytes: int = 4
+) -> None:
+    """Zeros, written by hand after the format's description."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        end = at + math.prod(shape) * num_bytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    os.truncate(path, 8 + len(raw) + at)

@@ -46,7 +46,7 @@ def make_shape(
         num_kv_heads=kv_heads,
         head_dim=hidden // heads,
         vocab_size=vocab,
-        max_positions=positions,
+        max_position_embeddings=positions,
         rms_eps=1e-6,
         tied=False,
         qkv_bias=True,

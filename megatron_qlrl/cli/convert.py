@@ -7,6 +7,7 @@ import typer
 
 from megatron_qlrl.cli.ranks import on_ranks
 from megatron_qlrl.config import checks
+from megatron_qlrl.config.folder import check_folder
 from megatron_qlrl.errors import CheckpointError, ConfigError
 
 
@@ -32,8 +33,7 @@ def import_model(
     """Write a Hugging Face model as a Megatron checkpoint."""
 
     def check(_: int) -> None:
-        shape = checks.model_shape(checks.read_hf_config(hf_folder))
-        checks.check_split(shape, tp=tp, pp=pp)
+        checks.check_split(check_folder(hf_folder), tp=tp, pp=pp)
         _must_be_new(out)
 
     def run() -> None:

@@ -9,7 +9,7 @@ import typer
 from megatron_qlrl.cli.train import ConfigPath, Overrides
 from megatron_qlrl.config import checks
 from megatron_qlrl.config.load import load_config
-from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.config.shape import ModelShape, read_shape
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.plan.advise import Option, fastest, smallest_change
 from megatron_qlrl.plan.estimate import Lengths
@@ -43,15 +43,14 @@ def plan(
     model only config.json. Exit code 2 when something does not fit."""
     loaded = load_config(config, overrides or [])
     stages = loaded.phase_configs()
-    hf = checks.read_model_config(loaded.model.path)
-    shape = checks.model_shape(hf)
+    shape = read_shape(loaded.model.path, loaded.model.rope_scaling)
     cluster = Cluster(gpus or checks.smallest_world_size(stages), find_hardware(hardware))
     lengths = None if mean_tokens is None else Lengths(*mean_tokens)
     for stage in stages:
-        checks.check_layout(stage, hf, world_size=cluster.gpus)
+        checks.check_layout(stage, shape, world_size=cluster.gpus)
     plans = [plan_phase(stage, shape, cluster, lengths=lengths) for stage in stages]
     best = {
-        p.name: fastest(p.config, hf, shape, cluster, lengths, count=NUM_OPTIONS)
+        p.name: fastest(p.config, shape, cluster, lengths, count=NUM_OPTIONS)
         for p in (plans if advise else [])
     }
     if as_json:
@@ -63,15 +62,13 @@ def plan(
         typer.echo(assumptions_line(cluster.hardware))
     for p in plans:
         if p.problems:
-            raise ConfigError(_advice(p, hf, shape, cluster, lengths))
+            raise ConfigError(_advice(p, shape, cluster, lengths))
 
 
-def _advice(
-    plan: PhasePlan, hf: Any, shape: ModelShape, cluster: Cluster, lengths: Lengths | None
-) -> str:
+def _advice(plan: PhasePlan, shape: ModelShape, cluster: Cluster, lengths: Lengths | None) -> str:
     """The first thing that does not fit, and the smallest change after which everything does."""
     start = f"phase {plan.name} does not fit on {cluster.gpus} x {cluster.hardware.name}: "
-    option = smallest_change(plan.config, hf, shape, cluster, lengths)
+    option = smallest_change(plan.config, shape, cluster, lengths)
     if option is None:
         return start + (
             f"{plan.problems[0]}; no layout of these GPUs fits: use more of them, or shorten "

@@ -12,6 +12,7 @@ import typer
 
 from megatron_qlrl.cli.ranks import on_ranks, shown_once
 from megatron_qlrl.config import checks
+from megatron_qlrl.config.folder import check_folder
 from megatron_qlrl.config.load import load_config
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import ConfigError
@@ -133,9 +134,9 @@ def _check_config(config: Config, world_size: int) -> None:
     for command, used in uses.items():
         if used:
             _check_files(config, command)
-    hf = checks.read_hf_config(config.model.path)
+    shape = check_folder(config.model.path, config.model.rope_scaling)
     for stage in config.phase_configs():
-        checks.check_layout(stage, hf, world_size=world_size)
+        checks.check_layout(stage, shape, world_size=world_size)
         checks.check_machine(stage, processes=world_size, num_gpus=local.num_gpus())
     _check_judge(config)
 
@@ -200,11 +201,11 @@ def check_command(command: checks.Command, config: Config, world_size: int) -> N
         QlrlError: naming what does not fit.
     """
     _check_files(config, command)
-    hf = checks.read_hf_config(config.model.path)
+    shape = check_folder(config.model.path, config.model.rope_scaling)
     # Under torchrun and srun the job may span machines: their ranks here are not counted.
     here = world_size if read_ranks().world_size == 1 else 1
     for stage in _stages(command, config):
-        checks.check_layout(stage, hf, world_size=world_size)
+        checks.check_layout(stage, shape, world_size=world_size)
         checks.check_machine(stage, processes=here, num_gpus=local.num_gpus())
     checks.check_run_dir(config)
     _check_judge(config)

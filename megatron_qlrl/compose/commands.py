@@ -217,7 +217,8 @@ def run_export(checkpoint: Path, out: Path) -> None:
         load_weights(source, model=model)
         stream = WeightStream(model, shape=shape, context=context, bucket_bytes=2**29)
         write_release(
-            stream, out, companions=source / "hf", facts=facts, writer=True, dtype=state["dtype"],
+            stream, out, companions=source / "hf", facts=facts, writer=True,
+            dtype=state["dtype"], positions=shape.position_fields(),
         )  # fmt: skip
 
 

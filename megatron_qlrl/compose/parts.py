@@ -1,8 +1,7 @@
 """The stages as one config describes them: model, samplers, phases, tokenizer, facts."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from megatron_qlrl import __version__
 from megatron_qlrl.advantage.group import group_advantages
 from megatron_qlrl.advantage.shaping import shaped_rewards
+from megatron_qlrl.config.folder import end_tokens
 from megatron_qlrl.config.schema import Config, CurriculumConfig
 from megatron_qlrl.config.shape import ModelShape, read_shape
 from megatron_qlrl.curriculum.curriculum import Curriculum
@@ -31,25 +31,17 @@ from megatron_qlrl.reward.score import Scorer
 from megatron_qlrl.types import Prompt, ScoredGroup
 from megatron_qlrl.weights.checkpoint import CheckpointStore
 from megatron_qlrl.weights.checkpoint_folder import read_state, taking_up
-from megatron_qlrl.weights.release import copy_companions
+from megatron_qlrl.weights.release import base_name, copy_companions
 from megatron_qlrl.weights.stream import load_hf
 
 
 def model_shape(config: Config) -> ModelShape:
-    shape = read_shape(config.model.path)
-    if config.model.rope_scaling is None:
-        return shape
-    return replace(shape, rope={**shape.rope, **config.model.rope_scaling})
+    return read_shape(config.model.path, config.model.rope_scaling)
 
 
 def weight_dtype(config: Config) -> str:
     """bfloat16 kernels are slow and rare on CPUs: without a GPU everything is float32."""
     return config.model.dtype if has_gpu() else "float32"
-
-
-def changed_rope(config: Config) -> Mapping[str, Any] | None:
-    """RoPE parameters of the run where model.rope_scaling changes the model's."""
-    return model_shape(config).rope if config.model.rope_scaling else None
 
 
 def make_context(config: Config) -> ParallelContext:
@@ -156,18 +148,24 @@ def save_checkpoint(
             copy_companions,
             model_folder,
             dtype=weight_dtype(config),
-            rope=changed_rope(config),
+            positions=model_shape(config).position_fields(),
         ),
     )
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """Raises ConfigError where its files cannot be used."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    # transformers checks nothing: damaged files end in any error of Python, and tokenizers raises
+    # Exception itself.
+    except Exception as error:
+        raise ConfigError(
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); copy "
+            "the tokenizer files of the model again"
+        ) from error
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
@@ -192,11 +190,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
 
 def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
     """The tokenizer's end token and all of generation_config.json's."""
-    stops = {tokenizer.eos_token_id}
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        more = json.loads(generation.read_text()).get("eos_token_id") or []
-        stops |= {more} if isinstance(more, int) else set(more)
+    stops = {tokenizer.eos_token_id, *end_tokens(folder)}
     return sorted(s for s in stops if s is not None)
 
 
@@ -263,7 +257,7 @@ def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def run_facts(config: Config) -> dict[str, Any]:
     return {
-        "base model": Path(config.model.path).name,
+        "base model": config.model.name or base_name(Path(config.model.path)),
         "software": f"megatron_qlrl {__version__}",
         "phases": ", ".join(f"{p.name} (<= {p.max_input_tokens})" for p in config.phases) or "none",
         "seed": config.run.seed,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qlrl.compose.parts import (
-    changed_rope,
     check_masked,
     judge_metrics,
     make_scorer,
@@ -16,7 +15,7 @@ from megatron_qlrl.compose.parts import (
     weight_dtype,
 )
 from megatron_qlrl.config.schema import Config
-from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.config.shape import ModelShape, hf_shapes
 from megatron_qlrl.data.template import response_decoder
 from megatron_qlrl.errors import StopRequested
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
@@ -25,7 +24,6 @@ from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.rollout.sampler import sample_groups, share_prompts
 from megatron_qlrl.rollout.vllm_engine import Sampling, VllmEngine
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
-from megatron_qlrl.weights.hf_map import hf_shapes
 from megatron_qlrl.weights.stream import WeightStream, untied
 
 EVALUATION_STEP = -1
@@ -79,7 +77,7 @@ class Rollouts:
             stop_token_ids=stop_tokens(Path(config.model.path), self._tokenizer),
             manifest=hf_shapes(replace(self._shape, tied=False)),
             gpu_memory_utilization=rollout.gpu_memory_utilization,
-            rope=changed_rope(config),
+            positions=self._shape.position_fields(),
             seed=config.run.seed,
             give_up=self._give_up,
         )

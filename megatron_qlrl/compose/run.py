@@ -12,7 +12,6 @@ from megatron_qlrl import __version__
 from megatron_qlrl.advantage.filters import has_spread
 from megatron_qlrl.compose.evaluation import Evaluation
 from megatron_qlrl.compose.parts import (
-    changed_rope,
     check_resumable,
     check_vocabulary,
     load_tokenizer,
@@ -440,5 +439,5 @@ class Run:
             | {k: f"{v:.4f}" for k, v in self.evaluation.scores.items()},
             writer=self.leads,
             dtype=weight_dtype(self.config),
-            rope=changed_rope(self.config),
+            positions=self.shape.position_fields(),
         )

@@ -4,63 +4,27 @@ They run in the launcher, before any process is started or any weight is read, s
 mistake costs a second.
 """
 
-import json
-import struct
 import tempfile
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from math import gcd, lcm
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from megatron_qlrl.config.folder import check_folder
 from megatron_qlrl.config.schema import FILE_NAME, Config, PolicyConfig
-from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.config.shape import ModelShape, read_json
 from megatron_qlrl.errors import ConfigError
 
 Command = Literal["sft", "rl", "eval", "distill"]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
-
-def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """`config.json` of a Hugging Face folder that is complete: weights and tokenizer too.
-
-    Raises:
-        ConfigError: the folder or one of its files is missing, cut short or unreadable.
-    """
-    folder = Path(path)
-    hf = read_model_config(folder)
-    _check_weights(folder)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigError(
-            f"model folder {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the "
-            "tokenizer files of the model into it"
-        )
-    return hf
-
-
-def read_model_config(path: str | Path) -> dict[str, Any]:
-    """`config.json` of a Hugging Face folder, whatever else is there.
-
-    Raises:
-        ConfigError: the folder or the file is missing or unreadable.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"model folder {folder} does not exist; set model.path to a downloaded Hugging Face "
-            "folder (config.json, *.safetensors, tokenizer)"
-        )
-    return _read_json(folder / "config.json")
-
-
-def check_layout(config: Config, hf: Mapping[str, Any], *, world_size: int) -> None:
+def check_layout(config: Config, shape: ModelShape, *, world_size: int) -> None:
     """Whether the model can be split and run as configured on `world_size` processes.
 
     Raises:
-        ConfigError: the architecture is not supported or a size does not fit; names valid values.
+        ConfigError: a size does not fit; names valid values.
     """
-    shape = model_shape(hf)
     check_split(shape, tp=config.policy.tp, pp=config.policy.pp)
     _must_divide("rollout.tp", config.rollout.tp, _tp_sizes(shape))
     policy = config.policy
@@ -78,20 +42,6 @@ def check_layout(config: Config, hf: Mapping[str, Any], *, world_size: int) -> N
         )
     _check_length(config, shape)
     _check_fp8(config.policy, shape)
-
-
-def model_shape(hf: Mapping[str, Any]) -> ModelShape:
-    """Sizes of a supported model.
-
-    Raises:
-        ConfigError: the architecture is not supported or config.json lacks a field.
-    """
-    try:
-        return ModelShape.from_hf(hf)
-    except KeyError as error:
-        raise ConfigError(
-            f"the model's config.json lacks {error}; copy the complete file of the model"
-        ) from error
 
 
 def check_split(shape: ModelShape, *, tp: int, pp: int) -> None:
@@ -217,7 +167,8 @@ def checkpoint_bytes(model_path: str | Path) -> int:
     """About the size of a checkpoint, from the weight files: 16 bytes a parameter (float32 weights
     and Adam's two moments, and the weights as they are trained)."""
     folder = Path(model_path)
-    hf = read_hf_config(folder)
+    check_folder(folder)
+    hf = read_json(folder / "config.json")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return size // (4 if hf.get("dtype", hf.get("torch_dtype")) == "float32" else 2) * 16
 
@@ -229,70 +180,19 @@ def smallest_world_size(configs: Iterable[Config]) -> int:
     )
 
 
-def _check_weights(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
-            raise ConfigError(
-                f"{index} names weight files that are not there: {', '.join(missing) or '(none)'}; "
-                "download the model again"
-            )
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(
-            f"model folder {folder} has no *.safetensors file; download the weights in "
-            "safetensors format (.bin and .pt files are not read)"
-        )
-    for file in files:
-        _check_safetensors(file)
-
-
-def _check_safetensors(file: Path) -> None:
-    """A safetensors file is 8 bytes of header size, a JSON header, then the tensors' bytes."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        header: Any = None
-        if 8 + length <= size:
-            try:
-                header = json.loads(stream.read(length))
-            except ValueError:
-                header = None
-    if not isinstance(header, dict):
-        raise ConfigError(
-            f"{file} is not a safetensors file (cut short, or a Git LFS pointer?); download it "
-            "again"
-        )
-    ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise ConfigError(f"{file} has {size} bytes instead of {expected}; download it again")
-
-
 def _check_length(config: Config, shape: ModelShape) -> None:
     if not config.phases:
         return
     need = config.max_input_tokens + config.rollout.max_response_tokens
-    scaling = config.model.rope_scaling
-    if scaling is None and shape.rope.get("rope_type", "default") != "default":
-        return
     limit = shape.max_positions
-    if scaling is not None:
-        original = scaling.get("original_max_position_embeddings", limit)
-        limit = int(float(original) * float(scaling.get("factor", 1.0)))
     if need > limit:
-        factor = -(-need // shape.max_positions)
+        original = shape.rope.get("original_max_position_embeddings", shape.max_position_embeddings)
         raise ConfigError(
             f"the longest prompt plus response, {config.max_input_tokens} + "
             f"{config.rollout.max_response_tokens} tokens, is beyond the model's {limit} "
             "positions; shorten phases or rollout.max_response_tokens, or set model.rope_scaling "
-            f"(for example {{rope_type: yarn, factor: {factor}.0, "
-            f"original_max_position_embeddings: {shape.max_positions}}})"
+            f"(for example {{rope_type: yarn, factor: {-(-need // original)}.0, "
+            f"original_max_position_embeddings: {original}}})"
         )
 
 
@@ -319,15 +219,3 @@ def _divisors(number: int) -> list[int]:
 
 def _listed(values: list[int]) -> str:
     return ", ".join(str(v) for v in values)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ConfigError(f"{file} does not exist; is {file.parent} a Hugging Face model folder?")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file} holds a {type(found).__name__}, expected a JSON object")
-    return found

@@ -25,6 +25,10 @@ FILE_NAME = re.compile(r"(?!\.{1,2}$)[\w.-]{1,100}")
 YamlOff = BeforeValidator(lambda value: "off" if value is False else value)
 
 
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
+"""A model's name on the Hugging Face hub, with or without its owner."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -46,11 +50,15 @@ class RunConfig(Section):
 class ModelConfig(Section):
     path: str
     """Hugging Face folder (config.json, safetensors, tokenizer) that training starts from."""
+    name: Annotated[str, Field(pattern=f"^{MODEL_NAME}$")] | None = None
+    """What the model card of a release calls the base model (Qwen/Qwen3-4B). None: the base of the
+    card where path is a release of a run, else the name of the repository or folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations; float32 on a machine without a GPU."""
-    rope_scaling: dict[str, float | int | str] | None = None
-    """Overrides the model's RoPE scaling, for example {rope_type: yarn, factor: 4.0,
-    original_max_position_embeddings: 32768}."""
+    rope_scaling: dict[str, Any] | None = None
+    """RoPE scaling (default, linear, yarn, llama3, longrope) in place of the model's, for training,
+    engine and release: {rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}
+    gives a model of 32,768 positions 131,072."""
 
 
 class DataConfig(Section):

@@ -42,8 +42,7 @@ class Option:
 
 
 def smallest_change(
-    config: Config, hf: Mapping[str, Any], shape: ModelShape, cluster: Cluster,
-    lengths: Lengths | None,
+    config: Config, shape: ModelShape, cluster: Cluster, lengths: Lengths | None,
 ) -> Option | None:  # fmt: skip
     """The option with the fewest changed settings (the engine's share of the memory is the
     smallest of all), of those the fastest; None if nothing fits."""
@@ -52,21 +51,19 @@ def smallest_change(
         mild = "rollout.gpu_memory_utilization" in option.changes
         return len(option.changes) - mild / 2, option.seconds
 
-    return min(options(config, hf, shape, cluster, lengths), key=size, default=None)
+    return min(options(config, shape, cluster, lengths), key=size, default=None)
 
 
 def fastest(
-    config: Config, hf: Mapping[str, Any], shape: ModelShape, cluster: Cluster,
-    lengths: Lengths | None, *, count: int,
+    config: Config, shape: ModelShape, cluster: Cluster, lengths: Lengths | None, *, count: int,
 ) -> list[Option]:  # fmt: skip
     """The options with the shortest estimated steps."""
-    found = list(options(config, hf, shape, cluster, lengths))
+    found = list(options(config, shape, cluster, lengths))
     return sorted(found, key=lambda o: (o.seconds, len(o.changes)))[:count]
 
 
 def options(
-    config: Config, hf: Mapping[str, Any], shape: ModelShape, cluster: Cluster,
-    lengths: Lengths | None,
+    config: Config, shape: ModelShape, cluster: Cluster, lengths: Lengths | None,
 ) -> Iterator[Option]:  # fmt: skip
     """Every layout of the GPUs that fits: where it has to be, with what can wait in host memory
     there, and with the memory share of the engine lowered or raised."""
@@ -75,7 +72,7 @@ def options(
             settings["offload_activations"] = False
         changed = _changed(config, {"policy": settings})
         try:
-            check_layout(changed, hf, world_size=cluster.gpus)
+            check_layout(changed, shape, world_size=cluster.gpus)
         except ConfigError:
             continue
         left = list(_reliefs(changed))

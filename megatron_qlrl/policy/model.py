@@ -110,7 +110,7 @@ def rope_frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_heads,
         head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_positions,
+        max_position_embeddings=shape.max_position_embeddings,
         rope_parameters=rope,
     )
     frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))

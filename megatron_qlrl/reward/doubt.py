@@ -17,9 +17,8 @@ _DENIALS = re.compile(
     r"\b(?:not|never|no|nobody|none|nor|neither|cannot|without|hardly|scarcely|except|false|wrong"
     r"|untrue|incorrect|mistake|mistaken|error|deny|denies|denied|rejects?|rejected|refuse|refute"
     r"|doubt|doubts|doubtful|unlikely|impossible|improbable|implausible|unclear|unsure|uncertain"
-    r"|if|whether|unless|maybe|perhaps|possibly|probably|likely|might|(?-i:may)|could|guess"
-    r"|guessing|suppose|suspect|assume|assuming|pretend|wonder|used\sto|contrary|far\sfrom|fail"
-    r"|fails|failed|unable|disagree|disputed|either|or"
+    r"|if|whether|unless|maybe|perhaps|possibly|probably|likely|might|(?-i:may)|could|guess|guessing"
+    r"|suppose|suspect|assume|assuming|pretend|wonder|used\sto|contrary|far\sfrom|fail|fails|failed|unable|disagree|disputed|either|or"
     r"|(?:anything|everything|all|nothing)\s+but|(?:rather|other|less|more|greater|fewer)\s+than"
     r"|instead\s+of|at\s+(?:least|most)|up\s+to)\b|n['’]t\b",
     re.IGNORECASE,
@@ -42,8 +41,8 @@ _SAID = re.compile(
     r"\b(?:says?|said|thinks?|believes?|claims?|argues?|imagine|hear|hold)$", re.IGNORECASE
 )
 _OWN_WORD = re.compile(
-    r"\b(?:i|we)(?:['’](?:d|ll|ve))?\s+(?:\w+\s+)?(?:say|think|believe|know|conclude|find"
-    r"|found|see|confirm|infer|determine|deduce)(?:\s+that)?$"
+    r"\b(?:i|we)(?:['’](?:d|ll|ve))?\s+(?:\w+\s+)?(?:say|think|believe|know|conclude|find|found|see|confirm|infer"
+    r"|determine|deduce)(?:\s+that)?$"
     r"|\b(?:true|clear|certain|sure|confident|evident|obvious|follows?|concluded?|shows?|shown"
     r"|means?|meaning|impl(?:y|ies|ying)|confirms?|indicat(?:es?|ing)|establish(?:es|ed)|proves?"
     r"|states?|suggests?|is|safe\s+to\s+say|no\s+doubt|see|found|known?|determined?)\s+that$",
@@ -105,8 +104,7 @@ _RETRACTIONS = re.compile(
     r"|(?:do\snot|don['’]t)\sthink\sso|just\skidding|(?:other|real|actual|better)\s+answer"
     r"|(?:would|could|might|may|should|must)\s+be\s+the\s+(?:\w+\s+)?answer"
     r"|answer\s+(?:is\s(?:not|false|wrong|incorrect)|would|could|might|may|should|cannot|isn)"
-    r"|not\s+(?:be\s+)?(?:the\s+)?(?:(?:correct|right|real|final|actual)\s+)?"
-    r"(?:answer|correct|right|it)"
+    r"|not\s+(?:be\s+)?(?:the\s+)?(?:(?:correct|right|real|final|actual)\s+)?(?:answer|correct|right|it)"
     r"|(?:it|this|that)\s+(?:isn['’]t|is\snot|wasn['’]t|was\snot)"
     r"(?=\s*[,.;!]|\s*$|\s+(?:it|there|so)\b))(?!\w)",
     re.IGNORECASE,
@@ -120,7 +118,6 @@ _CALLED_RIGHT = re.compile(
     re.IGNORECASE,
 )
 _LETTER_LINE = re.compile(r"^[^\w\n]*([A-Z])[^\w\n]*$", re.MULTILINE)
-_OPTION = re.compile(r"(?<!\w)([A-Z])(?:[).:\]]|$)")
 _POINTERS = frozenset("this that it which he she they answer option choice above".split())
 _MARKS = " \t\r\n*_`\"'“”‘’«»()[]$.,;:!"
 
@@ -222,16 +219,12 @@ def _is_denied(stated: str, behind: str) -> bool:
 def _is_replaced(stated: str, behind: str) -> bool:
     """ "Final answer: London", "(C) is correct" or a line with another letter alone."""
     wanted = stated.casefold()
-    for line in _NAMED.findall(behind):
-        named = line.strip(_MARKS)
-        is_same_option = _OPTION.findall(named) == _OPTION.findall(stated) != []
-        if named.casefold() not in (wanted, "") and (not is_same_option or denies(named)):
+    for named in _NAMED.finditer(behind):
+        if named[1].strip(_MARKS).casefold() not in (wanted, ""):
             return True
-    if len(stated) == 1 and any(letter != stated for letter in _LETTER_LINE.findall(behind)):
+    if len(stated) == 1 and any(m[1] != stated for m in _LETTER_LINE.finditer(behind)):
         return True
     return any(
-        not name[0].islower()  # "the first document is right" names no candidate
-        and name.casefold() not in _POINTERS
-        and not wanted.endswith(name.casefold())
-        for name in _CALLED_RIGHT.findall(behind)
+        named[1].casefold() not in _POINTERS and not wanted.endswith(named[1].casefold())
+        for named in _CALLED_RIGHT.finditer(behind)
     )

@@ -139,7 +139,7 @@ _FREE_BEFORE = re.compile(
     r"|\\(?:textbf|text|mathbf|mathrm|boldsymbol|q?quad|approx|therefore|implies|Rightarrow|to))$"
 )
 _SMALL_LEAD = re.compile(
-    r"(?:^|(?<![<>!=/~+*^-])=|[≈→⇒]|\\approx"
+    r"(?:^|(?<![<>!=/~+*^-])=|[≈→⇒]|\\approx|\\text\w*\s*\{[^{}]*\}"
     r"|^(?:[\W_]*(?:the|an?|it|is|was|that|in|on|at|of|simply|clearly|therefore|thus|hence|then|so"
     r"|indeed|exactly|about|approximately|option|choice|letter|given|by|as|follows|equal|to|value"
     r"|number|amount|total)\b)+[\s:,]*)$",
@@ -238,8 +238,8 @@ _BRACKETED = re.compile(r"(?<!\w)(?<![0-9] )[(\[]([A-Za-z])(?!\w)|(?<![\w(\[])([
 # A letter on its own that punctuation or a linking word joins to the first: "B - A", "B; d",
 # "(B) as well as D". In an option's own text it stands behind a name: "Exhibit A", "John F.".
 _ANOTHER = re.compile(
-    r"(?:^|[^\w\s'’.(\[]|\.\s|\b(?:or|and|not|nor|no|maybe|perhaps|possibly|then|but|also|is|be"
-    r"|option|choice|answer|letter|than|as|to|with|plus|think|say|both|even)\b)[\s(\[]*"
+    r"(?:^|[^\w\s'’.(\[]|\.\s|\b(?:or|and|not|nor|no|maybe|perhaps|possibly|then|but|also|is|be|option"
+    r"|choice|answer|letter|than|as|to|with|plus|think|say|both|even)\b)[\s(\[]*"
     r"([A-Za-z])(?=[ \t]*(?:$|[)\],;:/&|+\n–—-]|\.(?!\w)))"
 )
 _CAPITALS = re.compile(r"\b[A-Z]\b")

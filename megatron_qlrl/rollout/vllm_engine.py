@@ -72,13 +72,14 @@ class VllmEngine:
         stop_token_ids: Sequence[int],
         manifest: Mapping[str, tuple[int, ...]],
         gpu_memory_utilization: float,
-        rope: Mapping[str, Any] | None,
+        positions: Mapping[str, Any],
         seed: int,
         give_up: Callable[[], str],
     ) -> None:
         """`manifest`: the Hugging Face tensors with shapes that every weight update must bring,
-        the LM head among them also where the model ties it to the embedding. `give_up`: asked while
-        it generates; this rank's reason to stop, or "".
+        the LM head among them also where the model ties it to the embedding. `positions`: fields of
+        config.json that say how many there are and how RoPE is scaled, which win over the
+        folder's. `give_up`: asked while it generates; this rank's reason to stop, or "".
 
         `set_engine_env` must have run before the first engine of the process is made.
         """
@@ -107,8 +108,7 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             # vLLM's reload leaves a tied LM head at its old weights ("ParallelLMHead: Failed to
             # load weights"), so the engine never ties: the trainer sends the head by name.
-            hf_overrides={"tie_word_embeddings": False}
-            | ({"rope_parameters": dict(rope)} if rope else {}),
+            hf_overrides={"tie_word_embeddings": False, **positions},
             disable_log_stats=True,
             seed=seed,
         )

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.config.shape import ModelShape, hf_shapes
 
 Kind = Literal["vocab", "qkv", "gate_up", "row", "whole"]
 # Reads rows [a, b) (or, with columns=True, columns) of a Hugging Face tensor.
@@ -68,41 +68,6 @@ def entry_of(name: str, *, first_layer: int) -> Entry:
     kind, names = _LAYER[found[2]]
     layer = first_layer + int(found[1])
     return Entry(kind, tuple(f"model.layers.{layer}.{n}" for n in names))
-
-
-def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Hugging Face model with its shape: the manifest that weight sync,
-    import and export are checked against."""
-    h, d, f = shape.hidden_size, shape.head_dim, shape.ffn_size
-    q, kv = shape.num_heads * d, shape.num_kv_heads * d
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (shape.vocab_size, h),
-        "model.norm.weight": (h,),
-    }
-    if not shape.tied:
-        shapes["lm_head.weight"] = (shape.vocab_size, h)
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (h,),
-        "post_attention_layernorm.weight": (h,),
-        "self_attn.q_proj.weight": (q, h),
-        "self_attn.k_proj.weight": (kv, h),
-        "self_attn.v_proj.weight": (kv, h),
-        "self_attn.o_proj.weight": (h, q),
-        "mlp.gate_proj.weight": (f, h),
-        "mlp.up_proj.weight": (f, h),
-        "mlp.down_proj.weight": (h, f),
-    }
-    if shape.qkv_bias:
-        layer |= {
-            "self_attn.q_proj.bias": (q,),
-            "self_attn.k_proj.bias": (kv,),
-            "self_attn.v_proj.bias": (kv,),
-        }
-    if shape.qk_norm:
-        layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
-    for i in range(shape.num_layers):
-        shapes |= {f"model.layers.{i}.{name}": size for name, size in layer.items()}
-    return shapes
 
 
 def local_shard(

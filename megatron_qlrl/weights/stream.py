@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_IMODE
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.config.folder import INDEX, find_tensors
+from megatron_qlrl.config.shape import ModelShape, hf_shapes
 from megatron_qlrl.errors import CheckpointError, SyncError
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import ParallelContext
-from megatron_qlrl.weights.hf_map import Entry, entry_of, hf_shapes, local_shard, to_hf
+from megatron_qlrl.weights.hf_map import Entry, entry_of, local_shard, to_hf
 
 
 def first_layer(shape: ModelShape, context: ParallelContext) -> int:
@@ -36,29 +38,20 @@ def load_hf(
 def _load_hf(
     folder: Path, model: torch.nn.Module, shape: ModelShape, context: ParallelContext
 ) -> None:
+    where = find_tensors(folder, shape)
     with ExitStack() as stack:
         try:
             files = {
                 path: stack.enter_context(safe_open(path, framework="pt"))
-                for path in sorted(folder.glob("*.safetensors"))
+                for path in dict.fromkeys(where.values())
             }
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{folder}: a safetensors file cannot be read: {error}"
             ) from error
-        where = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
-        expected = hf_shapes(shape)
-        for name, size in expected.items():
-            if name not in where:
-                raise CheckpointError(f"{folder}: tensor {name} is missing from the safetensors")
-            found = tuple(where[name].get_slice(name).get_shape())
-            if found != size:
-                raise CheckpointError(
-                    f"{folder}: tensor {name} has shape {found}, config.json asks for {size}"
-                )
 
         def read(name: str, start: int, end: int, columns: bool) -> torch.Tensor:
-            piece = where[name].get_slice(name)
+            piece = files[where[name]].get_slice(name)
             return piece[:, start:end] if columns else piece[start:end]
 
         for name, parameter in model.named_parameters():
@@ -189,7 +182,13 @@ def write_hf(stream: WeightStream, folder: Path, *, shard_bytes: int, writer: bo
         path = folder / f"part-{len(files):05d}.safetensors"
         try:
             if failure is None:
+                # safetensors makes a file that only its owner may read: like any other it gets
+                # what the umask leaves.
+                path.unlink(missing_ok=True)
+                path.touch()
+                mode = path.stat().st_mode
                 save_file(pending, path, metadata={"format": "pt"})
+                path.chmod(S_IMODE(mode))
                 files.append((path, list(pending), sum(t.nbytes for t in pending.values())))
         except (OSError, SafetensorError) as error:
             failure = error
@@ -216,6 +215,7 @@ def write_hf(stream: WeightStream, folder: Path, *, shard_bytes: int, writer: bo
 def _name_shards(folder: Path, files: list[tuple[Path, list[str], int]]) -> None:
     """Hugging Face's file names, known only when the number of shards is."""
     if len(files) == 1:
+        (folder / INDEX).unlink(missing_ok=True)  # an older release's, which would win
         files[0][0].rename(folder / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
@@ -225,4 +225,4 @@ def _name_shards(folder: Path, files: list[tuple[Path, list[str], int]]) -> None
         weight_map |= dict.fromkeys(names, final)
     total = sum(size for _, _, size in files)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / INDEX).write_text(json.dumps(index, indent=2))

@@ -118,28 +118,67 @@ def _engine_name(name: str) -> str:
     return name
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.fixture(scope="module")
+def stretched_run(qlrl: Any, write_config: Any, base_model: Path, tmp_path_factory: Any) -> Path:
+    """As `finished_run`, with a model of 256 positions that YaRN stretches to 1024."""
+    folder = tmp_path_factory.mktemp("stretched")
+    shutil.copytree(base_model, folder / "short-model")
+    file = folder / "short-model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 256}))
+    config = write_config(
+        folder,
+        model={"path": str(folder / "short-model"), "rope_scaling": YARN},
+        phases=[
+            {"name": "phase1", "max_input_tokens": 250, "steps": 1},
+            {"name": "phase2", "max_input_tokens": 1000, "steps": 1},
+        ],
+        evaluation={"max_input_tokens": 5000},  # cut to what 1024 positions leave
+    )
+    qlrl("rl", config).check()
+    return folder / "run"
+
+
+def test_yarn_stretches_training_and_release(stretched_run: Path, read_jsonl: Any) -> None:
+    record = read_jsonl(stretched_run / "metrics.jsonl")
+    _, long = (line for line in record if "prompt_length/mean" in line)
+    assert 256 < long["prompt_length/mean"] < long["prompt_length/max"] <= 1000
+    assert long["training/rollout_logprobs_diff_max"] < 1e-4
+    config = json.loads((stretched_run / "hf" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 1024
+    rope = {**YARN, "rope_theta": 1e6, "original_max_position_embeddings": 256}
+    assert config["rope_parameters"] == rope
+    assert "| base model | short-model |" in (stretched_run / "hf" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("run", ["finished_run", "stretched_run"])
 def test_released_model_answers_as_the_engine_did(
-    finished_run: Path, toy_data: Path, read_jsonl: Any
+    request: pytest.FixtureRequest, run: str, toy_data: Path, read_jsonl: Any
 ) -> None:
     """Every token of the last evaluation (greedy) is transformers' choice too, with the same
     log-probability; a tie within rounding may go either way."""
     from transformers import AutoTokenizer
 
-    answers = read_jsonl(finished_run / "eval" / "phase2.jsonl")
+    folder: Path = request.getfixturevalue(run)
+    answers = read_jsonl(folder / "eval" / "phase2.jsonl")
     assert len(answers) == 16
-    tokenizer = AutoTokenizer.from_pretrained(finished_run / "hf")
-    models = [transformers_model(finished_run / "hf", d) for d in (torch.float64, torch.float32)]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    models = [transformers_model(folder / "hf", d) for d in (torch.float64, torch.float32)]
     rows = {
         f"{stem}:{i}": row
         for stem in ("eval_short", "eval_long")
         for i, row in enumerate(pq.read_table(toy_data / f"{stem}.parquet").to_pylist())
     }
     exact, peer, behind = [], [], 0.0
+    lengths: list[int] = []
     for answer in answers:
         assert answer["response"] == tokenizer.decode(answer["token_ids"], skip_special_tokens=True)
         prompt = tokenizer.apply_chat_template(
             rows[answer["uid"]]["prompt"], add_generation_prompt=True, return_dict=True
         )["input_ids"]
+        lengths.append(len(prompt))
         tokens = torch.tensor(answer["token_ids"])
         for model, chosen in zip(models, (exact, peer), strict=True):
             with torch.no_grad():
@@ -149,6 +188,7 @@ def test_released_model_answers_as_the_engine_did(
             if model is models[0]:
                 behind = max(behind, float((logprobs.max(-1).values - chosen[-1]).max()))
         assert answer["finished"] == (answer["token_ids"][-1] == tokenizer.eos_token_id)
+    assert min(lengths) < 256 < max(lengths) <= 1000  # also beyond the original positions
     bounds = Reference.of(torch.cat(exact), torch.cat(peer))
     bounds.check([p for answer in answers for p in answer["logprobs"]])
     assert behind <= 2 * bounds.max_error

@@ -113,3 +113,28 @@ def test_nothing_heavy_is_loaded(config: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_yarn_plans_the_stretched_model(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """131,072 positions from 32,768: 121,072 of a prompt and 10,000 of its response."""
+    (tmp_path / "model").mkdir()
+    hf = json.loads((SHAPE / "config.json").read_text()) | {"max_position_embeddings": 32_768}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(hf))
+    settings = [
+        f"model.path={tmp_path}/model", "phases.1.max_input_tokens=121072",
+        "rollout.max_response_tokens=10000", "policy.max_tokens_per_row=131072",
+        "phases.1.overrides.policy.cp=4", "optimizer.offload=true", "--gpus=32", "--json",
+    ]  # fmt: skip
+    assert run(monkeypatch, config, *settings) == 2
+    message = capsys.readouterr().err
+    assert "121072 + 10000 tokens, is beyond the model's 32768 positions" in message
+    assert "{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}" in message
+    settings += ["model.rope_scaling={rope_type: yarn, factor: 4}"]
+    run(monkeypatch, config, *settings, "phases.1.max_input_tokens=121072")
+    out, err = capsys.readouterr()
+    short, long = json.loads(out)["phases"]
+    assert (short["longest_sequence"], long["longest_sequence"]) == (30_000, 131_072)
+    assert "positions" not in err

@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_qlrl.cli import app
-from megatron_qlrl.config.checks import check_layout, model_shape, read_model_config
+from megatron_qlrl.config.checks import check_layout
 from megatron_qlrl.config.load import load_config
+from megatron_qlrl.config.shape import read_shape
 from megatron_qlrl.plan.estimate import Lengths
 from megatron_qlrl.plan.hardware import HARDWARE
 from megatron_qlrl.plan.phase import Cluster, plan_phase
@@ -37,13 +38,13 @@ def test_recipes_fit_their_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     folder = Path("examples") / name
     config = load_config(folder / "config.yaml")
     model = folder / "shape"
-    hf = read_model_config(model if model.is_dir() else config.model.path)
+    shape = read_shape(model if model.is_dir() else config.model.path)
     cluster = Cluster(GPUS[name], HARDWARE["h100-80g"])
     hours = []
     for phase in config.phase_configs():
-        check_layout(phase, hf, world_size=cluster.gpus)
-        assert plan_phase(phase, model_shape(hf), cluster).problems == ()
-        usual = plan_phase(phase, model_shape(hf), cluster, lengths=Lengths(20_000, 3_000))
+        check_layout(phase, shape, world_size=cluster.gpus)
+        assert plan_phase(phase, shape, cluster).problems == ()
+        usual = plan_phase(phase, shape, cluster, lengths=Lengths(20_000, 3_000))
         hours.append(f"{usual.gpu_hours(cluster.gpus):,.0f}")
     if model.is_dir():
         readme = (folder / "README.md").read_text(encoding="utf-8")

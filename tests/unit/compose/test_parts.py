@@ -1,24 +1,33 @@
 """What stops a run: a batch without verdicts, a checkpoint that is not its own. The judge's
 metrics over all ranks."""
 
+import json
+import shutil
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
+from fuzz import check_cases, mutate_json
 
 from megatron_qlrl.compose.parts import (
     check_masked,
     check_resumable,
     check_vocabulary,
     judge_metrics,
+    load_tokenizer,
     newest_checkpoint,
+    stop_tokens,
 )
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import CheckpointError, ConfigError, RewardError
 from megatron_qlrl.types import Prompt, Score, ScoredGroup
 from megatron_qlrl.weights.checkpoint_folder import FORMAT
+
+BASE = Path(__file__).resolve().parents[3] / "examples" / "quickstart" / "base"
 
 
 def group(*values: float | None) -> ScoredGroup:
@@ -31,6 +40,29 @@ class Tokenizer:
 
     def get_vocab(self) -> dict[str, int]:
         return {"a": 0, "b": 3, "<pad>": 5, "<tool>": 4}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizers_damaged_at_random(tmp_path: Path, fuzz_cases: int, name: str) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(BASE / file, tmp_path)
+    raw = (BASE / name).read_bytes()
+
+    def damage(rng: Random) -> None:
+        (tmp_path / name).write_bytes(mutate_json(raw, rng))
+
+    cases = fuzz_cases // 15  # each takes a tenth of a second
+    counts = check_cases(damage, lambda: load_tokenizer(tmp_path), cases=cases)
+    assert counts.keys() <= {"result", "ConfigError"}
+    assert counts["ConfigError"] > 0
+
+
+def test_end_tokens_of_tokenizer_and_generation_config(tmp_path: Path) -> None:
+    tokenizer = SimpleNamespace(eos_token_id=7)
+    assert stop_tokens(tmp_path, tokenizer) == [7]
+    for ids, want in ((3, [3, 7]), ([9, 7, 2], [2, 7, 9]), (None, [7])):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert stop_tokens(tmp_path, tokenizer) == want
 
 
 def test_tokens_that_the_model_does_not_know() -> None:

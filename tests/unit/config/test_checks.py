@@ -1,89 +1,38 @@
 """Each mistake gives one ConfigError that says what, where and how to mend it."""
 
-import json
 import re
-import shutil
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from megatron_qlrl.config import checks
 from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.errors import ConfigError
 
-MakeModel = Callable[..., Path]
+HF: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 160,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+}
+SHAPE = ModelShape.from_hf(HF)
 
 
 def make_config(**sections: Any) -> Config:
     return Config.model_validate({"model": {"path": "m"}, **sections})
 
 
-def test_complete_folder_is_read(fake_hf: MakeModel) -> None:
-    assert checks.read_hf_config(fake_hf())["num_hidden_layers"] == 6
-
-
-def test_file_of_the_safetensors_library_is_accepted(fake_hf: MakeModel) -> None:
-    folder = fake_hf()
-    tensors = {"a": np.ones((3, 5), np.float32), "b": np.zeros(7, np.float16)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert checks.read_hf_config(folder)["vocab_size"] == 160
-
-
-def test_shards_named_by_the_index_are_accepted(fake_hf: MakeModel) -> None:
-    folder = fake_hf()
-    shutil.copy(folder / "model.safetensors", folder / "a.safetensors")
-    (folder / "model.safetensors").rename(folder / "b.safetensors")
-    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert checks.read_hf_config(folder)["vocab_size"] == 160
-    (folder / "b.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"not there: b\.safetensors; download"):
-        checks.read_hf_config(folder)
-
-
-def _drop(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).unlink()
-
-
-def _cut(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def _pointer(folder: Path) -> None:
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    (folder / "model.safetensors").write_text(pointer)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (shutil.rmtree, r"model folder .*model does not exist; set model\.path"),
-        (_drop("config.json"), r"config\.json does not exist; is .* a Hugging Face model folder"),
-        (lambda f: (f / "config.json").write_text("{"), r"config\.json is not readable JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), r"holds a list, expected a JSON object"),
-        (_drop("model.safetensors"), r"has no \*\.safetensors file"),
-        (_drop("tokenizer.json"), r"has no tokenizer"),
-        (_cut, r"model\.safetensors has \d+ bytes instead of \d+; download it again"),
-        (_pointer, r"is not a safetensors file .*Git LFS"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), r"is not a safetensors file"),
-    ],
-)
-def test_damaged_folder(fake_hf: MakeModel, damage: Callable[[Path], Any], message: str) -> None:
-    folder = fake_hf()
-    damage(folder)
-    with pytest.raises(ConfigError, match=message):
-        checks.read_hf_config(folder)
-
-
-def test_layout_that_fits(fake_hf: MakeModel) -> None:
-    hf = checks.read_hf_config(fake_hf())
+def test_layout_that_fits() -> None:
     config = make_config(policy={"tp": 4, "pp": 3, "cp": 2}, rollout={"tp": 2})
-    checks.check_layout(config, hf, world_size=48)
+    checks.check_layout(config, SHAPE, world_size=48)
     assert checks.smallest_world_size([config]) == 24
 
 
@@ -116,29 +65,15 @@ def test_smallest_world_size(train: tuple[int, ...], rollout_tp: int, smallest: 
         ),
     ],
 )
-def test_layout_that_does_not_fit(
-    fake_hf: MakeModel, sections: dict[str, Any], world_size: int, message: str
-) -> None:
-    hf = checks.read_hf_config(fake_hf())
+def test_layout_that_does_not_fit(sections: dict[str, Any], world_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        checks.check_layout(make_config(**sections), hf, world_size=world_size)
+        checks.check_layout(make_config(**sections), SHAPE, world_size=world_size)
 
 
-def test_ffn_counts_for_tp(fake_hf: MakeModel) -> None:
-    hf = checks.read_hf_config(fake_hf(intermediate_size=98))
+def test_ffn_counts_for_tp() -> None:
+    shape = replace(SHAPE, ffn_size=98)
     with pytest.raises(ConfigError, match=r"intermediate_size=98; valid values: 1, 2$"):
-        checks.check_layout(make_config(policy={"tp": 4}), hf, world_size=4)
-
-
-def test_architecture_and_missing_field(fake_hf: MakeModel) -> None:
-    hf = checks.read_hf_config(fake_hf(architectures=["GPT2LMHeadModel"]))
-    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel is not supported; supported: Qwen2"):
-        checks.check_layout(make_config(), hf, world_size=1)
-    hf = {k: v for k, v in hf.items() if k != "hidden_size"} | {
-        "architectures": ["LlamaForCausalLM"]
-    }
-    with pytest.raises(ConfigError, match="lacks 'hidden_size'"):
-        checks.check_layout(make_config(), hf, world_size=1)
+        checks.check_layout(make_config(policy={"tp": 4}), shape, world_size=4)
 
 
 def _long(max_input: int, **model: Any) -> Config:
@@ -151,21 +86,21 @@ def _long(max_input: int, **model: Any) -> Config:
     )
 
 
-def test_length_limit_is_the_models_positions(fake_hf: MakeModel) -> None:
-    hf = checks.read_hf_config(fake_hf())
-    checks.check_layout(_long(4000), hf, world_size=1)
+def test_length_limit_is_the_models_positions() -> None:
+    checks.check_layout(_long(4000), SHAPE, world_size=1)
     with pytest.raises(ConfigError, match=r"4001 \+ 96 tokens, is beyond .* 4096 .*factor: 2\.0"):
-        checks.check_layout(_long(4001), hf, world_size=1)
+        checks.check_layout(_long(4001), SHAPE, world_size=1)
 
 
-def test_length_limit_with_rope_scaling(fake_hf: MakeModel) -> None:
-    hf = checks.read_hf_config(fake_hf())
+@pytest.mark.parametrize("by_the_run", [False, True])
+def test_length_limit_with_rope_scaling(by_the_run: bool) -> None:
     yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}
-    checks.check_layout(_long(8096, rope_scaling=yarn), hf, world_size=1)
-    with pytest.raises(ConfigError, match="beyond the model's 8192 positions"):
-        checks.check_layout(_long(8097, rope_scaling=yarn), hf, world_size=1)
-    own = {**hf, "rope_scaling": yarn}
-    checks.check_layout(_long(8000), own, world_size=1)
+    own, of_run = ({}, yarn) if by_the_run else ({"rope_scaling": yarn}, None)
+    shape = ModelShape.from_hf(HF | own, of_run)
+    checks.check_layout(_long(8096), shape, world_size=1)
+    message = r"beyond the model's 8192 .*factor: 3\.0, original_max_position_embeddings: 4096"
+    with pytest.raises(ConfigError, match=message):
+        checks.check_layout(_long(8097), shape, world_size=1)
 
 
 def _data(tmp_path: Path, **names: list[str]) -> dict[str, list[str]]:
@@ -238,12 +173,13 @@ def test_fp8_needs_whole_blocks_on_every_rank(recipe: str, tp: int, wrong: str |
         "vocab_size": 152064, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
         "rope_theta": 1e6, "tie_word_embeddings": False,
     }  # fmt: skip
+    shape = ModelShape.from_hf(hf)
     config = make_config(policy={"fp8": "hybrid", "fp8_recipe": recipe, "tp": tp})
     if wrong is None:
-        checks.check_layout(config, hf, world_size=8)
+        checks.check_layout(config, shape, world_size=8)
         return
     with pytest.raises(ConfigError, match=re.escape(f"this model has {wrong} there")):
-        checks.check_layout(config, hf, world_size=8)
+        checks.check_layout(config, shape, world_size=8)
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,6 @@ from megatron_qlrl.plan.phase import Cluster, PhasePlan, longest_row, plan_phase
 from tests.unit.plan.test_memory import qwen
 
 QWEN14 = qwen(5120, 48, 40, 8, 13_824)
-HF = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "num_hidden_layers": 48,
-    "hidden_size": 5120,
-    "intermediate_size": 13_824,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "vocab_size": 152_064,
-    "max_position_embeddings": 131_072,
-    "rms_norm_eps": 1e-5,
-}
 H100S = Cluster(32, HARDWARE["h100-80g"])
 
 
@@ -133,7 +122,7 @@ def test_sft_has_no_rollout() -> None:
 
 def test_smallest_change_is_one_setting_where_one_is_enough() -> None:
     before = config(20_000, policy={"max_tokens_per_row": 32_000})
-    option = smallest_change(before, HF, QWEN14, H100S, None)
+    option = smallest_change(before, QWEN14, H100S, None)
     assert option is not None
     assert option.changes == {"policy.tp": 8}
     assert option.plan.problems == ()
@@ -153,14 +142,14 @@ def test_host_memory_may_be_the_smallest_change(
     small = Cluster(32, replace(HARDWARE["h100-80g"], memory_bytes=room * GIB))
     sft = Config.model_validate({"model": {"path": "x"}, "policy": policy})
     assert plan_phase(sft, QWEN14, small).problems
-    option = smallest_change(sft, HF, QWEN14, small, None)
+    option = smallest_change(sft, QWEN14, small, None)
     assert option is not None
     assert option.changes == {change: True}
 
 
 def test_an_engine_that_is_too_large_gets_a_smaller_share() -> None:
     before = config(policy={"tp": 8, "cp": 2}, rollout={"gpu_memory_utilization": 0.95})
-    option = smallest_change(before, HF, QWEN14, H100S, None)
+    option = smallest_change(before, QWEN14, H100S, None)
     assert option is not None
     assert list(option.changes) == ["rollout.gpu_memory_utilization"]
     share = option.changes["rollout.gpu_memory_utilization"]
@@ -171,11 +160,11 @@ def test_an_engine_that_is_too_large_gets_a_smaller_share() -> None:
 
 def test_nothing_fits_a_gpu_that_is_too_small() -> None:
     small = Cluster(8, replace(HARDWARE["h100-80g"], memory_bytes=16 * GIB))
-    assert smallest_change(config(), HF, QWEN14, small, None) is None
+    assert smallest_change(config(), QWEN14, small, None) is None
 
 
 def test_fastest_layouts_fit_and_are_in_order() -> None:
-    found = fastest(config(), HF, QWEN14, H100S, Lengths(30_000, 3_000), count=4)
+    found = fastest(config(), QWEN14, H100S, Lengths(30_000, 3_000), count=4)
     assert len(found) == 4
     assert [o.seconds for o in found] == sorted(o.seconds for o in found)
     for option in found:

@@ -69,6 +69,17 @@ def test_frequencies_are_those_of_transformers(rope: dict[str, Any]) -> None:
         assert factor == pytest.approx(0.1 * math.log(4.0) + 1)
 
 
+def test_long_factors_hold_for_every_length() -> None:
+    """transformers takes them for sequences beyond the original length alone, vLLM for all."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 1024,
+            "short_factor": [1.0] * 8, "long_factor": [1.5 * 2**n for n in range(8)]}  # fmt: skip
+    frequencies, factor = rope_frequencies(ModelShape.from_hf(HF | {"rope_parameters": rope}))
+    exponents = torch.arange(0, 16, 2) / 16
+    want = 1 / (torch.tensor(rope["long_factor"]) * 1e4**exponents)
+    torch.testing.assert_close(frequencies, want)
+    assert factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(1024)))
+
+
 def test_fp8_that_the_machine_cannot_run_is_refused_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,8 +9,8 @@ import torch
 from harness import tiny_hf
 from safetensors import safe_open
 
-from megatron_qlrl.config.shape import ModelShape
-from megatron_qlrl.weights.hf_map import Entry, entry_of, hf_shapes, local_shard, to_hf
+from megatron_qlrl.config.shape import ModelShape, hf_shapes
+from megatron_qlrl.weights.hf_map import Entry, entry_of, local_shard, to_hf
 
 # Two key/value groups of two query heads each; head size 2, not hidden / heads.
 SHAPE = ModelShape(
@@ -22,7 +22,7 @@ SHAPE = ModelShape(
     num_kv_heads=2,
     head_dim=2,
     vocab_size=13,
-    max_positions=64,
+    max_position_embeddings=64,
     rms_eps=1e-6,
     tied=False,
     qkv_bias=True,

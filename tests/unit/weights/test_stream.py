@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.config.shape import ModelShape, hf_shapes
 from megatron_qlrl.errors import CheckpointError
-from megatron_qlrl.weights.hf_map import Entry, hf_shapes
+from megatron_qlrl.weights.hf_map import Entry
 from megatron_qlrl.weights.stream import _buckets, _Item, load_hf, untied, write_hf
 
 SHAPE = ModelShape.from_hf(
@@ -163,10 +163,10 @@ def test_file_that_is_cut_off(tmp_path: Path, alone: Any) -> None:
     folder_of(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
         load_hf(tmp_path, Norm(), shape=SHAPE, context=alone)
 
 
 def test_folder_without_weights(tmp_path: Path, alone: Any) -> None:
-    with pytest.raises(CheckpointError, match="missing from the safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no \*\.safetensors file"):
         load_hf(tmp_path, Norm(), shape=SHAPE, context=alone)

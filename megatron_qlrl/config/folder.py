@@ -1,0 +1,185 @@
+"""Whether a Hugging Face model folder is complete and holds one model: read without torch, from
+the headers of its files."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from megatron_qlrl.config.shape import ModelShape, hf_shapes, read_json, read_shape, short
+from megatron_qlrl.errors import CheckpointError, ConfigError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\..+")
+# Old Llama folders hold what is computed from the config.
+_COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_AGAIN = "download the model again"
+
+
+def check_folder(path: str | Path, rope_scaling: Mapping[str, Any] | None = None) -> ModelShape:
+    """Shape of the model in a folder that is complete: weights and tokenizer too.
+
+    Raises:
+        ConfigError, CheckpointError: as `read_shape`, `find_tensors`, `check_tokenizer`.
+    """
+    folder = Path(path)
+    shape = read_shape(folder, rope_scaling)
+    find_tensors(folder, shape)
+    check_tokenizer(folder)
+    return shape
+
+
+def find_tensors(folder: Path, shape: ModelShape) -> dict[str, Path]:
+    """The file of each of the model's tensors. Where there is an index it alone decides, so that
+    a file that an older download left is not read.
+
+    Raises:
+        CheckpointError: a file or a tensor is missing or damaged, or the tensors are not those
+            of the model that config.json describes.
+    """
+    where: dict[str, Path] = {}
+    seen: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file, names in _files(folder).items():
+        held = dict(_header(file))
+        lacking = sorted(names - held.keys()) if names else []
+        if lacking:
+            raise CheckpointError(
+                f"{folder / INDEX} says that {file.name} holds {short(lacking[0])}, and it "
+                f"does not; {_AGAIN}"
+            )
+        for name in names or held:
+            if name in where:
+                raise CheckpointError(
+                    f"{folder}: tensor {short(name)} is in {where[name].name} and in {file.name}, "
+                    f"and no {INDEX} says which one counts; remove the file that does not belong"
+                )
+            where[name], seen[name] = file, held[name]
+    _compare(folder, shape, seen)
+    return where
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Reads the tokenizer's files, if not as a whole.
+
+    Raises:
+        ConfigError: there are none, or one is damaged.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"model folder {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the "
+            "tokenizer files of the model into it"
+        )
+    if (folder / "tokenizer_config.json").is_file():
+        read_json(folder / "tokenizer_config.json")
+    end_tokens(folder)
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises this class itself
+            raise ConfigError(
+                f"{file} cannot be read as a tokenizer: {error}; copy the file of the model again"
+            ) from error
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """Those of generation_config.json, none without the file.
+
+    Raises:
+        ConfigError: they are no token ids.
+    """
+    file = folder / "generation_config.json"
+    ids = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise ConfigError(
+            f"{file}: eos_token_id is {short(ids)}, and must be a token id or a list of them; copy "
+            "the file of the model again"
+        )
+    return ids
+
+
+def _files(folder: Path) -> dict[Path, set[str]]:
+    """The files of weights; with the tensors to take from each, or none for all it holds."""
+    index = folder / INDEX
+    if not index.is_file():
+        alone = folder / "model.safetensors"
+        all_held = [alone] if alone.is_file() else sorted(folder.glob("*.safetensors"))
+        if not all_held:
+            raise CheckpointError(
+                f"model folder {folder} has no *.safetensors file; download the weights in "
+                "safetensors format (.bin and .pt files are not read)"
+            )
+        return {file: set() for file in all_held}
+    tensors = read_json(index).get("weight_map")
+    if not isinstance(tensors, dict) or not tensors:
+        raise CheckpointError(f"{index} has no weight_map from tensors to files; {_AGAIN}")
+    here = {file.name for file in folder.iterdir() if file.is_file()}
+    files: dict[Path, set[str]] = {}
+    for tensor, name in tensors.items():
+        if not isinstance(name, str) or name not in here:
+            raise CheckpointError(
+                f"{index}: tensor {short(tensor)} is in {short(name)}, which is no file in this "
+                f"folder; {_AGAIN}"
+            )
+        files.setdefault(folder / name, set()).add(tensor)
+    return files
+
+
+def _header(file: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """Each tensor's name with its type and shape."""
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                piece = tensors.get_slice(name)
+                yield name, (piece.get_dtype(), tuple(piece.get_shape()))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is not a whole safetensors file ({error}); it may be cut short, or a Git LFS "
+            f"pointer: download it again"
+        ) from error
+
+
+def _compare(
+    folder: Path, shape: ModelShape, seen: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    """Whether these are the tensors of `shape`."""
+    layers = {int(match[1]) for name in seen if (match := _LAYER.fullmatch(name))}
+    if layers and max(layers) + 1 != shape.num_layers:
+        raise CheckpointError(
+            f"{folder}: config.json has num_hidden_layers={shape.num_layers}, and the weights have "
+            f"{max(layers) + 1} layers; copy config.json and the weights of one and the same model"
+        )
+    expected = hf_shapes(shape)
+    allowed = {"lm_head.weight"} if shape.tied else set()
+    unknown = [n for n in seen if n not in expected and not _COMPUTED.fullmatch(n)]
+    unknown = sorted(set(unknown) - allowed)
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: {shape.architecture} as config.json describes it has no tensor "
+            f"{short(unknown[0])} ({len(unknown)} such); use a folder of that model alone, not "
+            "quantised, without adapters"
+        )
+    for name, size in expected.items():
+        if name not in seen:
+            raise CheckpointError(
+                f"{folder}: tensor {name} is missing from the safetensors files; {_AGAIN}"
+            )
+        dtype, found = seen[name]
+        if found != size:
+            raise CheckpointError(
+                f"{folder}: tensor {name} has shape {found}, config.json asks for {size}; copy "
+                "config.json and the weights of one and the same model"
+            )
+        if dtype not in FLOATS:
+            raise CheckpointError(
+                f"{folder}: tensor {name} is of type {dtype}, and weights are trained in "
+                f"{', '.join(FLOATS)}; dequantise the model first, or download the original"
+            )
