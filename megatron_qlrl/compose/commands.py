@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_qlrl.compose.data import read_examples, read_train_prompts
+from megatron_qlrl.compose.fingerprint import rows_digest
 from megatron_qlrl.compose.parts import (
     make_advantages,
     make_context,
@@ -88,7 +89,9 @@ def _run_stretch(
         give_up=stop.within_step,
     ) as run:
         with run.progress.doing("reading the prompts"):
-            prompts = on_all_ranks(partial(read_train_prompts, whole, run.tokenizer, warn=run.warn))
+            read = partial(read_train_prompts, whole, run.tokenizer, warn=run.warn)
+            prompts, rows = on_all_ranks(read)
+            run.identify(newest, rows=rows)
         run.read_benchmarks()
         curriculum = on_all_ranks(partial(make_curriculum, whole, config.curriculum, prompts))
         if config.algorithm.reference:
@@ -150,11 +153,14 @@ def run_sft(config: Config) -> None:
     ):
         with run.progress.doing("reading the SFT rows"):
             examples = on_all_ranks(partial(read_examples, config, run.tokenizer))
+            newest = newest_checkpoint(config, "sft")
+            responses = [e.response_ids for e in examples]
+            run.identify(newest, rows=rows_digest((e.prompt for e in examples), responses))
         run.read_benchmarks()
         steps = num_sft_steps(
             len(examples), batch_size=sft.batch_size, epochs=sft.epochs, max_steps=sft.max_steps
         )
-        state = run.restore(newest_checkpoint(config, "sft"))
+        state = run.restore(newest)
         run.evaluation.before_training(state)
         trainer = run.trainer(sft_loss, total_updates=steps, aggregation=sft.aggregation)
         first = state.get("step", 0)

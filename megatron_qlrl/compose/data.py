@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_qlrl.compose.fingerprint import rows_digest
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.data.dataset import (
     Example,
@@ -20,14 +21,14 @@ from megatron_qlrl.types import Prompt
 
 def read_train_prompts(
     config: Config, tokenizer: Any, *, warn: Callable[[str], None]
-) -> list[Prompt]:
-    """RL prompts that fit the last phase; longer ones are reported."""
+) -> tuple[list[Prompt], str]:
+    """RL prompts that fit the last phase, with the digest of all; longer ones are reported."""
     prompts = _read_prompts(config, tokenizer, config.data.train_files)
     check_sources(prompts)
     kept, report = drop_overlong(prompts, config.max_input_tokens)
     if report:
         warn(report)
-    return kept
+    return kept, rows_digest(prompts)
 
 
 def read_benchmarks(

@@ -142,7 +142,9 @@ def save_checkpoint(
             "step": step,
             "version": policy.version,
             "dtype": weight_dtype(config),
-            "facts": run_facts(config) | {"optimizer updates": policy.version},
+            "facts": run_facts(config)
+            | {"optimizer updates": policy.version}
+            | state.get("facts", {}),
         },
         companions=partial(
             copy_companions,

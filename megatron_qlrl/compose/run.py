@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from megatron_qlrl import __version__
 from megatron_qlrl.advantage.filters import has_spread
 from megatron_qlrl.compose.evaluation import Evaluation
+from megatron_qlrl.compose.fingerprint import check_resume, fingerprint
 from megatron_qlrl.compose.parts import (
     check_resumable,
     check_vocabulary,
@@ -54,7 +55,7 @@ from megatron_qlrl.types import (
     TrainGroup,
 )
 from megatron_qlrl.weights.checkpoint import load_checkpoint, load_weights
-from megatron_qlrl.weights.checkpoint_folder import step_of, taking_up
+from megatron_qlrl.weights.checkpoint_folder import read_state, step_of, taking_up
 from megatron_qlrl.weights.release import write_release
 from megatron_qlrl.weights.stream import WeightStream
 
@@ -170,6 +171,8 @@ class Run:
         )
         self._unsaved: tuple[int, Mapping[str, Any]] | None = None
         self._fresh_steps: frozenset[int] = frozenset()
+        self._fingerprint: Mapping[str, Any] = {}
+        self._first_facts: dict[str, Any] = {}
         self._on_disk(self._record_start)
 
     def _record_start(self) -> None:
@@ -303,6 +306,25 @@ class Run:
 
     # --- record -------------------------------------------------------------------------
 
+    def identify(self, path: Path | None, *, rows: str) -> None:
+        """Takes the run's fingerprint, for its checkpoints; `rows` is the training data's.
+
+        Raises:
+            CheckpointError: the run cannot go on from the checkpoint at `path`, which is another
+                run's (every rank).
+        """
+
+        def compared() -> str:
+            if not self.leads:
+                return ""
+            self._fingerprint = fingerprint(
+                self.whole, self._command, tokenizer=self.tokenizer, rows=rows
+            )
+            return check_resume(path, read_state(path), self._fingerprint) if path else ""
+
+        if line := on_all_ranks(compared):
+            print(f"qlrl: {line}", flush=True)
+
     def restore(
         self, path: Path | None, *, fresh_steps: frozenset[int] = frozenset()
     ) -> dict[str, Any]:
@@ -321,6 +343,8 @@ class Run:
                 self.evaluation.load_state_dict(state["evaluation"])
                 self.monitor.load_state_dict(state["monitor"])
                 tracked = {name: state["tracker"][name] for name in ("step", "lines", "wandb_id")}
+                # The model is the same; its folder may have another name by now.
+                self._first_facts = {"base model": state["facts"]["base model"]}
             if self.leads:
                 print(f"resuming from {path} at step {state['step']}", flush=True)
         opened = self._on_disk(partial(self._open_tracker, tracked))
@@ -421,6 +445,8 @@ class Run:
         more = {
             **state,
             "command": self._command,
+            "fingerprint": self._fingerprint,
+            "facts": self._first_facts,
             "evaluation": self.evaluation.state_dict(),
             "tracker": self.tracker.state_dict(),
         }
@@ -436,6 +462,7 @@ class Run:
             folder,
             companions=Path(self.config.model.path),
             facts=run_facts(self.config)
+            | self._first_facts
             | {k: f"{v:.4f}" for k, v in self.evaluation.scores.items()},
             writer=self.leads,
             dtype=weight_dtype(self.config),

@@ -44,7 +44,7 @@ def _read(run: Run) -> list[Prompt]:
     data = run.config.data
     if data.train_files:
         read = partial(read_train_prompts, run.config, run.tokenizer, warn=run.warn)
-        return on_all_ranks(read)
+        return on_all_ranks(read)[0]
     if data.eval_files:
         run.read_benchmarks()
         return run.evaluation.prompts

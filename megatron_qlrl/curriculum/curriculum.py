@@ -3,7 +3,7 @@
 draw(phase, n) -> prompts -> (groups) -> observe -> statistics -> later draws
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -124,17 +124,27 @@ class Curriculum:
         """Goes on exactly where `state_dict` was taken.
 
         Raises:
-            CheckpointError: the state belongs to another seed, other phases or other prompts.
+            CheckpointError: the state belongs to another seed, or other phases that have begun,
+                or other prompts.
         """
-        queued = {uid for phase in state["phases"] for uid in phase["queue"]}
-        unknown = (queued | state["carried"]["seen"].keys()) - self.prompts.keys()
-        if state["identity"] != self._identity or unknown:
+        # Phases that have not begun may be others by now.
+        begun = 1 + max((k for k, p in enumerate(state["phases"]) if p["epoch"] >= 0), default=-1)
+        saved = _of_begun(state["identity"], begun)
+        known = {uid for sampler in self._phases[:begun] for uid in sampler.pool}
+        queued = {uid for phase in state["phases"][:begun] for uid in phase["queue"]}
+        unknown = (queued | state["carried"]["seen"].keys()) - known
+        if saved != _of_begun(self._identity, begun) or unknown:
             raise CheckpointError(
                 f"the saved data order is for {state['identity']}, this run has {self._identity}"
                 + (f", and prompts {sorted(unknown)[:3]} are gone" if unknown else "")
                 + "; resume with the same data files, phases and run.seed, or start a new run.dir"
             )
-        for sampler, saved in zip(self._phases, state["phases"], strict=True):
-            sampler.load_state_dict(saved)
+        for number in range(begun):
+            self._phases[number].load_state_dict(state["phases"][number])
+            counts = state["counts"][number]
+            self._counts[number] = {source: dict(c) for source, c in counts.items()}
         self._carried.load_state_dict(state["carried"])
-        self._counts = [{s: dict(c) for s, c in counts.items()} for counts in state["counts"]]
+
+
+def _of_begun(identity: Mapping[str, Any], begun: int) -> dict[str, Any]:
+    return {k: v[:begun] if isinstance(v, list) else v for k, v in identity.items()}

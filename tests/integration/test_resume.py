@@ -119,7 +119,12 @@ def test_run_goes_on_in_another_layout(
 ) -> None:
     config = _copy(whole, tmp_path, write_config)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
+    refused = qlrl("rl", config, "rollout.group_size=2", "policy.tp=2")
+    assert refused.code == 2
+    assert len(refused.messages) == 1
+    assert "is of another run: rollout.group_size: 4 -> 2 (in phases.0); " in refused.messages[0]
     done = qlrl("rl", config, "policy.tp=2").check()
+    assert "qlrl: goes on with other settings: policy.tp: 1 -> 2\n" in done.out
     assert "step_00000003 at step 3" in done.out
     here, there = (read_jsonl(run / "metrics.jsonl") for run in (whole, tmp_path / "run"))
     assert untimed(there[:5]) == untimed(here[:5])

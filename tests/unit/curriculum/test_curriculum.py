@@ -131,13 +131,25 @@ def test_a_stopped_curriculum_goes_on_with_the_same_draws(cut):
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"limits": (10, 30)}, {"num_long": 5}])
 def test_a_state_of_another_run_is_refused(other):
-    state = make_curriculum().state_dict()
+    begun = make_curriculum()
+    begun.draw(1, 2)
     with pytest.raises(CheckpointError, match="resume with the same data files"):
-        make_curriculum(**other).load_state_dict(state)
+        make_curriculum(**other).load_state_dict(begun.state_dict())
+
+
+@pytest.mark.parametrize("other", [{"limits": (10, 30)}, {"limits": (10,)}, {"num_long": 5}])
+def test_phases_that_have_not_begun_may_change(other):
+    begun = make_curriculum()
+    first = begun.draw(0, 3)
+    resumed = make_curriculum(**other)
+    resumed.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+    assert {p.uid for p in [*first, *resumed.draw(0, 1)]} == set(SHORT)
 
 
 def test_a_state_with_unknown_prompts_is_refused():
-    state = make_curriculum().state_dict()
+    begun = make_curriculum()
+    begun.draw(1, 2)
+    state = begun.state_dict()
     state["phases"][1]["queue"] = ["g:7"]
     with pytest.raises(CheckpointError, match="'g:7'"):
         make_curriculum().load_state_dict(state)
