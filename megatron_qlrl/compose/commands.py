@@ -201,6 +201,7 @@ def run_eval(config: Config) -> None:
     """Scores model.path on data.eval_files; writes eval/eval.json and the answers."""
     folder = Path(config.run.dir)
     with joined(folder), open_run(config, "eval", temperature=1.0) as run:
+        run.record_start()
         run.read_benchmarks()
         with run.progress.doing("answering the evaluation files"):
             metrics = run.evaluation.score("eval", 0)

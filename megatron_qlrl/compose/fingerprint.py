@@ -22,7 +22,7 @@ Use = Literal["meaning", "rl", "sft", "told", "free"]
 SETTINGS: Mapping[str, Use] = {
     "run": "free",
     "run.seed": "meaning",
-    "model.path": "free",  # its contents are compared
+    "model": "free",  # the folder's contents are compared
     "model.dtype": "meaning",
     "model.rope_scaling": "meaning",
     "data": "free",  # the rows of the files are compared

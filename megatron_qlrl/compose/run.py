@@ -173,10 +173,13 @@ class Run:
         self._fresh_steps: frozenset[int] = frozenset()
         self._fingerprint: Mapping[str, Any] = {}
         self._first_facts: dict[str, Any] = {}
-        self._on_disk(self._record_start)
 
-    def _record_start(self) -> None:
-        """The resolved config, and a line for every start: which code, on how many ranks."""
+    def record_start(self) -> None:
+        """The resolved config, and a line for every start: which code, on how many ranks. Once it
+        is known that the run goes on: what is refused leaves nothing behind."""
+        self._on_disk(self._write_start)
+
+    def _write_start(self) -> None:
         save_config(self.whole, self.folder / "config.yaml")
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -324,6 +327,7 @@ class Run:
 
         if line := on_all_ranks(compared):
             print(f"qlrl: {line}", flush=True)
+        self.record_start()
 
     def restore(
         self, path: Path | None, *, fresh_steps: frozenset[int] = frozenset()

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from megatron_qlrl.errors import STOPPED
@@ -123,6 +124,8 @@ def test_run_goes_on_in_another_layout(
     assert refused.code == 2
     assert len(refused.messages) == 1
     assert "is of another run: rollout.group_size: 4 -> 2 (in phases.0); " in refused.messages[0]
+    recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert recorded["rollout"]["group_size"] == 4
     done = qlrl("rl", config, "policy.tp=2").check()
     assert "qlrl: goes on with other settings: policy.tp: 1 -> 2\n" in done.out
     assert "step_00000003 at step 3" in done.out
