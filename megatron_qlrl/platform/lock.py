@@ -68,14 +68,16 @@ class Lock:
         while not self._closed.wait(HEARTBEAT_S):
             # A disk that does not answer for a while, or a file removed by hand, proves nothing.
             with suppress(OSError):
-                os.utime(self._path)
                 # Looked at twice: one that is about to withdraw may be in between.
                 if self._is_lost() and not self._closed.wait(1.0) and self._is_lost():
                     self._end()
+                os.utime(self._path)
 
     def _is_lost(self) -> bool:
         newest = _files(self._base)[-1:]
-        return newest != [self._path] or _read(self._path) != self._holder
+        if newest == [self._path]:
+            return _read(self._path) != self._holder
+        return bool(newest)
 
     def _end(self) -> None:
         """Two runs in one folder would take each other's files away."""
@@ -150,8 +152,12 @@ def _make(path: Path, holder: Holder) -> bool:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         return False
-    with open(handle, "w") as stream:
-        stream.write(json.dumps(asdict(holder)))
+    try:
+        with open(handle, "w") as stream:
+            stream.write(json.dumps(asdict(holder)))
+    except OSError:
+        path.unlink(missing_ok=True)  # the disk is full
+        raise
     return True
 
 
@@ -182,8 +188,8 @@ def _wait_until_gone(path: Path, me: Holder, *, what: str) -> None:
             silent = time.monotonic() > deadline
             if path.stat().st_mtime_ns != seen or (silent and is_near):
                 raise ConfigError(
-                    f"{what} is in use by another run, {_named(holder)}. Wait until it ends or "
-                    "stop it, or name another place; when a process has died, its hold ends by "
+                    f"{what} is in use by another run, {_named(_read(path))}. Wait until it ends "
+                    "or stop it, or name another place; when a process has died, its hold ends by "
                     f"itself within {SILENCE_S:.0f} s"
                 )
             if silent:

@@ -79,6 +79,13 @@ def test_lock_is_one_file_and_gone_at_the_end(base: Path) -> None:
     assert _files(base) == []
 
 
+def test_file_removed_by_hand_ends_nobody(base: Path, start: Start) -> None:
+    process = _hold(start)
+    base.with_name("run.lock.1").unlink()
+    time.sleep(0.3)
+    assert process.poll() is None
+
+
 def test_second_run_is_told_who_is_there(base: Path, start: Start) -> None:
     process = _hold(start)
     with pytest.raises(ConfigError) as caught:
@@ -143,9 +150,12 @@ def test_of_several_that_take_over_one_wins(base: Path, start: Start) -> None:
     assert len([n for n in _files(base) if n.startswith("run.lock")]) == 1
 
 
-def test_run_that_was_taken_for_gone_ends(base: Path, start: Start) -> None:
+@pytest.mark.parametrize("removed", [False, True])
+def test_run_that_was_taken_for_gone_ends(base: Path, start: Start, removed: bool) -> None:
     process = _hold(start)
     _write(base, 2, replace(lock._me(), pid=1))
+    if removed:
+        base.with_name("run.lock.1").unlink()
     _, err = process.communicate(timeout=10)
     assert process.returncode == 1
     assert err.startswith("qlrl: error: run.dir x was taken over by another run")
