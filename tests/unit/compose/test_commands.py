@@ -69,7 +69,7 @@ def test_what_a_phase_can_change_is_read_from_its_own_config(
         yield run
 
     monkeypatch.setattr(commands, "open_run", open_run)
-    monkeypatch.setattr(commands, "read_train_prompts", lambda whole, *_, **__: prompts)
+    monkeypatch.setattr(commands, "read_train_prompts", lambda whole, *_, **__: (prompts, ""))
     commands._run_stretch(whole, stretch_at(config, 2), None, StopSignals(None))
     settings = run.curriculum._carried._config
     assert settings.model_dump() == own["curriculum"] | {"carried_share": 0.0}
