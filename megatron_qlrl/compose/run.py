@@ -323,7 +323,10 @@ class Run:
             self._fingerprint = fingerprint(
                 self.whole, self._command, tokenizer=self.tokenizer, rows=rows
             )
-            return check_resume(path, read_state(path), self._fingerprint) if path else ""
+            if path is None:
+                return ""
+            with taking_up(path):
+                return check_resume(path, read_state(path), self._fingerprint)
 
         if line := on_all_ranks(compared):
             print(f"qlrl: {line}", flush=True)
