@@ -350,8 +350,9 @@ class Run:
                 self.evaluation.load_state_dict(state["evaluation"])
                 self.monitor.load_state_dict(state["monitor"])
                 tracked = {name: state["tracker"][name] for name in ("step", "lines", "wandb_id")}
-                # The model is the same; its folder may have another name by now.
-                self._first_facts = {"base model": state["facts"]["base model"]}
+                if self.config.model.name is None:
+                    # The model is the same; its folder may have another name by now.
+                    self._first_facts = {"base model": state["facts"]["base model"]}
             if self.leads:
                 print(f"resuming from {path} at step {state['step']}", flush=True)
         opened = self._on_disk(partial(self._open_tracker, tracked))

@@ -58,7 +58,7 @@ def _give_up(limit_s: float, stacks: Path) -> None:
         f"taken for hung. Where every rank is: {stacks.parent}/*.txt (a rank without a file did "
         "not answer). Start again: the run resumes. If steps may take that long, raise "
         "run.hang_after_s",
-        file=sys.stderr,
+        file=sys.__stderr__,  # past what sends other packages' messages to a file
         flush=True,
     )
     stacks.parent.mkdir(parents=True, exist_ok=True)
