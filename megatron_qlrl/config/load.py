@@ -19,6 +19,12 @@ _NO_REFERENCE = re.compile(r"\$\{[^{}]*(?::|\$\{)")  # a resolver, or one refere
 
 MAX_DEPTH, MAX_VALUES = 20, 100_000
 
+# omegaconf lets Python's own errors through where a list meets a name or a number.
+_UNREADABLE = (
+    OmegaConfBaseException, yaml.YAMLError, AssertionError, IndexError, OSError, TypeError,
+    ValueError,
+)  # fmt: skip
+
 # pydantic speaks of Python's types, the user writes YAML.
 _EXPECTED = {
     "tuple_type": "a list, as in [a, b]",
@@ -47,8 +53,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = OmegaConf.to_container(tree, resolve=True)
     except RecursionError:
         raise ConfigError(f"{path}: cannot be read as a config: it is nested too deeply") from None
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a config: {error}") from error
+    except _UNREADABLE as error:
+        raise ConfigError(f"{path}: cannot be read as a config: {_said(error)}") from error
     config = _checked(f"{path}: ", lambda: Config.model_validate(raw))
     for index in range(len(config.phases)):
         where = f"{path}: phases.{index}.overrides: "
@@ -126,10 +132,14 @@ def _apply(tree: DictConfig, override: str) -> None:
         _check_size(value, f"override '{override[:80]}'")
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
         OmegaConf.update(tree, key, cast("dict[str, Any]", parsed)["value"], merge=True)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, IndexError) as error:
-        # omegaconf lets Python's own errors through where a list meets a name or a number.
-        problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"override '{override}' cannot be applied: {problem}") from error
+    except _UNREADABLE as error:
+        raise ConfigError(
+            f"override '{override}' cannot be applied: {_said(error).splitlines()[0]}"
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 
 from megatron_qlrl.errors import DataError
 
-# Some models (R1-Distill) do not mark their role tokens as special. <think> and tags of tools are
-# no control tokens: prompts may name them, and responses consist of them.
+# Prompts may name the tags of reasoning and of tools, and responses consist of them. Some models
+# mark these two as special all the same, and some (R1-Distill) do not mark their role tokens.
+_TAGS = ("<think>", "</think>")
 _PIPE_FORM = re.compile(r"<[|｜].{1,60}?[|｜]>")
 
 
@@ -116,6 +117,8 @@ class _Renamed:
 
 
 def _is_control(token: Any) -> bool:
+    if token.content in _TAGS:
+        return False
     return token.special or _PIPE_FORM.fullmatch(token.content) is not None
 
 

@@ -27,6 +27,8 @@ def check_output(out: Path, inputs: Iterable[Path] = ()) -> None:
             )
     if out.is_dir():
         raise ConfigError(f"{out} cannot be written: it is a folder; name a file")
+    if _is_stream(out):
+        return
     folder = _target(out).parent
     if not folder.is_dir():
         raise ConfigError(f"{out} cannot be written: {folder} is no folder; make it first")
@@ -60,10 +62,10 @@ def replaced(out: Path, *, inputs: Iterable[Path] = ()) -> Iterator[Path]:
         ConfigError: as `check_output`, or the disk does not take the file.
     """
     check_output(out, inputs)
-    target = _target(out)
-    if target.exists() and not target.is_file():
+    if _is_stream(out):
         yield out
         return
+    target = _target(out)
     fresh = target.with_name(f".qlrl-{token_hex(8)}.tmp")
     try:
         fresh.touch(exist_ok=False)
@@ -80,6 +82,14 @@ def replaced(out: Path, *, inputs: Iterable[Path] = ()) -> Iterator[Path]:
         ) from error
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _is_stream(out: Path) -> bool:
+    """A device or a pipe: nothing lies there that could be lost."""
+    try:
+        return out.exists() and not out.is_file() and not out.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _target(out: Path) -> Path:

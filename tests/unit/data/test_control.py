@@ -169,6 +169,18 @@ def test_a_response_ends_once_and_is_plain_before() -> None:
     assert both == [*plain("qwen", "calm<|im_end|>calm"), end]
 
 
+def test_tags_of_reasoning_stay_tokens_where_they_are_special_too() -> None:
+    tokenizer = whole("qwen")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    close, end = (tokenizer.convert_tokens_to_ids(t) for t in ("</think>", "<|im_end|>"))
+    assert tokenizer.added_tokens_decoder[close].special
+    calm, rest = plain("qwen", "calm"), plain("qwen", "<|im_end|>calm")
+    assert response_ids(tokenizer, "calm</think>calm").tolist() == [*calm, close, *calm, end]
+    assert response_ids(tokenizer, "calm</think><|im_end|>calm").tolist() == [
+        *calm, close, *rest, end
+    ]  # fmt: skip
+
+
 def test_a_tokenizer_with_no_other_way_to_write_it_says_so() -> None:
     inner = Tokenizer(models.WordLevel({"[unk]": 0, "a": 1, "<|x|>": 2}, unk_token="[unk]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

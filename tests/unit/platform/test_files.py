@@ -62,6 +62,16 @@ def test_a_pipe_is_written_directly(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
+def test_what_the_shell_gives_a_name_is_written_directly() -> None:
+    """/dev/stdout in front of a pipe, and what >(command) stands for."""
+    reader, writer = os.pipe()
+    with replaced(Path(f"/proc/self/fd/{writer}")) as fresh:
+        fresh.write_text("x")
+    assert os.read(reader, 10) == b"x"
+    os.close(reader)
+    os.close(writer)
+
+
 @pytest.mark.parametrize("way", ["itself", "relative", "symbolic", "hard", "dangling"])
 def test_an_input_is_no_output(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "in.jsonl"
