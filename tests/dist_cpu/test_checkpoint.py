@@ -182,7 +182,9 @@ def failures(rank: int) -> dict[str, AbstractContextManager[Any]]:
         ),
         "rank 1: ": only(1, writes_fail(after_bytes=20_000)),
         "No space left on device": only(0, patch.object(checkpoint, "_publish", no_space)),
-        "rank 1: the checkpoint could not": only(1, patch.object(checkpoint, "_digest", no_space)),
+        "rank 1: the checkpoint could not": only(
+            1, patch.object(checkpoint, "digest_of", no_space)
+        ),
     }
 
 

@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -42,7 +45,13 @@ def nodes(folders: list[Path], *, patience_s: float = 60.0) -> list[tuple[int, s
 
 def write_config(folder: Path, run_dir: Path, model: Path) -> Path:
     folder.mkdir()
-    (folder / "rows.parquet").touch()
+    row = {
+        "data_source": "musique",
+        "prompt": [{"role": "user", "content": "Which city?"}],
+        "reward_model": {"style": "rule", "ground_truth": "Paris"},
+        "response": "The answer is Paris.",
+    }
+    pq.write_table(pa.Table.from_pylist([row]), folder / "rows.parquet")
     (folder / "c.yaml").write_text(
         f"model: {{path: {model}, dtype: float32}}\nrun: {{dir: {run_dir}}}\n"
         "data: {sft_files: [rows.parquet]}\n"
