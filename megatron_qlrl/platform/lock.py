@@ -176,6 +176,8 @@ def _wait_until_gone(path: Path, me: Holder, *, what: str) -> None:
         ConfigError: it lives.
     """
     with suppress(FileNotFoundError):  # it has just let go
+        if _read(path) is None:
+            time.sleep(1.0)  # whoever makes it writes right after; it may be a moment old
         holder, seen = _read(path), path.stat().st_mtime_ns
         is_near = holder is not None and holder.machine == me.machine
         # A process that was killed may take a moment to end.
