@@ -203,8 +203,7 @@ def run_eval(config: Config) -> None:
     with joined(folder), open_run(config, "eval", temperature=1.0) as run:
         run.record_start()
         run.read_benchmarks()
-        with run.progress.doing("answering the evaluation files"):
-            metrics = run.evaluation.score("eval", 0)
+        metrics = run.evaluation.score("eval", 0)
         if run.leads:
             print(json.dumps(metrics), flush=True)
 

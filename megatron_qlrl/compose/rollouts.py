@@ -93,7 +93,8 @@ class Rollouts:
         settings = self._config.evaluation
         longest = self._config.rollout.max_response_tokens
         sampling = Sampling(settings.temperature, settings.top_p, longest)
-        return self._generate(prompts, EVALUATION_STEP, sampling, settings.samples)
+        with self._progress.doing(f"answering {len(prompts)} prompts"):
+            return self._generate(prompts, EVALUATION_STEP, sampling, settings.samples)
 
     def judge_metrics(self) -> dict[str, float]:
         """What the judge did since the last call; nothing without a judge."""

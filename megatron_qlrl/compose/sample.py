@@ -34,8 +34,7 @@ def run_sample(config: Config, num: int, folder: Path) -> None:
     with joined(folder), open_run(config, "check", temperature=1.0) as run:
         with run.progress.doing("reading the prompts"):
             prompts = spread(_read(run), num)
-        with run.progress.doing("answering"):
-            groups = run.rollouts.answer(prompts)
+        groups = run.rollouts.answer(prompts)
         if run.leads:
             print(report(groups, run.tokenizer), flush=True)
 
