@@ -15,7 +15,7 @@ _MAX_BEHIND_CHARS = 2000
 # "n't" of any verb; "may" in small letters, for May is a month. "No doubt" is none.
 _DENIALS = re.compile(
     r"\b(?:not|never|no|nobody|none|nor|neither|cannot|without|hardly|scarcely|except|false|wrong"
-    r"|untrue|incorrect|mistake|mistaken|error|deny|denies|denied|rejects?|rejected|refuse|refute"
+    r"|untrue|incorrect|mistake|mistaken|error|deny|denies|denied|rejects?|rejected|refuse|refutes?|contradicts?|disputes?|questions"
     r"|doubt|doubts|doubtful|unlikely|impossible|improbable|implausible|unclear|unsure|uncertain"
     r"|if|whether|unless|maybe|perhaps|possibly|probably|likely|might|(?-i:may)|could|guess|guessing"
     r"|suppose|suspect|assume|assuming|pretend|wonder|used\sto|contrary|far\sfrom|fail|fails|failed|unable|disagree|disputed|either|or"
@@ -35,17 +35,19 @@ _NEW_SUBJECT = re.compile(
     re.IGNORECASE,
 )
 
-# "I conclude that the answer is" and "it is clear that" state it, "some say", "let us say" and "it
-# is a myth that" do not: only these openings let a that-clause or a verb of saying stand.
-_SAID = re.compile(
-    r"\b(?:says?|said|thinks?|believes?|claims?|argues?|imagine|hear|hold)$", re.IGNORECASE
+# What others say, and what is supposed or called a tale, is not stated: "some say that the answer
+# is", "let us say", "it is a myth that". Every other that-clause is: "it can be inferred that".
+_ATTRIBUTED = re.compile(
+    r"(?:\b(?:says?|said|thinks?|thought|believes?|believed|claims?|claimed|argues?|argued|imagine|hears?"
+    r"|heard|holds?|told|alleged|reported|rumou?red|supposedly|(?:myth|lie|joke|rumou?r|hoax|fiction"
+    r"|misconception|fantasy|dream|claim|opinion|has\s+it|reports?|say\s+so))(?:\s+that)?)$",
+    re.IGNORECASE,
 )
 _OWN_WORD = re.compile(
-    r"\b(?:i|we)(?:['’](?:d|ll|ve))?\s+(?:\w+\s+)?(?:say|think|believe|know|conclude|find|found|see|confirm|infer"
-    r"|determine|deduce)(?:\s+that)?$"
-    r"|\b(?:true|clear|certain|sure|confident|evident|obvious|follows?|concluded?|shows?|shown"
-    r"|means?|meaning|impl(?:y|ies|ying)|confirms?|indicat(?:es?|ing)|establish(?:es|ed)|proves?"
-    r"|states?|suggests?|is|safe\s+to\s+say|no\s+doubt|see|found|known?|determined?)\s+that$",
+    r"\b(?:i|we)(?:['’](?:d|ll|ve))?\s+(?:\w+\s+){0,2}(?:say|think|believe|claim|hold|argue)(?:\s+that)?$"
+    r"|\b(?:text|passage|document|article|report|paper|contract|policy|table|section|paragraph"
+    r"|context|source)\s+(?:\w+\s+)?(?:says?|said|claims?|argues?|holds?|reports?|reported)"
+    r"(?:\s+that)?$|\bsafe\s+to\s+say\s+that$",
     re.IGNORECASE,
 )
 _PLAIN_LEADS = frozenset(("", "Therefore", "So", "Thus", "Hence"))
@@ -67,11 +69,13 @@ _START = r"(?:^|[.!?;\n(—–])[ \t*_#>\"'“”‘’`\[-]*"  # of a sentence 
 _OPENINGS = re.compile(
     # of a sentence or a clause: "Paris, no, London"
     rf"(?:{_START}|,\s*)(?:(?:oh|ah|well|okay|ok|hm+|um+)[\s,.]+)?"
-    r"(?:wait|nope|nah|hmm+|oops|sorry|apologies|actually|correction|hold\son|hang\son|scratch"
+    r"(?:wait|nope|nah|hmm+|oops|sorry(?!\s+for\b)|apologies|correction"
+    r"|actually(?=[\s*_\"]*,|\s+(?:it|that|this|the|no|not|i)\b|\s+[^\w\s]*(?-i:[A-Z]))|hold\son|hang\son|scratch"
     r"|strike\sthat|never\s?mind|on\s(?:second\sthoughts?|reflection)|or\srather|probably"
     r"|just\skidding|no(?=\s*(?:[,.!:;—–]|$)|\s+(?:wait|sorry|it|that|i)\b))\b"
     # of a sentence, or right behind the answer: "(Paris). But it was London."
-    rf"|(?:{_START}|^[\s,;]*)(?:or|nor|but|however|rather|instead|otherwise|either|not|edit|update"
+    rf"|(?:{_START}|^[\s,;]*)(?:or|nor|but|however|rather|instead|otherwise|either(?!\s+way)|not"
+    r"|(?:edit|update)(?=\s*[:—–-])"
     r"|unless|if\snot|then\sagain)\b"
     # "That is wrong." Within a sentence it may concern another candidate.
     rf"|(?:{_START}|^[\s,;]*)(?:this|that|it|which|(?:the\s)?above)(?:\s+is|\s+was|['’]s)\s+"
@@ -86,8 +90,8 @@ _HEDGES = re.compile(
     r"|i\s+(?:can|could|do)(?:\s*not|n['’]t)\s+(?:know|tell|say|decide|determine|be\ssure)"
     r"|i(?:\s+am|\s+was|['’]m|\s+(?:may|might|could)\s+be)\s+(?:wrong|mistaken|incorrect)"
     # another candidate
-    r"|(?:it|this|that|there|answer)\s+(?:could|might|may|should)(?!\s+not)(?:\s+\w+){0,2}\s+"
-    r"(?:be|have\sbeen)|(?:could|might|may)\s+also"
+    r"|(?:it|this|that|answer)\s+(?:could|might|may|should)(?!\s+not)(?:\s+\w+){0,2}\s+"
+    r"(?:be|have\sbeen)(?!\s+(?:noted|seen|found|read|added)\b)|(?:could|might|may)\s+also"
     r"|(?:can|would)\s+also\s+be(?!\s+(?:seen|found|read))"
     r"|also\s+(?:possible|plausible|correct|right|acceptable|valid|fits?|works?)"
     r"|equally\s+(?:possible|plausible|likely|valid|correct)"
@@ -139,10 +143,8 @@ def denied_before(before: str, *, starts_sentence: bool) -> bool:
         clause = clause.rpartition("\n")[2]
         sentence = sentence.rpartition("\n")[2]
     clause = clause.strip(_MARKS)
-    is_said = clause.lower().endswith("that") or _SAID.search(clause)
-    return bool(
-        (is_said and not _OWN_WORD.search(clause)) or denies(clause) or _UNCERTAIN.search(sentence)
-    )
+    is_attributed = _ATTRIBUTED.search(clause) and not _OWN_WORD.search(clause)
+    return bool(is_attributed or denies(clause) or _UNCERTAIN.search(sentence))
 
 
 def thought_before(before: str) -> str:

@@ -253,6 +253,18 @@ _DENIAL = re.compile(
 )
 
 
+# An option's own text: on other options ("(D) Both A and B"), or words that go on right behind the
+# brackets ("(B) The author could not be sure"), up to the end of their sentence.
+_ON_LETTERS = re.compile(
+    r"\s+(?:Both|All\s+of|Neither|Either|Only)\s+\(?([A-Z])\)?(?:,\s*\(?([A-Z])\)?)?,?\s+"
+    r"(?:and|or|nor|&)\s+\(?([A-Z])\)?\.?\s*"
+)
+_OPTION_TEXT = re.compile(
+    r"\s+(?!(?:Both|All|Neither|Either|Only|Maybe|Perhaps|Possibly|Probably|Actually|Wait|Sorry|No|Not|Or|And|But|However|Hmm)\b)"
+    r"[A-Z][a-z]*,?\s[^.!?\n]*"
+)
+
+
 def parse_choice(text: str) -> str | None:
     """The one letter (upper case) that an answer such as "(B)", "B. Paris" or "option B" picks.
 
@@ -266,6 +278,9 @@ def parse_choice(text: str) -> str | None:
     rest = text[found.end() :]
     if not rest:
         return letter
+    on_letters = _ON_LETTERS.fullmatch(rest) if found[1] else None
+    if on_letters and letter not in on_letters.groups():
+        return letter
     others = {(other[1] or other[2]).upper() for other in _BRACKETED.finditer(rest.lstrip(")]"))}
     others |= {other[1].upper() for other in _ANOTHER.finditer(rest)}
     # Behind a comma or a linking word every other letter is a choice: "A, I think B".
@@ -274,6 +289,9 @@ def parse_choice(text: str) -> str | None:
     # "(B) Not disclosed" is an option, "(B). Not that." is a denial.
     is_option = not (found[1] and rest[0] == ".") and _NEGATIVE_OPTION.match(rest)
     behind = "= " + rest[is_option.end() :] if is_option else rest
+    own = _OPTION_TEXT.match(rest) if found[1] else None
+    if own and not re.search(r"\b(?:option|choice|answer)\b", own[0], re.IGNORECASE):
+        behind = rest[own.end() :]
     if others - {letter} or _DENIAL.match(rest) or taken_back(behind, letter):
         return None
     # "A. Paris B. London": a row of options, in the order of their letters.

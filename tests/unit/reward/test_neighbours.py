@@ -238,3 +238,47 @@ def test_no_neighbour_of_a_wrong_answer_is_rewarded(kind):
 def test_plain_right_answers_are_rewarded(kind):
     source, gold, finals = RIGHT[kind]
     assert [final for final in finals if not rule(source, gold, final)] == []
+
+
+@pytest.mark.parametrize(
+    "lead",
+    ["It can be inferred", "It appears", "I am confident in saying", "This leads to the conclusion",
+     "The passage tells us", "The text says", "So we get", "We can now say",
+     "The evidence supports", "It should be noted"],
+)  # fmt: skip
+def test_a_that_clause_states_its_answer_unless_others_say_it(lead: str) -> None:
+    response = f"{lead} that the answer is (Paris)."
+    assert score_response(
+        data_source="musique", ground_truth="Paris", response_text=response, reasoning_open=False
+    ).value
+
+
+@pytest.mark.parametrize(
+    ("gold", "stated"),
+    [
+        ("D", "(D) Both A and B"),
+        ("D", "(D) Neither (A) nor (B)."),
+        ("B", "(B) The author could not be sure."),
+        ("B", "(B) It is wrong."),
+    ],
+)
+def test_an_options_own_text_takes_nothing_back(gold: str, stated: str) -> None:
+    response = f"The correct answer is {stated}"
+    assert score_response(
+        data_source="long_toc_choices",
+        ground_truth=gold,
+        response_text=response,
+        reasoning_open=False,
+    ).value
+
+
+@pytest.mark.parametrize("behind", [
+    "Actually founded in 250 BC.", "It may be noted that the city was founded earlier.",
+    "Either way, the text supports it.", "Sorry for the long explanation.",
+    "Edit distance is low.", "There may be other cities in France.",
+])  # fmt: skip
+def test_harmless_words_behind_an_answer_leave_it(behind: str) -> None:
+    response = f"Therefore, the answer is (Paris). {behind}"
+    assert score_response(
+        data_source="musique", ground_truth="Paris", response_text=response, reasoning_open=False
+    ).value
