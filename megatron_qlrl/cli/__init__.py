@@ -13,7 +13,6 @@ from megatron_qlrl.cli import bench, convert, data, judge, plan, reward, slurm, 
 from megatron_qlrl.cli.ranks import show
 from megatron_qlrl.errors import STOPPED, QlrlError, StopRequested
 from megatron_qlrl.platform.env import quiet_foreign_warnings, read_ranks
-from megatron_qlrl.platform.stop import interrupt_ends
 
 app = typer.Typer(
     help="Long-context reasoning RL on Megatron-core and vLLM.",
@@ -38,7 +37,6 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Entry point of the console script."""
-    interrupt_ends()
     quiet_foreign_warnings()
     try:
         app()

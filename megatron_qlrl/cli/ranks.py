@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from megatron_qlrl.errors import ConfigError, QlrlError
 from megatron_qlrl.launch import local
 from megatron_qlrl.platform.env import Ranks, read_ranks
+from megatron_qlrl.platform.stop import interrupt_ends
 
 
 def on_ranks(
@@ -20,6 +21,7 @@ def on_ranks(
     """Checks once, then runs here (already a rank, or a job of one) or in `processes` ranks.
 
     `saves`: the command saves when it is asked to stop."""
+    interrupt_ends()  # other commands take away what they had begun to write
     ranks = read_ranks()
     world_size = ranks.world_size if ranks.world_size > 1 else processes
     if not local.is_child():

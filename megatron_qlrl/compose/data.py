@@ -31,6 +31,18 @@ def read_train_prompts(
     return kept, rows_digest(prompts)
 
 
+def read_sample_prompts(
+    config: Config, tokenizer: Any, *, max_tokens: int, warn: Callable[[str], None]
+) -> list[Prompt]:
+    """Prompts of data.train_files, or else of data.sft_files, of at most `max_tokens` tokens."""
+    prompts = _read_prompts(config, tokenizer, config.data.train_files or config.data.sft_files)
+    check_sources(prompts)
+    kept, report = drop_overlong(prompts, max_tokens)
+    if report:
+        warn(report)
+    return kept
+
+
 def read_benchmarks(
     config: Config, tokenizer: Any, *, max_positions: int
 ) -> dict[str, list[Prompt]]:

@@ -31,10 +31,13 @@ SETTINGS: Mapping[str, Use] = {
     "rollout": "told",
     "rollout.prompts_per_step": "rl",
     "rollout.group_size": "rl",
-    "rollout.max_response_tokens": "rl",
     "rollout.temperature": "rl",
     "rollout.top_p": "rl",
     "algorithm": "rl",
+    "algorithm.generation_rounds": "told",  # how a batch is filled, not what is learned from it
+    "algorithm.oversampling": "told",
+    "algorithm.incomplete_batch": "told",
+    "algorithm.max_staleness": "told",
     "policy": "told",
     "policy.distributed_optimizer": "meaning",  # the kinds cannot read each other's checkpoints
     "optimizer": "told",
@@ -54,8 +57,11 @@ SETTINGS: Mapping[str, Use] = {
 refused, `told` goes on with a line, `free` goes on. A section's entry holds for all its settings
 but those with an entry of their own. Phases: see `compare`."""
 
-_IN_CONFIG_ALONE = ("_name_or_path", "transformers_version")
-"""Fields of config.json that do not describe the model."""
+_IN_CONFIG_ALONE = frozenset(
+    "_name_or_path architectures dtype torch_dtype transformers_version use_cache".split()
+)
+"""Fields of config.json that do not describe the model, or that another release of transformers
+writes in another way."""
 
 
 def fingerprint(config: Config, command: str, *, tokenizer: Any, rows: str) -> dict[str, Any]:

@@ -5,12 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_qlrl.compose.data import read_examples, read_train_prompts
+from megatron_qlrl.compose.data import read_sample_prompts
 from megatron_qlrl.compose.run import Run, joined, open_run
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.parallel.collectives import on_all_ranks
 from megatron_qlrl.reward.diagnose import diagnosis, shortened
-from megatron_qlrl.reward.score import check_sources
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
 
 _PROMPT_CHARS = 600
@@ -19,12 +18,14 @@ _RESPONSE_CHARS = 600
 
 def run_sample(config: Config, num: int, folder: Path) -> None:
     """Prints `num` prompts of the first of data.train_files, eval_files and sft_files that the
-    config names, the greedy answers of model.path, and their scores.
+    config names, the greedy answers of model.path, and their scores. Where phases have settings of
+    their own, those of the last one hold: its prompts are the longest.
 
     Args:
         folder: for what a run writes beside its result; the caller removes it.
     """
     greedy = {"temperature": 0.0, "top_p": 1.0, "samples": 1}
+    config = config.phase_configs()[-1]
     config = config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": str(folder)}),
@@ -40,16 +41,19 @@ def run_sample(config: Config, num: int, folder: Path) -> None:
 
 
 def _read(run: Run) -> list[Prompt]:
-    data = run.config.data
-    if data.train_files:
-        read = partial(read_train_prompts, run.config, run.tokenizer, warn=run.warn)
-        return on_all_ranks(read)[0]
-    if data.eval_files:
+    config = run.config
+    if config.data.eval_files and not config.data.train_files:
         run.read_benchmarks()
         return run.evaluation.prompts
-    prompts = [e.prompt for e in on_all_ranks(partial(read_examples, run.config, run.tokenizer))]
-    on_all_ranks(partial(check_sources, prompts))
-    return prompts
+    longest = min(config.longest_generation, run.shape.max_positions)
+    read = partial(
+        read_sample_prompts,
+        config,
+        run.tokenizer,
+        max_tokens=longest - config.rollout.max_response_tokens,
+        warn=run.warn,
+    )
+    return on_all_ranks(read)
 
 
 def spread(prompts: Sequence[Prompt], num: int) -> list[Prompt]:

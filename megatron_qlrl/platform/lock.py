@@ -164,9 +164,11 @@ def _make(path: Path, holder: Holder) -> bool:
 def _read(path: Path) -> Holder | None:
     """None: it is not written yet, or unreadable."""
     try:
-        return Holder(**json.loads(path.read_text()))
-    except (ValueError, TypeError):
+        holder = Holder(**json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError):
         return None
+    numbers = (holder.pid, holder.started, holder.restarts)
+    return holder if all(type(n) is int for n in numbers) else None
 
 
 def _wait_until_gone(path: Path, me: Holder, *, what: str) -> None:

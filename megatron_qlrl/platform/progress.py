@@ -9,6 +9,9 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_qlrl.errors import ConfigError
+from megatron_qlrl.platform.files import make_folder
+
 T = TypeVar("T")
 
 EVERY_S = 20.0
@@ -79,8 +82,11 @@ def foreign_messages_in(file: Path) -> Iterator[None]:
     """Sends what Python code writes to stderr into `file`: other packages warn a dozen times at
     every start, and nobody can act on it. A stack trace that leaves the context is shown as ever,
     and native code (NCCL, a crash) still writes to the terminal."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Stays open: loggers made inside keep the stream for the life of the process.
-    stream = file.open("a", encoding="utf-8", buffering=1)
+    make_folder(file.parent)
+    try:
+        # Stays open: loggers made inside keep the stream for the life of the process.
+        stream = file.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}; make room there") from error
     with redirect_stderr(stream):
         yield

@@ -88,7 +88,7 @@ class VllmEngine:
 
         self.engine_index, self.num_engines = rank // tp, world_size // tp
         self.leads = rank % tp == 0
-        self._progress = rank == 0 and sys.stderr.isatty()
+        self._progress = rank == 0 and sys.__stderr__ is not None and sys.__stderr__.isatty()
         self._stop = list(stop_token_ids)
         self._manifest = dict(manifest)
         self._give_up = give_up
@@ -211,7 +211,10 @@ class VllmEngine:
             )
         left = {str(number) for number in range(len(requests))}
         steps = itertools.count()
-        with tqdm(total=len(requests), desc="responses", disable=not self._progress) as bar:
+        # Past what sends other packages' messages to a file.
+        with tqdm(
+            total=len(requests), desc="responses", disable=not self._progress, file=sys.__stderr__
+        ) as bar:
             while engine.has_unfinished_requests():
                 if next(steps) % STOP_EVERY == 0 and (reason := self._reason_to_stop()):
                     engine.abort_request(sorted(left))

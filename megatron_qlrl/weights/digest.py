@@ -30,7 +30,8 @@ def weights_digest(folder: Path) -> str:
             for file in sorted(set(where.values())):
                 blocks |= _blocks(folder / file, {n for n, place in where.items() if place == file})
         else:
-            for path in sorted(folder.glob("*.safetensors")):
+            alone = folder / "model.safetensors"  # then no other file is read
+            for path in [alone] if alone.is_file() else sorted(folder.glob("*.safetensors")):
                 blocks |= _blocks(path)
     except (OSError, ValueError, LookupError, struct.error) as error:
         raise CheckpointError(

@@ -239,3 +239,7 @@ def test_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="run.dir y cannot be written"):
         take_lock(tmp_path / "file" / "run.lock", what="run.dir y")
+
+
+def test_a_file_of_other_types_tells_no_holder(base: Path) -> None:
+    assert lock._read(_write(base, 1, replace(lock._me(), pid="7"))) is None  # pyright: ignore

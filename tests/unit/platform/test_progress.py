@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.platform.progress import Progress, foreign_messages_in
 
 
@@ -79,3 +80,9 @@ def test_warnings_and_logs_of_others_go_to_the_file(
     assert capsys.readouterr().err == "ours\n"
     text = file.read_text()
     assert text == "too old\nnot found\nlater\n"
+
+
+def test_a_file_in_the_folders_place_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    with pytest.raises(ConfigError, match="logs"), foreign_messages_in(tmp_path / "logs" / "x"):
+        pass
