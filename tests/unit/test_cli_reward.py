@@ -1,7 +1,11 @@
 """`qlrl reward score`, and the judge's check before a run."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +116,25 @@ def test_the_input_stays_when_it_is_named_as_output(file: Path) -> None:
     (file.parent / "x").mkdir()
     invoke(file, "--no-judge", "--out", file.parent / "x" / ".." / file.name)
     assert file.read_text() == before
+
+
+def test_an_interrupt_leaves_no_file_and_no_stack_trace(tmp_path: Path) -> None:
+    row = {"data_source": "musique", "question": "?", "ground_truth": "Paris"}
+    line = json.dumps(row | {"response": "</think>the answer is Paris"}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(line * 400_000)
+    out = tmp_path / "out"
+    out.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_qlrl", "reward", "score", tmp_path / "rows.jsonl"]
+        + ["--no-judge", "--out", out / "scored.jsonl"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list(out.iterdir()):
+        time.sleep(0.01)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert list(out.iterdir()) == []

@@ -103,6 +103,9 @@ def test_what_changes_the_meaning_is_refused(sections: dict[str, Any], refused: 
         ({"policy": {"tp": 2}}, "policy.tp: 1 -> 2"),
         ({"optimizer": {"lr": 1.0e-5}}, "optimizer.lr: 2e-06 -> 1e-05"),
         ({"rollout": {"tp": 2}}, "rollout.tp: 1 -> 2"),
+        # What the warnings of a run that learns nothing advise must be possible on resume.
+        ({"rollout": {"max_response_tokens": 99}}, "rollout.max_response_tokens: 50 -> 99"),
+        ({"algorithm": {"generation_rounds": 4}}, "algorithm.generation_rounds: 1 -> 4"),
         ({"stability": {"kl_spike": "stop"}}, "stability.kl_spike: warn -> stop"),
     ],
 )

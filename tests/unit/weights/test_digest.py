@@ -54,3 +54,10 @@ def test_damaged_file(tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\x08\0\0")
     with pytest.raises(CheckpointError, match="cannot be read"):
         weights_digest(folder)
+
+
+def test_a_file_that_is_not_read_does_not_count(tmp_path: Path) -> None:
+    folder = _whole(tmp_path / "m", _tensors())
+    before = weights_digest(folder)
+    save_file({"big": torch.zeros(2)}, folder / "consolidated.safetensors")
+    assert weights_digest(folder) == before
