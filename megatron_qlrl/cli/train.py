@@ -82,7 +82,7 @@ def check(
     sample: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Answer so many real prompts with model.path and show text and scores."
+            min=1, help="Number of real prompts to answer with model.path, shown with their scores."
         ),
     ] = None,
 ) -> None:

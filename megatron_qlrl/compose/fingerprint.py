@@ -95,7 +95,7 @@ def fingerprint(config: Config, command: str, *, tokenizer: Any, rows: str) -> d
 
 
 def rows_digest(prompts: Iterable[Prompt], responses: Iterable[Any] = ()) -> str:
-    """Of the rows of the data files, in order; `responses` are token ids [R] of SFT rows."""
+    """Digest of the data files' rows, in order; `responses` are token ids [R] of SFT rows."""
     digest = hashlib.sha256()
     for p in prompts:
         fields = (p.uid, p.data_source, p.question, p.ground_truth, len(p.token_ids))
@@ -109,8 +109,8 @@ def rows_digest(prompts: Iterable[Prompt], responses: Iterable[Any] = ()) -> str
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any], step: int) -> tuple[list[str], str]:
     """(what has changed and must not, by name; a line on what else has changed, or "").
 
-    Of the phases, those that have begun by `step` must be the same, but for the number of steps of
-    the last of them, which must not be less than are done. Others may change, come and go.
+    Phases that have begun by `step` must be the same. Only the last of them may have another number
+    of steps, at least as many as are done. Later phases may change, come and go.
     What one of the two does not have (another version wrote it) is not compared.
     """
     refused = _changes(saved["contents"], now["contents"], show=False)

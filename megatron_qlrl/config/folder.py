@@ -44,7 +44,7 @@ def find_tensors(folder: Path, shape: ModelShape) -> dict[str, Path]:
     """
     where: dict[str, Path] = {}
     seen: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file, names in _files(folder).items():
+    for file, names in weight_files(folder).items():
         held = dict(_header(file))
         lacking = sorted(names - held.keys()) if names else []
         if lacking:
@@ -106,8 +106,13 @@ def end_tokens(folder: Path) -> list[int]:
     return ids
 
 
-def _files(folder: Path) -> dict[Path, set[str]]:
-    """The files of weights; with the tensors to take from each, or none for all it holds."""
+def weight_files(folder: Path) -> dict[Path, set[str]]:
+    """The files that hold a model folder's weights, each with the names of the tensors to take from
+    it; an empty set takes all. Where there is an index it alone decides.
+
+    Raises:
+        CheckpointError: there is no such file, or the index is damaged.
+    """
     index = folder / INDEX
     if not index.is_file():
         alone = folder / "model.safetensors"

@@ -137,7 +137,7 @@ def _me() -> Holder:
 
 
 def _files(base: Path) -> list[Path]:
-    """Of the lock, by number."""
+    """The lock's files, sorted by number."""
     names = (p for p in base.parent.iterdir() if p.name.startswith(f"{base.name}."))
     return sorted((p for p in names if p.suffix[1:].isdigit()), key=_number)
 

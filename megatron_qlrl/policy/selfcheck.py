@@ -158,7 +158,7 @@ def _responses(rows: Sequence[PackedRow], measured: Sequence[_Measured]) -> list
 
 
 def _measured_layers(policy: Policy, rows: Sequence[PackedRow]) -> dict[int, list[_Measured]]:
-    """Of this rank's layers, for each row."""
+    """Measures each of this rank's layers on each row."""
     found: dict[int, list[_Measured]] = {}
 
     def record(layer: int, attention: Any, args: Any, kwargs: Any, _: Any) -> None:

@@ -109,8 +109,8 @@ _TITLE = (
     r"|vice president|prime minister|senator|governor|mayor|king|queen|emperor|pope) )"
 )
 _TITLED_LEAD = re.compile(_LEAD.pattern + _TITLE + "?")
-# Of the gold's own titles an office or a part of a name stays ("President of France", "King Kong
-# Lives"): kings and popes are named with their number.
+# A gold keeps its own title where that is an office or part of a name ("President of France",
+# "King Kong Lives"): kings and popes are named with their number.
 _OWN_TITLE = re.compile(
     r"(?!(?:king|queen|emperor|pope) (?!.* [ivx]+$))" + _TITLE + r"(?=\w+ )(?!(?:of|and|general)\b)"
 )

@@ -10,13 +10,13 @@ from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.weights.stored import FILES, StoredWeights, open_weights, read_object
 
 FORMAT = 2
-"""Of what a checkpoint holds; counted up when those written before cannot be read any more."""
+"""Version of a checkpoint's contents. It grows when older checkpoints cannot be read any more."""
 
 _STATE_TYPES = {
     "format": int, "command": str, "step": int, "version": int, "dtype": str, "facts": dict,
     "sampler": dict, "evaluation": dict, "monitor": dict, "tracker": dict,
 }  # fmt: skip
-"""Of the values in state.json that are there; what is in the dicts is for those who saved it."""
+"""Types that values in state.json must have. Whoever saved a dict checks what is in it."""
 
 UNFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 """What values of another shape than those saved make the code raise that takes them up."""

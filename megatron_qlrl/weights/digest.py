@@ -7,14 +7,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from megatron_qlrl.config.folder import weight_files
 from megatron_qlrl.errors import CheckpointError
 
 BLOCK_BYTES = 4096
 
 
 def weights_digest(folder: Path) -> str:
-    """Of the names, types and shapes of all tensors of a Hugging Face folder, and of a block out
-    of the middle of each, however they are spread over files.
+    """Digest of a Hugging Face folder's tensors: their names, types and shapes, and a block out of
+    the middle of each. It does not depend on how they are spread over files.
 
     A 60 GB model read whole would delay every start by minutes. Another model differs in every
     block and a trained one in nearly all; single numbers changed by hand may go unnoticed.
@@ -23,16 +24,9 @@ def weights_digest(folder: Path) -> str:
         CheckpointError: a file cannot be read.
     """
     blocks: dict[str, bytes] = {}
-    index = folder / "model.safetensors.index.json"
     try:
-        if index.is_file():
-            where: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            for file in sorted(set(where.values())):
-                blocks |= _blocks(folder / file, {n for n, place in where.items() if place == file})
-        else:
-            alone = folder / "model.safetensors"  # then no other file is read
-            for path in [alone] if alone.is_file() else sorted(folder.glob("*.safetensors")):
-                blocks |= _blocks(path)
+        for file, names in weight_files(folder).items():
+            blocks |= _blocks(file, names or None)
     except (OSError, ValueError, LookupError, struct.error) as error:
         raise CheckpointError(
             f"the weights of {folder} cannot be read: {error}; download the model again"
@@ -40,7 +34,7 @@ def weights_digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(blocks[name] for name in sorted(blocks))).hexdigest()
 
 
-def _blocks(file: Path, names: Collection[str] | None = None) -> dict[str, bytes]:
+def _blocks(file: Path, names: Collection[str] | None) -> dict[str, bytes]:
     """Description and middle of the tensors named (None: of all). The file is 8 bytes of header
     size, a JSON header, then the tensors."""
     found: dict[str, bytes] = {}
