@@ -162,7 +162,7 @@ def check_logprobs() -> dict[str, Any]:
 def check_sharing_by_layer() -> dict[str, Any]:
     """The check that a run makes at its first batch."""
     from megatron_qlrl.bench.policy import make_group, make_shape, random_policy
-    from megatron_qlrl.packing.microbatch import group_rows
+    from megatron_qlrl.packing.distribute import group_rows
     from megatron_qlrl.plan.flops import block_flops
     from megatron_qlrl.policy.selfcheck import check_sharing
 
@@ -215,7 +215,7 @@ def check_engine(gpu: bool, **fp8: str) -> dict[str, Any]:
     import numpy as np
 
     from megatron_qlrl.bench.policy import make_group
-    from megatron_qlrl.packing.microbatch import group_rows
+    from megatron_qlrl.packing.distribute import group_rows
     from megatron_qlrl.plan.flops import block_flops
     from megatron_qlrl.platform.device import has_transformer_engine
 

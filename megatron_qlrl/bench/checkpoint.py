@@ -14,7 +14,7 @@ import torch
 from megatron_qlrl.bench.measure import machine
 from megatron_qlrl.bench.policy import LOSS, make_group, random_policy
 from megatron_qlrl.config.shape import ModelShape
-from megatron_qlrl.packing.microbatch import group_rows
+from megatron_qlrl.packing.distribute import group_rows
 from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.weights.checkpoint import CheckpointStore
 

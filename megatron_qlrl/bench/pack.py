@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_qlrl.config.shape import ModelShape
-from megatron_qlrl.packing.microbatch import make_rows
+from megatron_qlrl.packing.distribute import make_rows
 from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.types import PackedRow, TrainGroup, TrainResponse
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
+from megatron_qlrl.config.schema import AlgorithmConfig, OptimizerConfig, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.packing.shard import shard_row
@@ -16,12 +16,10 @@ from megatron_qlrl.parallel.context import init_parallel, process_group
 from megatron_qlrl.platform.device import has_gpu
 from megatron_qlrl.platform.env import init_ranks
 from megatron_qlrl.policy.loss import PolicyLoss
-from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.types import TrainGroup, TrainResponse
 
-LOSS = PolicyLoss(
-    clip_low=0.2, clip_high=0.28, dual_clip=None, kl_coef=0.0, kl_kind="k3", entropy_coef=0.0
-)
+LOSS = PolicyLoss(AlgorithmConfig())  # pyright: ignore[reportCallIssue]
 
 
 def make_shape(
@@ -70,15 +68,15 @@ def random_policy(
         context = init_parallel(tp=config.tp, pp=config.pp, cp=config.cp, seed=0)
         yield Policy(
             shape,
-            policy=config,
+            config=config,
             # Gradients are compared after the step: it must not scale them down.
-            optimizer=OptimizerConfig(clip_grad=1e9),  # pyright: ignore[reportCallIssue]
+            optimizer_config=OptimizerConfig(clip_grad=1e9),  # pyright: ignore[reportCallIssue]
             dtype=dtype or (torch.bfloat16 if has_gpu() else torch.float32),
             temperature=0.7,
             context=context,
             shard=partial(
                 shard_row,
-                cp_size=config.cp,
+                cp_size=context.cp.size,
                 cp_rank=context.cp.rank,
                 multiple_of=config.tokens_multiple,
             ),

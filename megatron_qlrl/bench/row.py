@@ -7,7 +7,7 @@ from typing import Any
 from megatron_qlrl.bench.measure import measure, report
 from megatron_qlrl.bench.policy import LOSS, make_group, random_policy
 from megatron_qlrl.config.shape import ModelShape
-from megatron_qlrl.packing.microbatch import group_rows
+from megatron_qlrl.packing.distribute import group_rows
 from megatron_qlrl.parallel.collectives import gather_objects
 from megatron_qlrl.plan.flops import UPDATE_TO_FORWARD, block_flops, separate_flops
 

@@ -13,9 +13,9 @@ import torch
 from megatron_qlrl.bench.measure import compare, measure, report
 from megatron_qlrl.bench.policy import LOSS, make_group, random_policy
 from megatron_qlrl.config.shape import ModelShape
-from megatron_qlrl.packing.microbatch import group_rows
+from megatron_qlrl.packing.distribute import group_rows
 from megatron_qlrl.plan.flops import block_flops, separate_flops
-from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.policy.policy import Policy
 
 
 def bench_update(

@@ -1,7 +1,6 @@
 """The stages as one config describes them: model, samplers, phases, tokenizer, facts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.platform.device import has_gpu
 from megatron_qlrl.platform.env import PICKLED_STATE, may_unpickle_state, read_secret
 from megatron_qlrl.policy.loss import PolicyLoss
-from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.reward.judge import Judge
 from megatron_qlrl.reward.score import Scorer
 from megatron_qlrl.types import Prompt, ScoredGroup
@@ -58,19 +57,18 @@ def make_policy(
     weights: Path,
 ) -> Policy:
     """A policy with the weights of a Hugging Face folder."""
-    layout = config.policy
     return Policy(
         shape,
-        policy=layout,
-        optimizer=config.optimizer,
+        config=config.policy,
+        optimizer_config=config.optimizer,
         dtype=getattr(torch, weight_dtype(config)),
         temperature=temperature,
         context=context,
         shard=partial(
             shard_row,
-            cp_size=layout.cp,
+            cp_size=context.cp.size,
             cp_rank=context.cp.rank,
-            multiple_of=layout.tokens_multiple,
+            multiple_of=config.policy.tokens_multiple,
         ),
         load=lambda model: load_hf(weights, model, shape=shape, context=context),
     )
@@ -224,8 +222,7 @@ def make_advantages(config: Config) -> Advantages:
 
 
 def policy_loss(config: Config) -> PolicyLoss:
-    settings = {field.name for field in fields(PolicyLoss)}
-    return PolicyLoss(**config.algorithm.model_dump(include=settings))
+    return PolicyLoss(config.algorithm)
 
 
 def make_scorer(config: Config) -> Scorer:

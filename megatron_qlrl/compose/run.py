@@ -34,7 +34,7 @@ from megatron_qlrl.errors import ConfigError, RewardError, StabilityError, StopR
 from megatron_qlrl.loop import Trainer
 from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.metrics.sinks import Tracker
-from megatron_qlrl.packing.microbatch import group_rows, make_rows
+from megatron_qlrl.packing.distribute import group_rows, make_rows
 from megatron_qlrl.packing.rows import slice_group
 from megatron_qlrl.parallel.collectives import gather_dicts, gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import process_group
@@ -45,8 +45,8 @@ from megatron_qlrl.platform.machine import commit
 from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.platform.watchdog import watch_steps
 from megatron_qlrl.policy.optimizer import learning_rate
+from megatron_qlrl.policy.policy import Loss, Policy
 from megatron_qlrl.policy.selfcheck import check_sharing
-from megatron_qlrl.policy.step import Loss, Policy
 from megatron_qlrl.reward.diagnose import BatchWatch
 from megatron_qlrl.types import (
     PackedRow,

@@ -14,7 +14,7 @@ Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 Part = tuple[int, tuple[int, ...]]
 
 
-def token_weight(
+def token_loss_weights(
     groups: Sequence[TrainGroup], aggregation: Aggregation, *, constant_tokens: int
 ) -> list[list[float]]:
     """Loss weight of each token of each response, from counts of the WHOLE optimizer batch.
@@ -81,17 +81,23 @@ def empty_row() -> PackedRow:
     zero = np.zeros(1, np.int32)
     none = np.zeros(0, np.float32)
     block = Block(group=-1, samples=(), prompt=(0, 1), responses=())
-    return PackedRow(zero, zero, (block,), {"weights": none, "advantages": none})
+    return PackedRow(zero, zero, (block,), {"loss_weights": none, "advantages": none})
 
 
 def build_row(
-    groups: Sequence[TrainGroup], parts: Sequence[Part], weights: Sequence[Sequence[float]]
+    groups: Sequence[TrainGroup], parts: Sequence[Part], loss_weights: Sequence[Sequence[float]]
 ) -> PackedRow:
-    """One row of the given parts, in this order; `weights` as from `token_weight`."""
+    """One row of the given parts, in this order; `loss_weights` as from `token_loss_weights`.
+
+    The row has a column `old_logprobs` if any of its responses has them; it is NaN for the tokens
+    of the others, which `Policy.add_logprobs` fills in.
+    """
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     blocks: list[Block] = []
-    columns: dict[str, list[np.ndarray]] = {"weights": [], "advantages": []}
+    columns: dict[str, list[np.ndarray]] = {"loss_weights": [], "advantages": []}
+    responses = [groups[index].responses[k] for index, samples in parts for k in samples]
+    has_old = any(response.old_logprobs is not None for response in responses)
     cursor = 0
     for index, samples in parts:
         group = groups[index]
@@ -106,10 +112,14 @@ def build_row(
             n = len(response.token_ids)
             tokens.append(response.token_ids)
             positions.append(np.arange(num_prompt, num_prompt + n))
-            columns["weights"].append(np.full(n, weights[index][k]))
+            columns["loss_weights"].append(np.full(n, loss_weights[index][k]))
             columns["advantages"].append(np.full(n, response.advantage))
             if response.engine_logprobs is not None:
                 columns.setdefault("engine_logprobs", []).append(response.engine_logprobs)
+            if has_old:
+                old = response.old_logprobs
+                old = np.full(n, np.nan) if old is None else old
+                columns.setdefault("old_logprobs", []).append(old)
             ranges.append((cursor, cursor + n))
             cursor += n
         blocks.append(Block(index, samples, prompt, tuple(ranges)))

@@ -38,7 +38,7 @@ def token_logprobs(
         hidden: [M, hidden]. Its gradient is this vocabulary shard's share: the caller's
             tensor-parallel region (or reduce-scatter) adds the shards up.
         weight: this rank's shard of the output weight, [padded_vocab / tp, hidden].
-        targets: int64 [M], global token ids below vocab_size (`step.check_token_ids`).
+        targets: int64 [M], global token ids below vocab_size (`policy.check_token_ids`).
         vocab_size: number of real tokens; padded rows of the weight never get probability.
         block: tokens and vocabulary entries whose logits exist at one time.
     """

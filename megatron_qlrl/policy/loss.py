@@ -2,7 +2,7 @@
 arXiv 2505.17667 (GRPO, DAPO), dual clip from arXiv 1912.09729, k1/k3 from Schulman's note,
 truncated importance weights against the engine as in verl's rollout correction (token level).
 
-Nothing here averages: each token's weight already holds the aggregation over the whole
+Nothing here averages: each token's loss weight already holds the aggregation over the whole
 optimizer batch, so a loss is a weighted sum and the sum over any split is the same.
 
 Differences of log-probs are clamped before they are exponentiated, at the limits of verl
@@ -12,9 +12,10 @@ float32. What is clamped has no gradient, there as here.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
+
+from megatron_qlrl.config.schema import AlgorithmConfig
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +- this (e^20 is about 5e8)."""
@@ -24,15 +25,9 @@ MAX_K3 = 10.0
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """Settings of the clipped policy loss (see `AlgorithmConfig` for each one)."""
+    """The clipped policy loss with the settings of the config's algorithm section."""
 
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    kl_coef: float
-    kl_kind: Literal["k1", "k3"]
-    entropy_coef: float
-    rollout_is_threshold: float | None = None
+    config: AlgorithmConfig
 
     def __call__(
         self, logprobs: torch.Tensor, entropy: torch.Tensor, columns: Mapping[str, torch.Tensor]
@@ -42,20 +37,21 @@ class PolicyLoss:
 
         Args:
             logprobs, entropy: [M], with gradient.
-            columns: float32 [M]: weights, advantages, and old_logprobs, ref_logprobs,
+            columns: float32 [M]: loss_weights, advantages, and old_logprobs, ref_logprobs,
                 engine_logprobs where they are known (importance weights need the engine's).
                 Without old_logprobs the policy is its own old policy: ratio 1 with the right
                 gradient.
         """
-        weights, advantages = columns["weights"], columns["advantages"]
+        config = self.config
+        loss_weights, advantages = columns["loss_weights"], columns["advantages"]
         old = columns.get("old_logprobs", logprobs.detach())
         log_ratio = _bounded(logprobs - old)
         ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         objective = torch.minimum(ratio * advantages, clipped * advantages)
         lower = objective
-        if self.dual_clip is not None:
-            floor = torch.maximum(objective, self.dual_clip * advantages)
+        if config.dual_clip is not None:
+            floor = torch.maximum(objective, config.dual_clip * advantages)
             lower = torch.where(advantages < 0, floor, objective)
         sums = {
             "actor/entropy": entropy.sum(),
@@ -63,9 +59,9 @@ class PolicyLoss:
             "actor/pg_clipfrac": (clipped * advantages < ratio * advantages).sum(),
             "actor/pg_clipfrac_lower": (lower > objective).sum(),
         }
-        if self.rollout_is_threshold is not None and len(logprobs):  # a rank may have no work
+        if config.rollout_is_threshold is not None and len(logprobs):  # a rank may have no work
             ratio_to_engine = _bounded(old - columns["engine_logprobs"]).exp()
-            importance = ratio_to_engine.clamp(max=self.rollout_is_threshold)
+            importance = ratio_to_engine.clamp(max=config.rollout_is_threshold)
             lower = importance * lower
             high = (ratio_to_engine > importance).sum()
             sums |= {
@@ -73,24 +69,24 @@ class PolicyLoss:
                 "rollout_corr/rollout_is_ratio_fraction_high": high,
             }
         token_loss = -lower
-        sums["actor/pg_loss"] = (token_loss * weights).sum()
-        if self.entropy_coef:  # without its gradient the log-probs' backward pass is shorter
-            token_loss = token_loss - self.entropy_coef * entropy
+        sums["actor/pg_loss"] = (token_loss * loss_weights).sum()
+        if config.entropy_coef:  # without its gradient the log-probs' backward pass is shorter
+            token_loss = token_loss - config.entropy_coef * entropy
         if "ref_logprobs" in columns:
-            kl = reference_kl(logprobs, columns["ref_logprobs"], self.kl_kind)
-            if self.kl_coef:
-                token_loss = token_loss + self.kl_coef * kl
+            kl = reference_kl(logprobs, columns["ref_logprobs"], config.kl_kind)
+            if config.kl_coef:
+                token_loss = token_loss + config.kl_coef * kl
             sums["actor/kl_loss"] = kl.sum()
         if "engine_logprobs" in columns:
             sums |= mismatch(old, columns["engine_logprobs"])
-        return (token_loss * weights).sum(), {k: v.detach() for k, v in sums.items()}
+        return (token_loss * loss_weights).sum(), {k: v.detach() for k, v in sums.items()}
 
 
 def sft_loss(
     logprobs: torch.Tensor, entropy: torch.Tensor, columns: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted negative log-likelihood of the response tokens."""
-    loss = -(logprobs * columns["weights"]).sum()
+    loss = -(logprobs * columns["loss_weights"]).sum()
     sums = {"sft/nll": -logprobs.sum(), "actor/entropy": entropy.sum()}
     return loss, {k: v.detach() for k, v in sums.items()}
 

@@ -118,9 +118,9 @@ def rope_frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
 
 
 def transformer_config(
-    shape: ModelShape, policy: PolicyConfig, *, dtype: torch.dtype, tp: int
+    shape: ModelShape, policy: PolicyConfig, *, dtype: torch.dtype, context: ParallelContext
 ) -> TransformerConfig:
-    """Megatron's view of the model and of our settings."""
+    """Megatron's view of the model, of our settings and of the layout."""
     _, rope_factor = rope_frequencies(shape)
     recompute: dict[str, Any] = {}
     if policy.recompute == "full":
@@ -154,10 +154,10 @@ def transformer_config(
         activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=policy.pp,
-        context_parallel_size=policy.cp,
-        sequence_parallel=policy.sequence_parallel and tp > 1,
+        tensor_model_parallel_size=context.tp.size,
+        pipeline_model_parallel_size=context.pp.size,
+        context_parallel_size=context.cp.size,
+        sequence_parallel=policy.sequence_parallel and context.tp.size > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -236,7 +236,7 @@ def build_model(
     Raises:
         ConfigError: the GPU, CUDA or Transformer Engine cannot run policy.fp8_recipe.
     """
-    config = transformer_config(shape, policy, dtype=dtype, tp=context.tp.size)
+    config = transformer_config(shape, policy, dtype=dtype, context=context)
     engine = has_transformer_engine()
     if policy.fp8 != "off" and not engine:
         raise ConfigError(
@@ -252,7 +252,7 @@ def build_model(
         final_norm: Any = TENorm
     else:
         final_norm = _RMSNorm
-    layers = shape.num_layers // policy.pp
+    layers = shape.num_layers // context.pp.size
     block = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=final_norm)
     model = PolicyModel(
         shape,

@@ -24,7 +24,7 @@ from megatron_qlrl.parallel.context import Axis
 from megatron_qlrl.platform.device import has_gpu
 from megatron_qlrl.platform.machine import attention_kernel
 from megatron_qlrl.policy.attention import AttentionPlan, SegmentAttention
-from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.types import PackedRow
 
 ALLOWED_NOISE = 6.0

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from megatron_qlrl.packing.microbatch import make_rows
+from megatron_qlrl.packing.distribute import make_rows
 from megatron_qlrl.parallel.context import ParallelContext, process_group
 from megatron_qlrl.types import PackedRow, TrainGroup
 
 # What takes a rank seconds to import. A server process does so once, and ranks are forked from it.
-PRELOADED = ["megatron_qlrl.policy.step", "megatron_qlrl.weights.checkpoint", "transformers"]
+PRELOADED = ["megatron_qlrl.policy.policy", "megatron_qlrl.weights.checkpoint", "transformers"]
 
 
 def run_ranks(

@@ -32,12 +32,14 @@ Layout = tuple[int, int, int]
 
 
 def train(policy: Any, context: Any, steps: int, **packing: Any) -> list[float]:
-    rows = rows_of(groups_of(policy.shape.vocab_size), context, **packing)
+    rows = rows_of(groups_of(policy.model_shape.vocab_size), context, **packing)
     return [policy.update(rows, LOSS, lr=1e-3)["actor/grad_norm"] for _ in range(steps)]
 
 
 def weights(policy: Any, context: Any) -> dict[str, torch.Tensor]:
-    stream = WeightStream(policy.model, shape=policy.shape, context=context, bucket_bytes=10**6)
+    stream = WeightStream(
+        policy.model, shape=policy.model_shape, context=context, bucket_bytes=10**6
+    )
     return {name: tensor.clone() for name, tensor in stream}
 
 

@@ -13,7 +13,7 @@ from megatron_qlrl.config.shape import read_shape
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import init_parallel
 from megatron_qlrl.policy.loss import sft_loss
-from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.types import TrainGroup, TrainResponse
 from megatron_qlrl.weights.stream import load_hf
 from tests.parity import Reference, transformers_model
@@ -57,13 +57,13 @@ def check_case(rank: int, case: tuple[Path, tuple[int, int, int], bool, Referenc
     settings: dict[str, Any] = {"tp": tp, "pp": pp, "cp": cp}
     policy = Policy(
         shape,
-        policy=PolicyConfig.model_validate(settings | {"distributed_optimizer": distributed}),
-        optimizer=OptimizerConfig.model_validate({}),
+        config=PolicyConfig.model_validate(settings | {"distributed_optimizer": distributed}),
+        optimizer_config=OptimizerConfig.model_validate({}),
         dtype=torch.float32,
         temperature=1.0,
         context=context,
         shard=lambda row: shard_row(
-            row, cp_size=cp, cp_rank=context.cp.rank, multiple_of=tp if tp > 1 else 1
+            row, cp_size=context.cp.size, cp_rank=context.cp.rank, multiple_of=tp if tp > 1 else 1
         ),
         load=lambda model: load_hf(folder, model, shape=shape, context=context),
     )

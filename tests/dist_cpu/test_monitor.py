@@ -22,7 +22,7 @@ Layout = tuple[int, int, int]
 
 def rows_with_reference(policy: Any, context: Any) -> list[PackedRow]:
     """This rank's rows; the reference is the policy itself, so that the KL starts at 0."""
-    rows = rows_of(groups_of(policy.shape.vocab_size), context)
+    rows = rows_of(groups_of(policy.model_shape.vocab_size), context)
     return policy.add_logprobs(rows, "ref_logprobs")
 
 

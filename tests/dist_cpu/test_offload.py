@@ -61,7 +61,7 @@ def train(folder: Path, settings: Settings, what: str, out: Path) -> list[torch.
         offload_activations=what == "activations",
         **settings,
     )
-    rows = rows_of(groups_of(policy.shape.vocab_size), context)
+    rows = rows_of(groups_of(policy.model_shape.vocab_size), context)
     update_watched(policy, rows, moved=what == "activations")
     if what == "gradients":
         free_twice(policy)
@@ -80,7 +80,7 @@ def free_twice(policy: Any) -> None:
     before = sum(s.nbytes() for s in existing_storages())
     policy.free_gradients()
     policy.free_gradients()
-    numel = sum(buffer.grad_data.numel() for buffer in policy.wrapped.buffers)
+    numel = sum(buffer.grad_data.numel() for buffer in policy.ddp_model.buffers)
     assert numel >= sum(p.numel() for p in policy.model.parameters())
     assert before - sum(s.nbytes() for s in existing_storages()) == 4 * numel
 
@@ -92,12 +92,12 @@ def update_watched(policy: Any, rows: Sequence[PackedRow], *, moved: bool) -> No
 
     def counted(self: torch.Tensor, source: torch.Tensor, *args: Any, **kw: Any) -> torch.Tensor:
         nonlocal copies
-        copies += self.dim() == 3 and self.shape[-1] == policy.shape.hidden_size
+        copies += self.dim() == 3 and self.shape[-1] == policy.model_shape.hidden_size
         return copy(self, source, *args, **kw)
 
     with patch.object(torch.Tensor, "copy_", counted):
         policy.update(rows, LOSS, lr=1e-3)
-    layers = policy.shape.num_layers // policy.context.pp.size
+    layers = policy.model_shape.num_layers // policy.context.pp.size
     assert copies >= layers * len(rows) if moved else copies == 0
 
 

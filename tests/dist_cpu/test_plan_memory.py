@@ -11,13 +11,13 @@ import torch
 
 from megatron_qlrl.bench.policy import LOSS, _randomize, make_group, make_shape
 from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
-from megatron_qlrl.packing.microbatch import group_rows
+from megatron_qlrl.packing.distribute import group_rows
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import init_parallel
 from megatron_qlrl.plan.activations import CPU, Activations, Row
 from megatron_qlrl.plan.flops import block_flops
 from megatron_qlrl.plan.memory import model_state, stage_parameters, update_peak
-from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.policy.policy import Policy
 from tests.dist_cpu.harness import run_ranks
 from tests.dist_cpu.live_bytes import LiveBytes, existing_storages
 
@@ -60,13 +60,13 @@ def check_case(rank: int, case: dict[str, Any]) -> None:
     context = init_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, seed=0)
     policy = Policy(
         shape,
-        policy=layout,
-        optimizer=OptimizerConfig(),  # pyright: ignore[reportCallIssue]
+        config=layout,
+        optimizer_config=OptimizerConfig(),  # pyright: ignore[reportCallIssue]
         dtype=dtype,
         temperature=0.7,
         context=context,
         shard=partial(
-            shard_row, cp_size=layout.cp, cp_rank=context.cp.rank,
+            shard_row, cp_size=context.cp.size, cp_rank=context.cp.rank,
             multiple_of=layout.tokens_multiple,
         ),
         load=_randomize,

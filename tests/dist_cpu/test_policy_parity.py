@@ -10,20 +10,20 @@ import pytest
 import torch
 from harness import rows_of, run_ranks, tiny_hf
 
-from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
+from megatron_qlrl.config.schema import AlgorithmConfig, OptimizerConfig, PolicyConfig
 from megatron_qlrl.config.shape import read_shape
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.collectives import gather_dicts
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.policy.loss import PolicyLoss
-from megatron_qlrl.policy.step import Policy
+from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.types import PackedRow, TrainGroup, TrainResponse
 from megatron_qlrl.weights.stream import WeightStream, load_hf
 from tests.parity import Reference, pooled, transformers_model
 
 TEMPERATURE = 0.7
 LOSS = PolicyLoss(
-    clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.1, kl_kind="k3", entropy_coef=0.01
+    AlgorithmConfig.model_validate({"dual_clip": 3.0, "kl_coef": 0.1, "entropy_coef": 0.01})
 )
 # (tp, pp, cp); data parallelism takes the rest of the ranks.
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
@@ -153,9 +153,9 @@ def policy_on(
     config = PolicyConfig(tp=tp, pp=pp, cp=cp, **settings)
     return Policy(
         shape,
-        policy=config,
+        config=config,
         # A large eps: Adam must not blow rounding noise of tiny gradients up to full steps.
-        optimizer=OptimizerConfig(  # pyright: ignore[reportCallIssue]
+        optimizer_config=OptimizerConfig(  # pyright: ignore[reportCallIssue]
             lr=1e-3, eps=1e-3, offload=offload_optimizer
         ),
         dtype=dtype,
@@ -189,7 +189,9 @@ def check_layout(
     metrics = policy.update(rows, LOSS, lr=1e-3)
     bounds.entropies.check_mean(metrics["actor/entropy"], "entropy")
 
-    stream = WeightStream(policy.model, shape=policy.shape, context=context, bucket_bytes=20_000)
+    stream = WeightStream(
+        policy.model, shape=policy.model_shape, context=context, bucket_bytes=20_000
+    )
     stream._parameters = {n: p.main_grad for n, p in policy.model.named_parameters()}
     grads = {name: grad.numpy().copy() for name, grad in stream}
     bounds.grads.check(pooled(grads, bounds.exact), "gradients")

@@ -12,12 +12,12 @@ from harness import run_ranks, tiny_hf
 from test_policy_parity import TEMPERATURE, groups_of, make_policy, policy_on
 
 from megatron_qlrl.errors import KernelError
-from megatron_qlrl.packing.microbatch import group_rows
+from megatron_qlrl.packing.distribute import group_rows
 from megatron_qlrl.packing.rows import slice_group
 from megatron_qlrl.parallel.context import init_parallel
 from megatron_qlrl.policy.kernels import AtenCpu
+from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.policy.selfcheck import check_sharing
-from megatron_qlrl.policy.step import Policy
 from megatron_qlrl.types import PackedRow, TrainGroup, TrainResponse
 
 
@@ -137,7 +137,7 @@ def check_deep(rank: int, case: tuple[Path, TrainGroup, torch.dtype, bool]) -> N
     rows = both_sides(group, max_tokens=200)
     assert check_sharing(policy, *rows) < 3
     if break_a_layer:
-        name_broken_layer(policy, *rows, number=policy.shape.num_layers // 2)
+        name_broken_layer(policy, *rows, number=policy.model_shape.num_layers // 2)
 
 
 @pytest.mark.parametrize("depth", [2, 28, 48])

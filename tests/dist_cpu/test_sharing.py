@@ -62,7 +62,9 @@ def gradients(
         assert any(len(row.blocks) > 1 for row in rows) or context.dp.size > 1
     policy.optimizer.step = lambda: (True, 0.0, None)  # leave gradients as they are
     policy.update(rows, LOSS, lr=1e-3)
-    stream = WeightStream(policy.model, shape=policy.shape, context=context, bucket_bytes=20_000)
+    stream = WeightStream(
+        policy.model, shape=policy.model_shape, context=context, bucket_bytes=20_000
+    )
     stream._parameters = {n: p.main_grad for n, p in policy.model.named_parameters()}
     found = {name: grad.double().clone() for name, grad in stream}
     assert all(p.main_grad.dtype == getattr(torch, dtype) for p in policy.model.parameters())

@@ -21,8 +21,8 @@ from megatron_qlrl.parallel.collectives import gather_objects
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.policy import model as policy_model
 from megatron_qlrl.policy.attention import SegmentAttention
+from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.policy.selfcheck import check_sharing
-from megatron_qlrl.policy.step import Policy
 from megatron_qlrl.types import PackedRow
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights
 from megatron_qlrl.weights.stream import WeightStream
@@ -65,8 +65,8 @@ def check_tree(policy: Policy) -> None:
         "self_attention.linear_qkv": "TELayerNormColumnParallelLinear",
         "self_attention.core_attention": "SegmentAttention",
         "self_attention.linear_proj": "TERowParallelLinear",
-        "self_attention.q_layernorm": "RMSNorm" if policy.shape.qk_norm else "IdentityOp",
-        "self_attention.k_layernorm": "RMSNorm" if policy.shape.qk_norm else "IdentityOp",
+        "self_attention.q_layernorm": "RMSNorm" if policy.model_shape.qk_norm else "IdentityOp",
+        "self_attention.k_layernorm": "RMSNorm" if policy.model_shape.qk_norm else "IdentityOp",
         "pre_mlp_layernorm": "IdentityOp",
         "mlp.linear_fc1": "TELayerNormColumnParallelLinear",
         "mlp.linear_fc2": "TERowParallelLinear",
@@ -83,7 +83,7 @@ def check_tree(policy: Policy) -> None:
 def streamed(policy: Policy, *, gradients: bool = False) -> dict[str, torch.Tensor]:
     """Weights, or the gradients of the last update, by their Hugging Face names."""
     stream = WeightStream(
-        policy.model, shape=policy.shape, context=policy.context, bucket_bytes=10**6
+        policy.model, shape=policy.model_shape, context=policy.context, bucket_bytes=10**6
     )
     if gradients:
         stream._parameters = {n: p.main_grad for n, p in policy.model.named_parameters()}  # pyright: ignore

@@ -21,7 +21,7 @@ def bench(qlrl: Callable[..., Any], *argv: str) -> dict[str, Any]:
 ROUNDING = """
 import json, torch
 from megatron_qlrl.bench.policy import LOSS, make_group, make_shape, random_policy
-from megatron_qlrl.packing.microbatch import group_rows
+from megatron_qlrl.packing.distribute import group_rows
 
 shape = make_shape(layers=2, hidden=64, heads=4, kv_heads=2, ffn=128, vocab=300, positions=320)
 group = make_group(vocab=300, prompt_tokens=200, response_tokens=10, group=4)

@@ -138,7 +138,11 @@ def test_every_part_has_a_layer() -> None:
             "from megatron_qlrl import compose",
             "sft must not import megatron_qlrl.compose",
         ),
-        ("policy/step.py", "from ..weights import hf_map", "must not import megatron_qlrl.weights"),
+        (
+            "policy/policy.py",
+            "from ..weights import hf_map",
+            "must not import megatron_qlrl.weights",
+        ),
         (
             "metrics/meter.py",
             "from ..parallel.context import x",
@@ -165,8 +169,8 @@ def test_violations_are_found(file: str, source: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("policy/step.py", "from megatron.core import parallel_state"),
-        ("policy/step.py", "from .model import build_model\nfrom ..config.schema import Config"),
+        ("policy/policy.py", "from megatron.core import parallel_state"),
+        ("policy/policy.py", "from .model import build_model\nfrom ..config.schema import Config"),
         ("rollout/vllm_engine.py", "from vllm import LLM"),
         ("launch/slurm.py", "import os\nos.environ"),
         (

@@ -1,6 +1,7 @@
 """Packed rows: the worked example, loss weights by hand, and what holds for any batch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from megatron_qlrl.packing.rows import (
     part_tokens,
     slice_group,
     split_groups,
-    token_weight,
+    token_loss_weights,
 )
 from megatron_qlrl.types import Block, TrainGroup, TrainResponse
 
@@ -58,7 +59,7 @@ def test_worked_example() -> None:
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7]
     assert row.blocks == (Block(0, (0, 1), (0, 5), ((5, 7), (7, 10))),)
     assert {name: values.tolist() for name, values in row.columns.items()} == {
-        "weights": [0.25, 0.25, 0.5, 0.5, 0.5],
+        "loss_weights": [0.25, 0.25, 0.5, 0.5, 0.5],
         "advantages": [1.5, 1.5, -0.5, -0.5, -0.5],
         "engine_logprobs": [-1, -2, -1, -1, -1],
     }
@@ -78,13 +79,27 @@ def test_second_block_starts_again_at_position_zero() -> None:
 def test_without_engine_logprobs_there_is_no_such_column() -> None:
     group = TrainGroup(np.zeros(1, np.int32), (TrainResponse(np.zeros(2, np.int32), 1.0),))
     row = build_row([group], [(0, (0,))], [[1.0]])
-    assert set(row.columns) == {"weights", "advantages"}
+    assert set(row.columns) == {"loss_weights", "advantages"}
+
+
+def test_old_logprobs_are_a_column_where_any_response_has_them() -> None:
+    """NaN marks the tokens whose log-probs the present weights give."""
+    new, waited = groups_of([(1, [1, 2]), (1, [2])])
+    (response,) = waited.responses
+    kept = np.array([-0.5, -0.25], np.float32)
+    groups = [new, replace(waited, responses=(replace(response, old_logprobs=kept),))]
+    loss_weights = token_loss_weights(groups, "token_mean", constant_tokens=1)
+    row = build_row(groups, [(0, (0, 1)), (1, (0,))], loss_weights)
+    old = row.columns["old_logprobs"]
+    assert old.dtype == np.float32
+    np.testing.assert_array_equal(old, [np.nan, np.nan, np.nan, -0.5, -0.25])
+    assert "old_logprobs" not in build_row(groups, [(0, (0, 1))], loss_weights).columns
 
 
 def test_loss_weights_by_hand() -> None:
     groups = groups_of([(3, [2, 6]), (1, [0, 4])])  # 12 tokens in 4 responses, one empty
     weights = {
-        kind: token_weight(groups, kind, constant_tokens=10)
+        kind: token_loss_weights(groups, kind, constant_tokens=10)
         for kind in ("token_mean", "sequence_mean", "constant")
     }
     assert weights["token_mean"] == [[1 / 12, 1 / 12], [1 / 12, 1 / 12]]
@@ -94,9 +109,9 @@ def test_loss_weights_by_hand() -> None:
 
 def test_loss_weights_of_nothing() -> None:
     only_empty = groups_of([(3, [0, 0]), (2, [])])
-    assert token_weight(only_empty, "token_mean", constant_tokens=1) == [[1.0, 1.0], []]
-    assert token_weight([], "sequence_mean", constant_tokens=1) == []
-    assert token_weight([], "constant", constant_tokens=1) == []
+    assert token_loss_weights(only_empty, "token_mean", constant_tokens=1) == [[1.0, 1.0], []]
+    assert token_loss_weights([], "sequence_mean", constant_tokens=1) == []
+    assert token_loss_weights([], "constant", constant_tokens=1) == []
 
 
 def test_group_larger_than_the_cap_repeats_its_prompt_as_rarely_as_possible() -> None:
@@ -140,7 +155,7 @@ def test_empty_row_trains_on_nothing() -> None:
     row = empty_row()
     assert (row.num_tokens, row.num_response_tokens) == (1, 0)
     assert {name: len(values) for name, values in row.columns.items()} == {
-        "weights": 0,
+        "loss_weights": 0,
         "advantages": 0,
     }
 
@@ -178,7 +193,7 @@ def test_rows_hold_every_response_once_and_keep_the_cap(
                 assert row.position_ids[start:end].tolist() == list(range(first, first + n))
                 here = slice(slot, slot + n)
                 want = np.full(n, weights[block.group][k], np.float32)
-                np.testing.assert_array_equal(row.columns["weights"][here], want)
+                np.testing.assert_array_equal(row.columns["loss_weights"][here], want)
                 want = np.full(n, response.advantage, np.float32)
                 np.testing.assert_array_equal(row.columns["advantages"][here], want)
                 engine = row.columns["engine_logprobs"][here]

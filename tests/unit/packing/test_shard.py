@@ -35,7 +35,7 @@ def row_of(blocks: Sequence[tuple[int, Sequence[int]]]) -> PackedRow:
         made.append(Block(index, samples, (start, start + prompt), tuple(ranges)))
     slots = sum(sum(responses) for _, responses in blocks)
     columns = {
-        "weights": np.arange(slots, dtype=np.float32),
+        "loss_weights": np.arange(slots, dtype=np.float32),
         "advantages": -np.arange(slots, dtype=np.float32) - 1,
     }
     tokens = np.arange(1000, 1000 + cursor, dtype=np.int32)
@@ -129,8 +129,8 @@ def test_shards_put_together_are_the_row(
         predicting = [owned[i] for i in shard.hidden_index]
         found = list(zip(predicting, shard.target_ids.tolist(), strict=True))
         assert found == [want[slot] for slot in shard.slots]
-        assert set(shard.columns) == {"weights", "advantages"}
-        assert shard.columns["weights"].tolist() == shard.slots.tolist()
+        assert set(shard.columns) == {"loss_weights", "advantages"}
+        assert shard.columns["loss_weights"].tolist() == shard.slots.tolist()
         assert shard.columns["advantages"].tolist() == [-slot - 1 for slot in shard.slots]
 
 
@@ -203,4 +203,4 @@ def test_empty_row_has_tokens_but_no_predictions(cp: int) -> None:
     for shard in shards_of(empty_row(), cp, multiple_of=2):
         assert len(shard.token_ids) == 2
         assert len(shard.slots) == len(shard.hidden_index) == len(shard.target_ids) == 0
-        assert {k: len(v) for k, v in shard.columns.items()} == {"weights": 0, "advantages": 0}
+        assert {k: len(v) for k, v in shard.columns.items()} == {"loss_weights": 0, "advantages": 0}

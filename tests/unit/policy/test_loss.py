@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_qlrl.packing.microbatch import make_rows
-from megatron_qlrl.packing.rows import empty_row, token_weight
+from megatron_qlrl.config.schema import AlgorithmConfig
+from megatron_qlrl.packing.distribute import make_rows
+from megatron_qlrl.packing.rows import empty_row, token_loss_weights
 from megatron_qlrl.policy.loss import PolicyLoss, mismatch, reference_kl, sft_loss
 from megatron_qlrl.types import TrainGroup, TrainResponse
 
 PLAIN = PolicyLoss(
-    clip_low=0.2, clip_high=0.28, dual_clip=None, kl_coef=0.0, kl_kind="k3", entropy_coef=0.0
+    AlgorithmConfig.model_validate(
+        {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None, "rollout_is_threshold": None}
+        | {"kl_coef": 0.0, "kl_kind": "k3", "entropy_coef": 0.0}
+    )
 )
 MAX_TOKENS = 16
 
@@ -86,21 +90,26 @@ def bounded(value: float, limit: float) -> float:
     return max(-limit, min(limit, value))
 
 
+def changed(loss: PolicyLoss, **settings: Any) -> PolicyLoss:
+    return PolicyLoss(AlgorithmConfig.model_validate(loss.config.model_dump() | settings))
+
+
 def objective(token: Token, loss: PolicyLoss) -> float:
     """What one token adds to the objective that is maximised."""
+    config = loss.config
     ratio = math.exp(bounded(token.logprob - token.old, 20))
-    low, high = 1 - loss.clip_low, 1 + loss.clip_high
+    low, high = 1 - config.clip_low, 1 + config.clip_high
     clipped = low if ratio < low else high if ratio > high else ratio
     value = min(ratio * token.advantage, clipped * token.advantage)
-    if loss.dual_clip is not None and token.advantage < 0:
-        value = max(value, loss.dual_clip * token.advantage)
-    if loss.rollout_is_threshold is not None:
-        value *= min(math.exp(bounded(token.old - token.engine, 20)), loss.rollout_is_threshold)
+    if config.dual_clip is not None and token.advantage < 0:
+        value = max(value, config.dual_clip * token.advantage)
+    if config.rollout_is_threshold is not None:
+        value *= min(math.exp(bounded(token.old - token.engine, 20)), config.rollout_is_threshold)
     difference = token.logprob - token.ref
     # Both estimate KL(policy || reference) from a sample of the policy.
     safe = bounded(difference, 20)
-    kl = difference if loss.kl_kind == "k1" else bounded(math.exp(-safe) - 1 + safe, 10)
-    return value - loss.kl_coef * kl + loss.entropy_coef * token.entropy
+    kl = difference if config.kl_kind == "k1" else bounded(math.exp(-safe) - 1 + safe, 10)
+    return value - config.kl_coef * kl + config.entropy_coef * token.entropy
 
 
 def brute_loss(batch: Batch, loss: PolicyLoss, aggregation: str) -> float:
@@ -148,7 +157,7 @@ def column(tokens: list[Token], field: str) -> torch.Tensor:
 
 
 def weights_of(batch: Batch, aggregation: Any) -> torch.Tensor:
-    per_response = token_weight(train_groups(batch), aggregation, constant_tokens=MAX_TOKENS)
+    per_response = token_loss_weights(train_groups(batch), aggregation, constant_tokens=MAX_TOKENS)
     return torch.tensor(
         [
             weight
@@ -172,7 +181,7 @@ def run(
     logprobs = column(tokens, "logprob").requires_grad_()
     entropy = column(tokens, "entropy").requires_grad_()
     columns = {
-        "weights": weights_of(batch, aggregation),
+        "loss_weights": weights_of(batch, aggregation),
         "advantages": column(tokens, "advantage"),
         "old_logprobs": column(tokens, "old"),
         "ref_logprobs": column(tokens, "ref"),
@@ -186,13 +195,21 @@ def run(
 
 SETTINGS = {
     "clip": PLAIN,
-    "symmetric": replace(PLAIN, clip_high=0.2),
-    "dual clip": replace(PLAIN, dual_clip=3.0),
-    "k1": replace(PLAIN, kl_coef=0.3, kl_kind="k1"),
-    "k3": replace(PLAIN, kl_coef=0.3, kl_kind="k3"),
-    "entropy": replace(PLAIN, entropy_coef=0.01),
-    "importance": replace(PLAIN, rollout_is_threshold=2.0),
-    "all": PolicyLoss(0.1, 0.5, 2.0, 0.05, "k3", 0.02, 2.0),
+    "symmetric": changed(PLAIN, clip_high=0.2),
+    "dual clip": changed(PLAIN, dual_clip=3.0),
+    "k1": changed(PLAIN, kl_coef=0.3, kl_kind="k1"),
+    "k3": changed(PLAIN, kl_coef=0.3, kl_kind="k3"),
+    "entropy": changed(PLAIN, entropy_coef=0.01),
+    "importance": changed(PLAIN, rollout_is_threshold=2.0),
+    "all": changed(
+        PLAIN,
+        clip_low=0.1,
+        clip_high=0.5,
+        dual_clip=2.0,
+        kl_coef=0.05,
+        entropy_coef=0.02,
+        rollout_is_threshold=2.0,
+    ),  # fmt: skip
 }
 
 
@@ -220,7 +237,7 @@ def test_extreme_log_ratios_stay_finite(settings: str) -> None:
     # Beside a value of e^20 a small slope is lost in central differences: one token at a time,
     # and its objective without and of the KL term.
     tokens = tokens_of(batch)
-    parts = [(t, replace(loss, kl_coef=0.0)) for t in tokens]
+    parts = [(t, changed(loss, kl_coef=0.0)) for t in tokens]
     parts += [(replace(t, advantage=0.0), loss) for t in tokens]
     slopes = [
         differences([[[t]]], "logprob", lambda b, of=of: brute_loss(b, of, "token_mean"))[0]
@@ -248,7 +265,7 @@ def test_clamped_terms_have_no_gradient(
     log_ratio: float, kl: float, loss: float, gradient: float
 ) -> None:
     token = Token(-100.0, -100.0 - log_ratio, -100.0 - kl, 0.0, -2.0)
-    settings = replace(PLAIN, kl_coef=0.5)
+    settings = changed(PLAIN, kl_coef=0.5)
     total, by_logprob, _, sums = run(settings, [[[token]]], "token_mean", "engine_logprobs")
     assert total.item() == pytest.approx(loss)
     assert by_logprob.item() == pytest.approx(gradient)
@@ -296,7 +313,7 @@ def test_one_token_by_hand(
     ratio: float, advantage: float, dual_clip: float | None, loss: float, gradient: float
 ) -> None:
     token = Token(math.log(ratio) - 2.0, -2.0, 0.0, 0.0, advantage)
-    settings = replace(PLAIN, dual_clip=dual_clip)
+    settings = changed(PLAIN, dual_clip=dual_clip)
     total, by_logprob, _, _ = run(settings, [[[token]]], "token_mean", "ref_logprobs")
     assert total.item() == pytest.approx(loss)
     assert by_logprob.item() == pytest.approx(gradient)
@@ -316,7 +333,7 @@ def test_importance_weight_by_hand(
     old: float, engine: float, threshold: float | None, loss: float, gradient: float, high: int
 ) -> None:
     token = Token(math.log(old), math.log(old), 0.0, 0.0, 2.0, math.log(engine))
-    settings = replace(PLAIN, rollout_is_threshold=threshold)
+    settings = changed(PLAIN, rollout_is_threshold=threshold)
     total, by_logprob, _, sums = run(settings, [[[token]]], "token_mean")
     assert total.item() == pytest.approx(loss)
     assert by_logprob.item() == pytest.approx(gradient)
@@ -342,10 +359,10 @@ def test_without_old_logprobs_the_policy_is_its_own_old_policy() -> None:
 
 
 def test_sums_for_the_metrics() -> None:
-    loss, batch = replace(PLAIN, dual_clip=3.0, entropy_coef=0.5, kl_coef=0.5), batch_of()
+    loss, batch = changed(PLAIN, dual_clip=3.0, entropy_coef=0.5, kl_coef=0.5), batch_of()
     _, _, _, sums = run(loss, batch, "token_mean")
     tokens = tokens_of(batch)
-    bare = replace(loss, entropy_coef=0.0, kl_coef=0.0)
+    bare = changed(loss, entropy_coef=0.0, kl_coef=0.0)
     assert sums["actor/pg_loss"].item() == pytest.approx(brute_loss(batch, bare, "token_mean"))
     assert sums["actor/entropy"].item() == pytest.approx(sum(t.entropy for t in tokens))
     assert sums["actor/ppo_kl"].item() == pytest.approx(sum(t.old - t.logprob for t in tokens))
@@ -444,10 +461,10 @@ def test_sft_loss_is_the_mean_negative_log_likelihood(aggregation: Any, want: fl
         TrainGroup(np.zeros(2, np.int32), (TrainResponse(np.zeros(len(n), np.int32), 1.0),))
         for n in nll
     ]
-    weights = token_weight(groups, aggregation, constant_tokens=1)
+    weights = token_loss_weights(groups, aggregation, constant_tokens=1)
     logprobs = torch.tensor([-v for n in nll for v in n], requires_grad=True)
     flat = torch.tensor([w[0] for w, n in zip(weights, nll, strict=True) for _ in n])
-    total, sums = sft_loss(logprobs, torch.full((4,), 0.5), {"weights": flat})
+    total, sums = sft_loss(logprobs, torch.full((4,), 0.5), {"loss_weights": flat})
     total.backward()
     assert total.item() == pytest.approx(want)
     torch.testing.assert_close(logprobs.grad, -flat)

@@ -89,10 +89,11 @@ def test_fp8_that_the_machine_cannot_run_is_refused_with_the_reason(
     monkeypatch.setattr(model, "get_fp8_context", refuse)
     shape = ModelShape.from_hf(HF)
     policy = PolicyConfig.model_validate({"fp8": "e4m3", "fp8_recipe": "mxfp8"})
-    one: Any = SimpleNamespace(size=1, rank=0)
+    one = SimpleNamespace(size=1, rank=0)
+    alone: Any = SimpleNamespace(tp=one, pp=one, cp=one)
     with pytest.raises(ConfigError, match="needs Transformer Engine's layers, which do not load"):
-        model.build_model(shape, policy, dtype=torch.bfloat16, context=SimpleNamespace(tp=one))  # pyright: ignore
+        model.build_model(shape, policy, dtype=torch.bfloat16, context=alone)
     monkeypatch.setattr(model, "has_transformer_engine", lambda: True)
     with pytest.raises(ConfigError, match=r"fp8_recipe=mxfp8 does not run here: Device compute .*"
                        r"10\.0 .*\. Set policy\.fp8_recipe=tensorwise"):  # fmt: skip
-        model.build_model(shape, policy, dtype=torch.bfloat16, context=SimpleNamespace(tp=one))  # pyright: ignore
+        model.build_model(shape, policy, dtype=torch.bfloat16, context=alone)

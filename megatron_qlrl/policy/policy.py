@@ -55,33 +55,35 @@ class Policy:
 
     def __init__(
         self,
-        shape: ModelShape,
+        model_shape: ModelShape,
         *,
-        policy: PolicyConfig,
-        optimizer: OptimizerConfig,
+        config: PolicyConfig,
+        optimizer_config: OptimizerConfig,
         dtype: torch.dtype,
         temperature: float,
         context: ParallelContext,
         shard: Shard,
         load: Callable[[torch.nn.Module], None],
     ) -> None:
-        """`load` fills the fresh model's weights, before the optimizer copies them."""
-        self.context, self.shape = context, shape
+        """`load` fills the fresh model's weights, before the optimizer copies them. The layout is
+        that of `context`."""
+        self.context, self.model_shape = context, model_shape
         self.temperature = temperature
         self.version = 0
         self.shard = shard
         self._reference: list[torch.Tensor] | None = None
-        self._settings = optimizer
+        self._optimizer_config = optimizer_config
         with megatron_device():
-            self.model = build_model(shape, policy, dtype=dtype, context=context).to(device())
+            model = build_model(model_shape, config, dtype=dtype, context=context)
+            self.model = model.to(device())
             load(self.model)
-            self.wrapped = wrap_data_parallel(
-                self.model, distributed_optimizer=policy.distributed_optimizer
+            self.ddp_model = wrap_data_parallel(
+                self.model, distributed_optimizer=config.distributed_optimizer
             )
             self.optimizer = build_optimizer(
-                self.wrapped, optimizer, distributed=policy.distributed_optimizer
+                self.ddp_model, optimizer_config, distributed=config.distributed_optimizer
             )
-            if optimizer.offload:
+            if optimizer_config.offload:
                 self.optimizer.offload_to_cpu()
         self.model.config.finalize_model_grads_func = finalize_model_grads
 
@@ -95,16 +97,17 @@ class Policy:
 
         Returns per-token means over the whole batch, `actor/grad_norm` and `actor/lr`.
         """
-        self.wrapped.train()
+        self.ddp_model.train()
         with megatron_device():
             self.clear_gradients()
-            found = self.run(rows, partial(training_loss, loss), forward_only=False)
+            sums = self.run(rows, partial(training_loss, loss), forward_only=False)
             with self.optimizer_at_hand():  # a gradient lies on its weight's device
                 self.optimizer.prepare_grads()
                 norm = float(self.optimizer.get_grad_norm())
-                metrics = _means(found, self.context) | {"actor/grad_norm": norm, "actor/lr": lr}
+                metrics = token_means(sums, self.context)
+                metrics |= {"actor/grad_norm": norm, "actor/lr": lr}
                 if all(gather_objects(permit(metrics))):
-                    apply_settings(self.optimizer, self._settings, rate=lr)
+                    apply_settings(self.optimizer, self._optimizer_config, rate=lr)
                     self.optimizer.step()
                     self.version += 1
         return metrics
@@ -112,8 +115,8 @@ class Policy:
     def clear_gradients(self) -> None:
         """Gradients are 0, in memory that is taken again if `free_gradients` gave it back. Inside
         `megatron_device()`."""
-        self.wrapped.restore_grad_buffers()
-        self.wrapped.zero_grad_buffer()
+        self.ddp_model.restore_grad_buffers()
+        self.ddp_model.zero_grad_buffer()
         # Without this the first micro-batch's gradients count twice from step two on.
         self.optimizer.zero_grad()
 
@@ -121,38 +124,40 @@ class Policy:
         """Gives the gradients' memory back until the next update: between updates they hold
         nothing."""
         with megatron_device():
-            self.wrapped.offload_grad_buffers()
+            self.ddp_model.offload_grad_buffers()
 
     @contextmanager
     def optimizer_at_hand(self) -> Iterator[None]:
         """Inside, the optimizer's state is on the device; outside, with optimizer.offload, in host
         memory. Without a GPU the same calls move nothing. Not run on a GPU yet."""
         with megatron_device():
-            if self._settings.offload:
+            if self._optimizer_config.offload:
                 self.optimizer.restore_from_cpu()
             yield
-            if self._settings.offload:
+            if self._optimizer_config.offload:
                 self.optimizer.offload_to_cpu()
 
     @torch.no_grad()
     def add_logprobs(self, rows: Sequence[PackedRow], name: str) -> list[PackedRow]:
-        """`rows` with a new column: the log-probs of their response tokens, without gradient."""
-        self.wrapped.eval()
+        """Returns `rows` with the column `name`: the log-probs of their response tokens under the
+        present weights, without gradient.
+
+        Where the rows have such a column already, its numbers stay and only NaN is filled in:
+        groups that waited for a later step keep the log-probs of the weights that sampled them.
+        """
+        self.ddp_model.eval()
         with megatron_device():
-            found = self.run(rows, _collect_logprobs, forward_only=True)
+            outputs = self.run(rows, _collect_logprobs, forward_only=True)
         lengths = [row.num_response_tokens for row in rows]
         flat = torch.zeros(sum(lengths), dtype=torch.float32, device=device())
         starts = np.cumsum([0, *lengths])
-        for start, part in zip(starts, found, strict=False):  # nothing before the last stage
+        for start, part in zip(starts, outputs, strict=False):  # nothing before the last stage
             flat[start + part["slots"]] = part["logprobs"].float()
         # Each context parallel rank filled its own slots, earlier stages none.
         dist.all_reduce(flat, group=self.context.cp.group)
         dist.all_reduce(flat, group=self.context.pp.group)
         values = np.split(flat.cpu().numpy(), starts[1:-1])
-        return [
-            replace(row, columns={**row.columns, name: value})
-            for row, value in zip(rows, values, strict=True)
-        ]
+        return [_fill_column(row, name, value) for row, value in zip(rows, values, strict=True)]
 
     def keep_reference(self) -> None:
         """Keeps a copy of the present weights as the reference policy (in host memory)."""
@@ -167,15 +172,6 @@ class Policy:
             yield
         finally:
             self._swap()
-
-    @property
-    def reference(self) -> list[torch.Tensor] | None:
-        """Reference weights of this rank in parameter order (saved with a checkpoint)."""
-        return self._reference
-
-    @reference.setter
-    def reference(self, tensors: list[torch.Tensor] | None) -> None:
-        self._reference = tensors
 
     def _swap(self) -> None:
         assert self._reference is not None
@@ -192,12 +188,12 @@ class Policy:
             DataError: (on this rank) a token id that the model does not have.
         """
         for row in rows:
-            check_token_ids(row.token_ids, self.shape.vocab_size)
+            check_token_ids(row.token_ids, self.model_shape.vocab_size)
         batches = iter([self.shard(row) for row in rows])
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward, finish),
             data_iterator=batches,
-            model=[self.wrapped],
+            model=[self.ddp_model],
             num_microbatches=len(rows),
             seq_length=1,  # unused: lengths vary and travel with the tensors
             micro_batch_size=1,
@@ -226,7 +222,7 @@ class Policy:
             self.model.output_weight(),
             torch.from_numpy(batch.target_ids).to(where),
             temperature=self.temperature,
-            vocab_size=self.shape.vocab_size,
+            vocab_size=self.model_shape.vocab_size,
             tp_group=self.context.tp.group,
         )
         return finish(batch, logprobs, entropy)
@@ -259,6 +255,14 @@ def training_loss(
     return total, torch.zeros((), dtype=torch.int), sums | {"num_tokens": num_tokens}
 
 
+def _fill_column(row: PackedRow, name: str, values: np.ndarray) -> PackedRow:
+    """The row with `values` in its column `name` where that has no number yet."""
+    if name in row.columns:
+        known = row.columns[name]
+        values = np.where(np.isnan(known), values, known)
+    return replace(row, columns={**row.columns, name: values})
+
+
 def _collect_logprobs(
     batch: MicroBatch, logprobs: torch.Tensor, entropy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -266,16 +270,17 @@ def _collect_logprobs(
     return logprobs.sum(), torch.zeros((), dtype=torch.int), {"logprobs": logprobs, "slots": slots}
 
 
-def _means(
-    found: Sequence[Mapping[str, torch.Tensor]], context: ParallelContext
+def token_means(
+    sums: Sequence[Mapping[str, torch.Tensor]], context: ParallelContext
 ) -> dict[str, float]:
-    """Per-token means over the whole batch, the same on every rank.
+    """Makes per-token means over the whole batch, the same on every rank, of the sums that each
+    micro-batch of this rank returned.
 
     Names ending in `_max` are maxima; `actor/pg_loss` is a weighted sum already.
     """
     # Tensor parallel ranks hold copies, stages before the last hold nothing.
     counts = context.is_last_stage and context.tp.rank == 0
-    mine = [{k: float(v) for k, v in part.items()} for part in found] if counts else []
+    mine = [{k: float(v) for k, v in part.items()} for part in sums] if counts else []
     parts = [part for rank in gather_objects(mine) for part in rank]
     num_tokens = sum(part["num_tokens"] for part in parts)
     means = {}

@@ -13,7 +13,7 @@ from megatron_qlrl.packing.rows import (
     empty_row,
     part_tokens,
     split_groups,
-    token_weight,
+    token_loss_weights,
 )
 from megatron_qlrl.types import PackedRow, TrainGroup
 
@@ -36,7 +36,7 @@ def make_rows(
 
     A rank that gets no work gets one empty row, so that it joins the step's collectives.
     """
-    weights = token_weight(groups, aggregation, constant_tokens=constant_tokens)
+    loss_weights = token_loss_weights(groups, aggregation, constant_tokens=constant_tokens)
     parts = split_groups(groups, max_tokens=max_tokens, share_prompts=share_prompts)
     sizes = [part_tokens(groups, part) for part in parts]
     costs = []
@@ -44,12 +44,12 @@ def make_rows(
         group = groups[index]
         lengths = [len(group.responses[k].token_ids) for k in samples]
         costs.append(cost(len(group.prompt_ids), lengths))
-    found = []
+    result = []
     for share in balance(costs, num_bins=num_ranks):
         rows = fill([costs[i] for i in share], [sizes[i] for i in share], cap=max_tokens)
         members = [[parts[share[i]] for i in row] for row in rows]
-        found.append([build_row(groups, row, weights) for row in members] or [empty_row()])
-    return found
+        result.append([build_row(groups, row, loss_weights) for row in members] or [empty_row()])
+    return result
 
 
 def group_rows(

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_qlrl.packing.microbatch import make_rows
+from megatron_qlrl.packing.distribute import make_rows
 from megatron_qlrl.types import PackedRow, TrainGroup, TrainResponse
 
 LENGTHS = st.lists(
@@ -79,7 +79,7 @@ def test_rank_without_work_gets_one_empty_row() -> None:
 
 def test_weights_count_the_whole_batch_not_the_rank() -> None:
     found = rows_of(groups_of([(3, [2]), (3, [2]), (3, [4])]), 2)
-    weights = np.concatenate([row.columns["weights"] for rank in found for row in rank])
+    weights = np.concatenate([row.columns["loss_weights"] for rank in found for row in rank])
     np.testing.assert_allclose(weights, np.full(8, 1 / 8))
 
 
