@@ -6,11 +6,11 @@ message alone (no stack trace) and exits with code 2. Our own broken invariants 
 """
 
 STOPPED = 85
-"""Exit code of a run that was asked to stop and is saved: started again, it goes on."""
+"""Exit code of a run that was asked to stop and is saved; the same command continues it."""
 
 
 class StopRequested(Exception):
-    """No error: the reason why the run, which is saved, ends before its end."""
+    """The reason why a run stops early. It is no error: the run is saved first."""
 
 
 class QlrlError(Exception):
@@ -18,7 +18,7 @@ class QlrlError(Exception):
 
 
 class ConfigError(QlrlError):
-    """The configuration, the launch or the machine does not fit what was asked for."""
+    """The configuration, the launch or the machine does not fit the request."""
 
 
 class DataError(QlrlError):
@@ -42,4 +42,4 @@ class CheckpointError(QlrlError):
 
 
 class KernelError(QlrlError):
-    """This machine's kernels compute something else than they should."""
+    """This machine's kernels compute wrong values."""

@@ -75,7 +75,7 @@ run() {
     85) ;;
     *)
       echo "qlrl: the run ended with exit code $code" >&2
-      step --nodes=1 --ntasks=1 -- slurm again "$config" "$@" --code "$code" \
+      step --nodes=1 --ntasks=1 -- slurm after-failure "$config" "$@" --code "$code" \
         --limit "${MAX_FAILURES:-3}" || exit "$code"
       ;;
   esac

@@ -1,8 +1,11 @@
-"""`qlrl`: checks the input, starts the ranks, runs the command. torch is loaded by ranks only.
+"""`qlrl`: checks the input, starts the ranks and runs the command. Only ranks load torch.
 
     qlrl rl CONFIG -> config, files, model and layout are checked -> ranks start -> run_rl
 
-Bad input ends here with one line on stderr and exit code 2, a run that was asked to stop with 85.
+In: arguments and a config. Out: exit code 0; 2 and one line on stderr for a user's mistake; 85 for
+a run that was asked to stop and is saved. Invariants: everything that can be checked without torch
+is checked before a rank starts, and each message is shown once, however many ranks meet it.
+Held by tests/unit/test_cli*.py and tests/integration/test_bad_input.py.
 """
 
 import sys
@@ -36,7 +39,7 @@ app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Runs the command line; the entry point of the console script."""
     quiet_foreign_warnings()
     try:
         app()

@@ -1,7 +1,9 @@
-"""`qlrl bench`: figures as JSON on stdout, both sides of each comparison in one process."""
+"""`qlrl bench`: prints measurements as JSON; both sides of a comparison run in one process."""
 
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,32 +14,47 @@ from megatron_qlrl.platform.env import read_ranks
 
 Count = Annotated[int, typer.Option(min=1)]
 Vocabulary = Annotated[int, typer.Option(min=2)]
-Rounds = Annotated[int, typer.Option(min=1, help="Medians are over so many.")]
+Group = Annotated[int, typer.Option(min=1, help="Responses to a prompt.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Repetitions; the figures are medians.")]
 
 app = typer.Typer(help="Measure; JSON on stdout.", no_args_is_help=True)
 
 
+def _sized(**defaults: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command one option for each size of the model; it receives them as `**sizes`."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        *own, _ = signature.parameters.values()
+        options = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=size,
+                annotation=Vocabulary if name == "vocab" else Count,
+            )
+            for name, size in defaults.items()
+        ]
+        command.__signature__ = signature.replace(parameters=own + options)  # pyright: ignore[reportFunctionMemberAccess]
+        return command
+
+    return wrap
+
+
 @app.command()
+@_sized(layers=4, hidden=512, heads=8, kv_heads=2, ffn=1536, vocab=32_768)
 def update(
     prompt_tokens: Count = 2048,
     response_tokens: Count = 64,
-    group: Annotated[int, typer.Option(min=1, help="Responses to the prompt.")] = 8,
-    layers: Count = 4,
-    hidden: Count = 512,
-    heads: Count = 8,
-    kv_heads: Count = 2,
-    ffn: Count = 1536,
-    vocab: Vocabulary = 32_768,
+    group: Group = 8,
     rounds: Rounds = 3,
+    **sizes: int,
 ) -> None:
     """One update with the prompt computed once, against once for each response."""
     from megatron_qlrl.bench.policy import make_shape
     from megatron_qlrl.bench.update import bench_update
 
-    shape = make_shape(
-        layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab,
-        positions=prompt_tokens + response_tokens,
-    )  # fmt: skip
+    shape = make_shape(**sizes, positions=prompt_tokens + response_tokens)
     _print(
         bench_update(
             shape,
@@ -66,7 +83,7 @@ def logprob(
 def pack(
     prompts: Annotated[int, typer.Option(min=1, help="Groups in a batch.")] = 512,
     ranks: Annotated[int, typer.Option(min=1, help="Data parallel ranks.")] = 64,
-    group: Annotated[int, typer.Option(min=1, help="Responses to a prompt.")] = 8,
+    group: Group = 8,
     mixes: Annotated[int, typer.Option(min=0, help="Random batches to try the cap on.")] = 10_000,
 ) -> None:
     """Balance over ranks and the token cap on DocQA lengths, for a 14B model's FLOPs."""
@@ -81,17 +98,13 @@ def pack(
 
 
 @app.command()
+@_sized(layers=2, hidden=128, heads=4, kv_heads=2, ffn=256, vocab=32_768)
 def row(
     prompt_tokens: Count = 60_000,
     response_tokens: Count = 1000,
-    group: Annotated[int, typer.Option(min=1, help="Responses to the prompt.")] = 8,
-    layers: Count = 2,
-    hidden: Count = 128,
-    heads: Count = 4,
-    kv_heads: Count = 2,
-    ffn: Count = 256,
-    vocab: Vocabulary = 32_768,
-    cp: Annotated[int, typer.Option(min=1, help="Context parallel size: so many ranks.")] = 1,
+    group: Group = 8,
+    cp: Annotated[int, typer.Option(min=1, help="Context parallel size, one rank each.")] = 1,
+    **sizes: int,
 ) -> None:
     """One update on one long shared row, by default of a narrow model: time and peak memory."""
 
@@ -99,11 +112,8 @@ def row(
         from megatron_qlrl.bench.policy import make_shape
         from megatron_qlrl.bench.row import bench_row
 
-        shape = make_shape(
-            layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab,
-            positions=prompt_tokens + response_tokens,
-        )  # fmt: skip
-        found = bench_row(
+        shape = make_shape(**sizes, positions=prompt_tokens + response_tokens)
+        figures = bench_row(
             shape,
             prompt_tokens=prompt_tokens,
             response_tokens=response_tokens,
@@ -111,7 +121,7 @@ def row(
             cp=cp,
         )
         if read_ranks().rank == 0:
-            _print(found)
+            _print(figures)
 
     on_ranks(sys.argv[1:], cp, check=lambda world_size: None, run=run)
 
@@ -119,11 +129,11 @@ def row(
 @app.command()
 def reward(
     samples: Count = 1024,
-    latency_ms: Annotated[float, typer.Option(min=0, help="Of the judge.")] = 50.0,
+    latency_ms: Annotated[float, typer.Option(min=0, help="The judge's latency.")] = 50.0,
     in_flight: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
     rounds: Rounds = 3,
 ) -> None:
-    """The judge's verdicts a second over HTTP, and answers a second by the rules alone."""
+    """The judge's verdicts per second over HTTP, and answers per second by the rules alone."""
     from megatron_qlrl.bench.reward import bench_reward
 
     _print(
@@ -134,29 +144,23 @@ def reward(
 
 
 @app.command()
+@_sized(layers=4, hidden=512, heads=8, kv_heads=2, ffn=1536, vocab=32_768)
 def checkpoint(
     folder: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="On the disk in question.")
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="A folder on the disk to measure."),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the updates beside it.")] = 512,
-    layers: Count = 4,
-    hidden: Count = 512,
-    heads: Count = 8,
-    kv_heads: Count = 2,
-    ffn: Count = 1536,
-    vocab: Vocabulary = 32_768,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length of the updates.")] = 512,
     rounds: Rounds = 3,
+    **sizes: int,
 ) -> None:
-    """What a checkpoint takes from training: written beside it, against waited for."""
+    """The time training loses to a checkpoint: one written while it goes on, one waited for."""
     from megatron_qlrl.bench.checkpoint import bench_checkpoint
     from megatron_qlrl.bench.policy import make_shape
 
-    shape = make_shape(
-        layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab,
-        positions=prompt_tokens + 128,
-    )  # fmt: skip
+    shape = make_shape(**sizes, positions=prompt_tokens + 128)
     _print(bench_checkpoint(shape, prompt_tokens=prompt_tokens, rounds=rounds, folder=folder))
 
 
-def _print(found: dict[str, Any]) -> None:
-    typer.echo(json.dumps(found, indent=1))
+def _print(figures: dict[str, Any]) -> None:
+    typer.echo(json.dumps(figures, indent=1))

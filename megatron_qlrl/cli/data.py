@@ -7,7 +7,7 @@ import typer
 
 app = typer.Typer(help="Build data sets.", no_args_is_help=True)
 
-ToyKind = Literal["needle", "needles", "two_hop"]  # as in data.builders.toy, which loads numpy
+ToyKind = Literal["needle", "needles", "two_hop"]  # copied from data.builders.toy: no numpy here
 
 
 @app.command("toy")

@@ -21,13 +21,16 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     key_file: Annotated[
         Path | None,
-        typer.Option(help="The key to ask for (mode 0600); a missing file is made with a new key."),
+        typer.Option(
+            help="File with the key that clients must send (mode 0600); a missing one is written "
+            "with a new key."
+        ),
     ] = None,
     limit: Annotated[float, typer.Option(min=1, help="Seconds until it must be healthy.")] = 900,
 ) -> None:
     """Serve a judge with vLLM until Ctrl-C; prints a line when it is ready.
 
-    The server asks for the key in --key-file, else for that in VLLM_API_KEY, else for none.
+    Clients must send the key in --key-file, or that in VLLM_API_KEY; without either, none.
     """
     from megatron_qlrl.launch import judge
 

@@ -1,4 +1,4 @@
-"""`qlrl plan`: memory, time and what does not fit, before anything is downloaded or started."""
+"""`qlrl plan`: estimates memory and time, and says what does not fit, before anything starts."""
 
 import json
 from dataclasses import asdict
@@ -19,7 +19,7 @@ from megatron_qlrl.plan.phase import Cluster, PhasePlan, plan_phase
 from megatron_qlrl.plan.table import assumptions_line, options_table, plan_table
 
 NUM_OPTIONS = 5
-"""So many layouts --advise shows."""
+"""Layouts that --advise shows."""
 
 
 def plan(
@@ -39,16 +39,16 @@ def plan(
     advise: Annotated[bool, typer.Option("--advise", help="Also the fastest layouts.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Memory of a rank by part, step time and GPU-hours of every phase. Needs no GPU, and of the
-    model only config.json. Exit code 2 when something does not fit."""
+    """Estimate each rank's memory by part, and the step time and GPU-hours of every phase. Needs no
+    GPU and only the model's config.json. Exit code 2 when something does not fit."""
     loaded = load_config(config, overrides or [])
-    stages = loaded.phase_configs()
+    phases = loaded.phase_configs()
     shape = read_shape(loaded.model.path, loaded.model.rope_scaling)
-    cluster = Cluster(gpus or checks.smallest_world_size(stages), find_hardware(hardware))
+    cluster = Cluster(gpus or checks.smallest_world_size(phases), find_hardware(hardware))
     lengths = None if mean_tokens is None else Lengths(*mean_tokens)
-    for stage in stages:
-        checks.check_layout(stage, shape, world_size=cluster.gpus)
-    plans = [plan_phase(stage, shape, cluster, lengths=lengths) for stage in stages]
+    for phase in phases:
+        checks.check_layout(phase, shape, world_size=cluster.gpus)
+    plans = [plan_phase(phase, shape, cluster, lengths=lengths) for phase in phases]
     best = {
         p.name: fastest(p.config, shape, cluster, lengths, count=NUM_OPTIONS)
         for p in (plans if advise else [])
@@ -66,7 +66,7 @@ def plan(
 
 
 def _advice(plan: PhasePlan, shape: ModelShape, cluster: Cluster, lengths: Lengths | None) -> str:
-    """The first thing that does not fit, and the smallest change after which everything does."""
+    """Returns the first thing that does not fit, and the smallest change that makes all fit."""
     start = f"phase {plan.name} does not fit on {cluster.gpus} x {cluster.hardware.name}: "
     option = smallest_change(plan.config, shape, cluster, lengths)
     if option is None:

@@ -1,4 +1,4 @@
-"""Where a command runs: checked once, then here or in ranks of its own; errors in one place."""
+"""Checks a command once, runs it in this process or in ranks of its own, and shows its errors."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +18,15 @@ def on_ranks(
     run: Callable[[], None],
     saves: bool = False,
 ) -> None:
-    """Checks once, then runs here (already a rank, or a job of one) or in `processes` ranks.
+    """Calls `check` once, then `run`: in this process if it is a rank already or the only one, or
+    else in `processes` new ranks.
 
-    `saves`: the command saves when it is asked to stop."""
-    interrupt_ends()  # other commands take away what they had begun to write
+    Args:
+        argv: the command line that the new ranks run.
+        check: gets the number of ranks.
+        saves: whether the command saves when it is asked to stop.
+    """
+    interrupt_ends()  # an interrupted command removes what it had begun to write
     ranks = read_ranks()
     world_size = ranks.world_size if ranks.world_size > 1 else processes
     if not local.is_child():
@@ -34,7 +39,8 @@ def on_ranks(
 
 @contextmanager
 def shown_once() -> Iterator[None]:
-    """For checks that fail alike on every rank of torchrun or srun: one a machine says so."""
+    """Shows an error on one rank per machine and ends the others silently: for checks that fail
+    alike on every rank of torchrun or srun."""
     try:
         yield
     except QlrlError as error:
@@ -44,7 +50,7 @@ def shown_once() -> Iterator[None]:
 
 
 def show(error: QlrlError) -> None:
-    """One message on stderr, by the launcher when it started this rank."""
+    """Writes one message to stderr; the launcher does so if it started this rank."""
     try:
         rank = read_ranks().rank
     except ConfigError:
@@ -52,6 +58,6 @@ def show(error: QlrlError) -> None:
     if local.report_error(str(error), rank):
         return
     if rank and str(error).startswith("rank "):
-        return  # agreed between the ranks: rank 0 shows it
+        return  # all ranks have agreed on this message, and rank 0 shows it
     for line in local.format_errors({rank: str(error)}):
         print(f"qlrl: error: {line}", file=sys.stderr, flush=True)

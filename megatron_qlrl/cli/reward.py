@@ -1,4 +1,4 @@
-"""`qlrl reward`: scores offline."""
+"""`qlrl reward`: scores files of responses as training would."""
 
 import json
 import sys
@@ -33,19 +33,19 @@ def score(
     reasoning: Annotated[
         Literal["required", "optional"] | None,
         typer.Option(
-            help="For rows that do not say so in the field `reasoning`: required where the "
-            "prompt ended in an open <think>."
+            help="For rows without the field `reasoning`: `required` if the prompt ended in an "
+            "open <think>."
         ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Model folder whose chat template says so instead.")
+        Path | None, typer.Option(help="Model folder whose chat template decides that instead.")
     ] = None,
 ) -> None:
     """Score rows {data_source, question, ground_truth, response} as training would.
 
     With --out every row is written with rule, judge, score, matched and masked. Rows that cannot
-    be read are named on stderr and left out; the exit code is then 1. Where no row can be read it
-    is 2, and the file that --out names stays as it was.
+    be read are named on stderr and left out; the exit code is then 1. If no row can be read, it is
+    2, and the file that --out names is not changed.
     """
     from megatron_qlrl.reward.audit import audit
     from megatron_qlrl.reward.score import Scorer
@@ -62,14 +62,14 @@ def score(
             if stream is not None:
                 stream.write(json.dumps(row) + "\n")
 
-        found = audit(file, scorer, write, reasoning_open=opened)
+        result = audit(file, scorer, write, reasoning_open=opened)
         if scorer.last_failure:
             typer.echo(f"the judge's last failure: {scorer.last_failure}", err=True)
-    typer.echo(found.table())
-    for line in found.bad:
+    typer.echo(result.table())
+    for line in result.bad:
         typer.echo(line, err=True)
-    if found.bad:
-        typer.echo(f"{len(found.bad)} row(s) could not be scored", err=True)
+    if result.bad:
+        typer.echo(f"{len(result.bad)} row(s) could not be scored", err=True)
         sys.exit(1)
 
 
@@ -92,7 +92,7 @@ def _reasoning_open(reasoning: str | None, model: Path | None) -> bool | None:
 
 
 def _judge(urls: list[str], model: str, key_env: str | None) -> Any:
-    """A judge that has answered."""
+    """Returns a judge, after checking that its servers answer."""
     from pydantic import ValidationError
 
     from megatron_qlrl.config.schema import JudgeConfig

@@ -1,4 +1,4 @@
-"""`qlrl slurm`: what the batch scripts in slurm/ call around a run."""
+"""`qlrl slurm`: the commands that the batch scripts in slurm/ call before and after a run."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ def check(
     nodes: Annotated[str, typer.Option(help="Names, comma-separated, in rank order.")] = "",
     tasks: Annotated[int, typer.Option(min=1, help="Ranks of the run.")] = 1,
 ) -> None:
-    """Before a run, as one task on each node: the input, and whether the nodes fit together."""
+    """Check the input, and whether the nodes fit together; one task on each node, before a run."""
     from megatron_qlrl.launch.slurm import check_nodes
 
     def prepare() -> tuple[Path, int]:
@@ -47,14 +47,14 @@ def check(
 
 
 @app.command()
-def again(
+def after_failure(
     config: ConfigPath,
     overrides: Overrides = None,
     code: Annotated[int, typer.Option(help="Exit code of the run.")] = 1,
-    limit: Annotated[int, typer.Option(min=1, help="Failures that end it.")] = 3,
+    limit: Annotated[int, typer.Option(min=1, help="Failures after which the job ends.")] = 3,
 ) -> None:
-    """After a failed run: exit code 0 if the job may come back, 2 if it failed too often without
-    a new checkpoint."""
+    """Count a failed run: exit code 0 if the job may be queued again, 2 if it failed too often
+    without a new checkpoint."""
     from megatron_qlrl.launch.slurm import count_failure
 
     folder = Path(load_config(config, overrides or []).run.dir)

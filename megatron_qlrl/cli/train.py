@@ -17,7 +17,7 @@ from megatron_qlrl.config.load import load_config
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.launch import local
-from megatron_qlrl.launch.again import start_again
+from megatron_qlrl.launch.next_process import replace_process
 from megatron_qlrl.platform.env import read_ranks, read_secret
 from megatron_qlrl.platform.files import check_output
 from megatron_qlrl.platform.machine import attention_kernel
@@ -37,7 +37,7 @@ Processes = Annotated[
         "--processes",
         min=1,
         help="Ranks to start on this machine. Default: one per GPU; without a GPU, the fewest "
-        "that hold the layout. Under torchrun and srun nothing is started.",
+        "that hold the layout. Ignored under torchrun and srun, which start the ranks.",
     ),
 ]
 
@@ -62,7 +62,8 @@ def distill(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Parquet file to write.")],
     overrides: Overrides = None,
 ) -> None:
-    """Warm-up data: a teacher's correct answers to data.train_files. Started again, it goes on."""
+    """Write warm-up data: a teacher's correct answers to data.train_files. Continues when it is
+    started again."""
     loaded = load_config(config, overrides or [])
     _check_files(loaded, "distill")
     from megatron_qlrl.distill import output_files
@@ -82,7 +83,7 @@ def check(
     sample: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Number of real prompts to answer with model.path, shown with their scores."
+            min=1, help="Number of prompts to answer with model.path and show with their scores."
         ),
     ] = None,
 ) -> None:
@@ -124,7 +125,7 @@ def _report_machine() -> None:
 
 
 def _check_config(config: Config, world_size: int) -> None:
-    """As the commands do whose files and phases the config names."""
+    """Checks a config as each command would for which the config names files or phases."""
     data = config.data
     uses: dict[checks.Command, tuple[object, ...]] = {
         "sft": data.sft_files,
@@ -135,14 +136,14 @@ def _check_config(config: Config, world_size: int) -> None:
         if used:
             _check_files(config, command)
     shape = check_folder(config.model.path, config.model.rope_scaling)
-    for stage in config.phase_configs():
-        checks.check_layout(stage, shape, world_size=world_size)
-        checks.check_machine(stage, processes=world_size, num_gpus=local.num_gpus())
+    for phase in config.phase_configs():
+        checks.check_layout(phase, shape, world_size=world_size)
+        checks.check_machine(phase, processes=world_size, num_gpus=local.num_gpus())
     _check_judge(config)
 
 
 def machine_report() -> dict[str, str]:
-    """Versions and devices, read without loading any of the packages."""
+    """Returns versions and devices by name, without loading any of the packages."""
     gpus = local.num_gpus()
     kernel = attention_kernel(gpu=bool(gpus))
     return {
@@ -160,7 +161,7 @@ def machine_report() -> dict[str, str]:
 
 
 def _train(command: checks.Command, path: Path, overrides: list[str], wanted: int | None) -> None:
-    """The three commands that take a config."""
+    """Runs one of the three commands that take a config and run on ranks."""
     with shown_once():
         config = load_config(path, overrides)
 
@@ -183,30 +184,30 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
             }
             handover = runs[command](config)
         if handover is not None:
-            start_again(
+            replace_process(
                 handover.port,
                 longest_step_s=handover.longest_step_s,
                 settings=["checkpoint.resume=true"],
             )
 
-    processes = wanted or _default_processes(_stages(command, config))
+    processes = wanted or _default_processes(_phases(command, config))
     argv = [command, str(path), *overrides]
     on_ranks(argv, processes, check=check, run=run, saves=command in ("sft", "rl"))
 
 
 def check_command(command: checks.Command, config: Config, world_size: int) -> None:
-    """All that can be checked before `world_size` ranks start.
+    """Checks all that can be checked before `world_size` ranks start.
 
     Raises:
         QlrlError: naming what does not fit.
     """
     _check_files(config, command)
     shape = check_folder(config.model.path, config.model.rope_scaling)
-    # Under torchrun and srun the job may span machines: their ranks here are not counted.
+    # Under torchrun and srun the job may span machines, and how many ranks run here is not known.
     here = world_size if read_ranks().world_size == 1 else 1
-    for stage in _stages(command, config):
-        checks.check_layout(stage, shape, world_size=world_size)
-        checks.check_machine(stage, processes=here, num_gpus=local.num_gpus())
+    for phase in _phases(command, config):
+        checks.check_layout(phase, shape, world_size=world_size)
+        checks.check_machine(phase, processes=here, num_gpus=local.num_gpus())
     checks.check_run_dir(config)
     _check_judge(config)
 
@@ -216,14 +217,14 @@ def _check_files(config: Config, command: checks.Command) -> None:
     from megatron_qlrl.data.dataset import check_file
 
     data = config.data
-    own = {"sft": data.sft_files, "eval": ()}.get(command, data.train_files)
-    for file in own:
+    files = {"sft": data.sft_files, "eval": ()}.get(command, data.train_files)
+    for file in files:
         check_file(Path(file), has_response=command == "sft")
     for file in data.eval_files:
         check_file(Path(file), has_response=False)
 
 
-def _stages(command: checks.Command, config: Config) -> list[Config]:
+def _phases(command: checks.Command, config: Config) -> list[Config]:
     return config.phase_configs() if command == "rl" else [config]
 
 
@@ -242,8 +243,8 @@ def _default_processes(configs: list[Config]) -> int:
 def _version(*names: str) -> str:
     for name in names:
         try:
-            found = version(name)
+            installed = version(name)
         except PackageNotFoundError:
             continue
-        return found if name == names[0] else f"{found} ({name})"
+        return installed if name == names[0] else f"{installed} ({name})"
     return "absent"

@@ -1,6 +1,6 @@
-"""A vLLM server for the judge on this machine: start, wait until it is healthy, end it cleanly.
+"""Runs a vLLM server for the judge on this machine: starts it, waits until it is healthy, ends it.
 
-serve -> guard and server, one process group -> /health -> ready -> until it ends or a signal
+serve -> guard and server in one process group -> /health -> ready -> the server's end or a signal
 """
 
 import json
@@ -25,10 +25,10 @@ from megatron_qlrl.errors import ConfigError, RewardError
 POLL_S = 0.2
 TAIL_LINES = 20
 GRACE_S = 20.0
-"""Between SIGTERM to the server and SIGKILL to all its processes."""
+"""The time between SIGTERM to the server and SIGKILL to all its processes."""
 
 _DEFAULTS = {
-    # CPU only: key/value cache, and threads that are not pinned to cores others use too.
+    # On a CPU: GiB of key/value cache, and threads that are not pinned to cores others use too.
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
@@ -47,17 +47,20 @@ def serve(
     extra: Sequence[str],
 ) -> int:
     """Runs `python -m vllm.entrypoints.openai.api_server` until it ends or SIGINT or SIGTERM
-    comes; `extra` goes to it unread. A key is taken from `key_file` (see `read_key`) or
-    VLLM_API_KEY, never from arguments.
+    arrives. The server's output is held back until it is healthy and then goes to stderr.
 
-    Its output is kept back until it is healthy, and goes to stderr from then on.
+    Args:
+        key_file: holds the server's key (see `read_key`); without it VLLM_API_KEY does. A key is
+            never passed as an argument, which other users could read.
+        extra: arguments that are passed on to the server as they are.
 
     Returns:
-        The server's exit code, 128 + n after signal n.
+        The server's exit code, or 128 + n after signal n.
 
     Raises:
         ConfigError: the port is taken, or the key file cannot be used.
-        RewardError: the server ended, or was not healthy within `limit_s`; with its last lines.
+        RewardError: the server ended, or was not healthy within `limit_s`. The message holds its
+            last lines.
     """
     _check_port(host, port)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -91,7 +94,7 @@ def serve(
 
 
 class _Output:
-    """The server's lines: the last few kept, and passed on once `show` was called."""
+    """Reads the server's lines: keeps the last few, and passes all on once `show` was called."""
 
     def __init__(self, server: subprocess.Popen[str]) -> None:
         self._last: deque[str] = deque(maxlen=TAIL_LINES)
@@ -103,7 +106,7 @@ class _Output:
         self._shown = True
 
     def tail(self) -> str:
-        self._thread.join(timeout=1.0)  # a server that has just ended: its last words
+        self._thread.join(timeout=1.0)  # lets the last lines of a server that just ended arrive
         return "its last lines:\n" + "".join(f"  {line}" for line in list(self._last)).rstrip()
 
     def _read(self, server: subprocess.Popen[str]) -> None:
@@ -116,11 +119,11 @@ class _Output:
 
 @contextmanager
 def _server(command: list[str], key: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """The server's processes, all of them ended afterwards.
+    """Starts the server; afterwards all its processes have ended.
 
     vLLM's engine is a process of its own and survives a server that is killed. So a guard leads
-    the process group: when its standard input closes, because we close it or because we were
-    killed ourselves, it kills the whole group.
+    the process group and kills all of it when its standard input closes: because this process
+    closes it, or because this process was killed.
     """
     guard = subprocess.Popen(
         ["sh", "-c", "read _; kill -9 0"], stdin=subprocess.PIPE, process_group=0
@@ -152,26 +155,26 @@ def _server(command: list[str], key: Mapping[str, str]) -> Iterator[subprocess.P
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM."""
-    found: list[int] = []
+    """Yields a list to which SIGINT and SIGTERM are appended as they arrive."""
+    received: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
-        found.append(number)
+        received.append(number)
 
     before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield found
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def read_key(file: Path) -> str:
-    """The key in `file`, which only its owner may read; where there is no such file, a new one
-    with a new key.
+    """Returns the key in `file`, which only its owner may read. A missing file is written with a
+    new key.
 
     Raises:
-        ConfigError: others may read it, it holds no key, or it cannot be read or made.
+        ConfigError: others may read the file, it holds no key, or it cannot be read or written.
     """
     try:
         with suppress(FileExistsError):
@@ -195,7 +198,7 @@ def _check_port(host: str, port: int) -> None:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except (OSError, UnicodeError) as error:  # of names with an empty or too long part
+    except (OSError, UnicodeError) as error:  # UnicodeError: no valid host name
         raise ConfigError(
             f"the judge server cannot listen on {host}:{port} "
             f"({getattr(error, 'strerror', None) or error}); choose another --port or --host"

@@ -1,9 +1,10 @@
-"""Several ranks on this machine: start, watch, pass signals on, show the error that mattered.
+"""Runs several ranks on this machine: starts and watches them, passes signals on, and shows the
+error of the rank that failed first.
 
     launch -> one child per rank -> first failure (or signal) -> end the others -> exit code
 
-Own and small instead of torchrun: a failing rank's message is shown once and alone, where
-torchrun adds its own stack trace and table, and importing torch for it costs seconds.
+This is not torchrun, because torchrun takes seconds to import torch and adds a stack trace and a
+table of its own; here a failing rank's message is shown once and alone.
 """
 
 import ctypes
@@ -23,13 +24,13 @@ from megatron_qlrl.platform.env import free_port
 from megatron_qlrl.platform.stop import STOPPING, heard_signals
 
 ERROR_DIR = "QLRL_ERROR_DIR"
-"""Variable naming the folder for users' errors; set for children of `launch` only."""
+"""The variable that names the folder for users' errors; only children of `launch` have it."""
 
 POLL_S = 0.05
 SETTLE_S = 0.5
-"""A user's error that every rank meets is reported by each: how long to wait for the others."""
+"""How long to wait after the first user's error: every rank may be about to report the same."""
 GRACE_S = 15.0
-"""A rank that reported a user's error gets this long to leave by itself."""
+"""How long a rank that reported a user's error may take to leave by itself."""
 TAIL_LINES = 30
 
 
@@ -43,7 +44,7 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """Exit code as a shell gives it (128 + n for signal n), None while it runs."""
+        """The exit code as a shell gives it (128 + n for signal n), or None while it runs."""
         code = self.process.poll()
         return 128 - code if code is not None and code < 0 else code
 
@@ -53,16 +54,17 @@ def launch(
 ) -> int:
     """Runs `python -m megatron_qlrl <argv>` as `processes` ranks on this machine.
 
-    Rank 0's output is shown as it comes. When a rank fails, the others are ended and its
-    message is shown: the user's error it reported, else the end of its output. Signals that ask
-    a run to stop reach every rank, Ctrl-C as SIGTERM; a second one ends them at once.
+    Rank 0's output is shown as it comes. When a rank fails, the others are ended and its message
+    is shown: the user's error that it reported, or else the end of its output. Signals that ask a
+    run to stop are passed on to every rank, Ctrl-C as SIGTERM; a second signal ends them at once.
 
     Args:
-        saves: the command saves when it is asked to stop, which takes a while: Ctrl-C is answered.
+        saves: whether the command saves when it is asked to stop. That takes a while, so Ctrl-C
+            is then answered with a line that says so.
 
     Returns:
-        0, or the exit code of the first failing rank, or 128 + n after signal n; STOPPED if that
-        is how all ranks ended.
+        0, the exit code of the first failing rank, 128 + n after signal n, or STOPPED if all ranks
+        ended with it.
     """
     signals: list[int] = []
 
@@ -84,11 +86,11 @@ def launch(
 
 
 def report_error(message: str, rank: int) -> bool:
-    """Leaves a rank's error for `launch` to show; False when it did not start this process."""
+    """Leaves a rank's error for `launch` to show. Returns whether `launch` started this process."""
     folder = os.environ.get(ERROR_DIR)
     if folder is None:
         return False
-    # Renamed into place, so that half a message is never read.
+    # The file is renamed into place, so that half a message is never read.
     part = Path(folder) / f"{rank}.part"
     part.write_text(message, encoding="utf-8")
     part.rename(Path(folder) / f"{rank}.error")
@@ -101,7 +103,7 @@ def is_child() -> bool:
 
 
 def num_gpus(environ: Mapping[str, str] | None = None, devices: Path = Path("/dev")) -> int:
-    """GPUs this process may use, counted without loading torch."""
+    """Counts the GPUs that this process may use, without loading torch."""
     environ = os.environ if environ is None else environ
     present = sum(1 for d in devices.glob("nvidia*") if d.name.removeprefix("nvidia").isdigit())
     visible = environ.get("CUDA_VISIBLE_DEVICES")
@@ -114,7 +116,7 @@ def num_gpus(environ: Mapping[str, str] | None = None, devices: Path = Path("/de
 
 
 def format_errors(messages: Mapping[int, str]) -> list[str]:
-    """What to show for the ranks' messages: each once, named by rank unless rank 0 has it too.
+    """Returns each of the ranks' messages once, with the rank's number unless rank 0 has it too.
 
     >>> format_errors({0: "no such file", 1: "no such file", 2: "disk is full"})
     ['no such file', 'rank 2: disk is full']
@@ -156,7 +158,7 @@ def _start(command: list[str], env: dict[str, str], folder: Path) -> Child:
 
 
 def _die_with_parent() -> None:
-    """Linux ends the rank when the launcher is killed: no orphan keeps the run folder busy."""
+    """Lets Linux end the rank when the launcher is killed: no orphan keeps the run folder busy."""
     set_death_signal = 1
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
@@ -175,7 +177,7 @@ def _watch(children: list[Child], signals: list[int], folder: Path, *, saves: bo
 
 
 def _stop(children: list[Child], signals: list[int], folder: Path) -> int:
-    """Hands the first signal on and lets the ranks finish; another signal ends them."""
+    """Passes the first signal on and lets the ranks finish; another signal ends them at once."""
     number = signals[0]
     handed_on = signal.SIGTERM if number == signal.SIGINT else number
     for child in children:
@@ -185,7 +187,7 @@ def _stop(children: list[Child], signals: list[int], folder: Path) -> int:
         if failed or _messages(folder):
             return _fail(children, failed, folder)
         codes = [c.code for c in children]
-        # One that did not listen yet has ended; the others would wait for it.
+        # A rank that did not handle signals yet has ended; the others would wait for it.
         if None not in codes or 128 + handed_on in codes:
             break
         time.sleep(POLL_S)
@@ -197,8 +199,8 @@ def _fail(children: list[Child], failed: list[Child], folder: Path) -> int:
     time.sleep(SETTLE_S)
     for child in children:
         if child.rank not in _messages(folder):
-            child.process.kill()  # it waits for the one that failed, whatever it is asked
-    # A rank that reported leaves by itself (it may be closing its logs).
+            child.process.kill()  # it waits for the failed rank and would not listen to signals
+    # A rank that reported an error leaves by itself (it may be closing its logs).
     deadline = time.monotonic() + GRACE_S
     while any(c.code is None for c in children) and time.monotonic() < deadline:
         time.sleep(POLL_S)
@@ -224,7 +226,7 @@ def _messages(folder: Path) -> dict[int, str]:
 
 
 def _show_end(child: Child) -> None:
-    """Names the rank that failed; its last lines too, unless they are on the screen already."""
+    """Names the rank that failed and shows its last lines, which rank 0 has shown already."""
     print(f"qlrl: rank {child.rank} failed with exit code {child.code}", file=sys.stderr)
     if child.rank:
         lines = child.log.read_text(encoding="utf-8", errors="replace").splitlines()

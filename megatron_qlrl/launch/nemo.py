@@ -11,8 +11,8 @@ from typing import Any
 import nemo_run as run  # pyright: ignore[reportMissingImports]
 
 SIGNAL = "USR1@300"
-"""To the program itself: NeMo-Run's batch script waits in the foreground and would pass on nothing.
-The time must suffice for one training step and a checkpoint."""
+"""Slurm sends USR1 this many seconds before the end, enough for a training step and a checkpoint.
+It goes to the program itself: NeMo-Run's batch script waits in the foreground and keeps them."""
 
 
 def slurm_executor(
@@ -28,14 +28,14 @@ def slurm_executor(
     tunnel: Any = None,
     retries: int = 10,
 ) -> Any:
-    """One process for each GPU.
+    """Returns an executor that runs one process for each GPU.
 
     Args:
         container: image for pyxis; None runs the stages in the environment of their `python`.
         tunnel: `run.SSHTunnel(...)` from outside; None on the cluster's login node, where the home
             of NeMo-Run (`nemo_run.config.set_nemorun_home`) must be a folder that all nodes see.
-        retries: how often a stage comes back, after its time was up or a failure. NeMo-Run counts
-            restarts, whatever the exit code.
+        retries: how often a stage is restarted, after a failure or when its time was up. NeMo-Run
+            counts restarts whatever the exit code.
     """
     return run.SlurmExecutor(
         account=account,
@@ -51,28 +51,30 @@ def slurm_executor(
         tunnel=tunnel or run.LocalTunnel(job_dir=""),
         retries=retries,
         packager=run.GitArchivePackager(),
-        # Variables are written unquoted into the batch script, so this one is read there; no
-        # secrets therefore. NeMo-Run's srun kills all ranks with the first one that ends badly,
-        # which would cut off what the others still write when they stop together.
+        # NeMo-Run writes variables unquoted into the batch script: the shell expands this one
+        # there, and secrets must not be passed this way. Its srun kills all ranks when the first
+        # ends badly, which would cut off what the others still write when they stop together.
         env_vars={"MASTER_ADDR": "$head_node_ip"},
         srun_args=["--kill-on-bad-exit=0"],
     )
 
 
 def local_executor() -> Any:
-    """This machine; a stage starts its own processes, one for each GPU."""
+    """Returns an executor for this machine; a stage starts its own processes, one for each GPU."""
     return run.LocalExecutor()
 
 
 def stages(
     config: str, out: str, *, settings: Sequence[str] = (), sft_settings: Sequence[str] = ()
 ) -> dict[str, list[str]]:
-    """Arguments of `qlrl` by stage, in their order.
+    """Returns the arguments of `qlrl` by stage, in the order in which the stages run.
 
     Args:
         config: YAML file in the repository.
-        out: absolute folder that all nodes see: every stage has a copy of the code of its own.
-        settings: of all stages that take a config; `sft_settings` of the warm-up besides.
+        out: absolute path of a folder that all nodes see; every stage runs in its own copy of the
+            repository.
+        settings: settings for all stages that take a config.
+        sft_settings: more settings for the warm-up alone.
     """
     return {
         "sft": ["sft", config, f"run.dir={out}/sft", *settings, *sft_settings],
@@ -85,15 +87,15 @@ def stages(
 def add_stages(
     experiment: Any, executor: Any, commands: dict[str, list[str]], *, python: str = "python"
 ) -> None:
-    """Adds one task a stage, each waiting for the success of the one before.
+    """Adds one task per stage; each waits until the one before has succeeded.
 
     Args:
-        python: of the training environment, as the nodes (or the container) know it.
+        python: the training environment's Python, as the nodes (or the container) know it.
     """
     previous: list[str] = []
     for name, argv in commands.items():
         command = shlex.join([python, "-m", "megatron_qlrl", *argv])
-        # exec: the signals are for Python.
+        # With exec the signals reach Python instead of a shell.
         script = run.Script(inline=f"exec {command}\n")
         single = name == "export"
         task = experiment.add(

@@ -1,7 +1,7 @@
-"""Around the ranks of a Slurm job: its nodes are checked before, its failures counted after.
+"""Checks the nodes of a Slurm job before its run, and counts its failures afterwards.
 
-    batch script -> `qlrl slurm check`, a task on each node -> `qlrl rl`, a task for each GPU
-                 -> after a failure `qlrl slurm again`: may the job come back?
+    batch script -> `qlrl slurm check`, one task on each node -> `qlrl rl`, one task for each GPU
+                 -> `qlrl slurm after-failure` decides whether a failed job is queued again
 
 The batch scripts are in slurm/; they read the exit codes and requeue the job.
 """
@@ -22,11 +22,11 @@ from megatron_qlrl.errors import ConfigError, QlrlError
 from megatron_qlrl.platform.env import init_ranks
 
 REACH_S = 120.0
-"""A node that is not there so long after another one cannot be reached."""
+"""How long a node waits for the others before it says that they cannot be reached."""
 MAX_SKEW_S = 5.0
-"""Clocks that differ by more make logs and file times of no use."""
+"""Clocks that differ by more make logs and file times useless."""
 USED_MIB = 2048
-"""A GPU on which so much memory is taken before the job starts is in use by another."""
+"""A GPU with more memory taken before the job starts is in use by another process."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Node:
     """What a node says about itself.
 
     Attributes:
-        versions: what must be the same everywhere, by name.
+        versions: versions by name, which must be the same on all nodes.
         gpus: (total, used) memory of each GPU, in MiB.
-        free_bytes: of the disk under run.dir.
-        clock_s: its time, taken on all nodes at the same moment.
-        sees: whether it sees the file that the first node wrote into run.dir.
+        free_bytes: free space of the disk under run.dir.
+        clock_s: the node's time, read on all nodes at the same moment.
+        sees: whether the node sees the file that the first node wrote into run.dir.
     """
 
     name: str
@@ -56,13 +56,13 @@ def check_nodes(
     tasks_per_node: int,
     versions: Mapping[str, str],
 ) -> list[str]:
-    """Called by one task on each node of a job: what does not fit, the same list on all of them.
+    """Returns what does not fit, the same list on all nodes. One task on each node calls it.
 
     Args:
-        prepare: checks what the run reads; run.dir and the bytes that have to be free there.
-        names: of the nodes, in rank order.
-        tasks_per_node: each needs a GPU of its own, where there are any.
-        versions: what must be the same on all nodes.
+        prepare: checks what the run reads; returns run.dir and the bytes that must be free there.
+        names: the nodes' names in rank order.
+        tasks_per_node: each task needs a GPU of its own, where there are any.
+        versions: this node's versions, which must be the same on all nodes.
 
     Raises:
         ConfigError: nodes do not reach each other.
@@ -91,16 +91,17 @@ def check_nodes(
             clock_s=clock_s,
             sees=(folder / mark).is_file(),
         )
-        nodes = [Node(**found) for found in gather("node", asdict(node))]
+        nodes = [Node(**fields) for fields in gather("node", asdict(node))]
         if ranks.rank == 0:
             (folder / mark).unlink()
         problems = compare(nodes, tasks_per_node=tasks_per_node, need_bytes=need_bytes)
-    gather("end", None)  # the first node holds the meeting place
+    gather("end", None)  # the first node hosts the store and must not leave before the others
     return problems
 
 
 def compare(nodes: Sequence[Node], *, tasks_per_node: int, need_bytes: int) -> list[str]:
-    """One line for everything that makes a node unfit, naming it; the first node is the measure."""
+    """Returns one line, with the node's name, for everything in which a node is unfit. Nodes are
+    compared with the first one."""
     return [
         f"{node.name}: {problem}"
         for node in nodes
@@ -114,6 +115,16 @@ def _misfits(node: Node, first: Node, tasks_per_node: int, need_bytes: int) -> I
     elif node.free_bytes < need_bytes:
         free, need = node.free_bytes / 1e9, need_bytes / 1e9
         yield f"run.dir has {free:.1f} GB free, a checkpoint needs about {need:.1f} GB"
+    yield from _gpu_misfits(node, first, tasks_per_node)
+    for what, version in node.versions.items():
+        if version != first.versions.get(what):
+            yield f"{what} is {version}, on {first.name} {first.versions.get(what)}"
+    skew = node.clock_s - first.clock_s
+    if abs(skew) > MAX_SKEW_S:
+        yield f"its clock is {skew:+.0f} s off that of {first.name}"
+
+
+def _gpu_misfits(node: Node, first: Node, tasks_per_node: int) -> Iterator[str]:
     if len(node.gpus) != len(first.gpus):
         yield f"{len(node.gpus)} GPU(s), {first.name} has {len(first.gpus)}"
     elif node.gpus and len(node.gpus) < tasks_per_node:
@@ -123,16 +134,11 @@ def _misfits(node: Node, first: Node, tasks_per_node: int, need_bytes: int) -> I
             yield f"GPU {index} has {total} MiB, GPU 0 of {first.name} {first.gpus[0][0]} MiB"
         if used > USED_MIB:
             yield f"GPU {index}: {used} MiB of {total} are in use by another process"
-    for what, version in node.versions.items():
-        if version != first.versions.get(what):
-            yield f"{what} is {version}, on {first.name} {first.versions.get(what)}"
-    skew = node.clock_s - first.clock_s
-    if abs(skew) > MAX_SKEW_S:
-        yield f"its clock is {skew:+.0f} s off that of {first.name}"
 
 
 def by_node(problems: Mapping[str, str]) -> list[str]:
-    """Problems of the nodes ("" for none): one line when all have the same, else named ones."""
+    """Returns the nodes' problems ("" is none): one line if all have the same, else one line for
+    each node that has one, with its name."""
     texts = set(problems.values())
     if len(texts) == 1:
         return [text for text in texts if text]
@@ -140,7 +146,7 @@ def by_node(problems: Mapping[str, str]) -> list[str]:
 
 
 def read_gpus() -> list[tuple[int, int]]:
-    """(total, used) memory in MiB of the GPUs that nvidia-smi names; [] without it."""
+    """Returns (total, used) memory in MiB of each GPU that nvidia-smi lists, or [] without it."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=memory.total,memory.used", "--format=csv,noheader,nounits"]
@@ -162,7 +168,7 @@ def parse_gpus(table: str) -> list[tuple[int, int]]:
 
 
 def count_failure(run_dir: Path) -> int:
-    """How often this job has failed since its newest checkpoint, this time included."""
+    """Returns how often this job has failed since its newest checkpoint, this time included."""
     job = os.environ.get("SLURM_JOB_ID", "")
     record = run_dir / "failures.json"
     folders = sorted((run_dir / "checkpoints").glob("step_????????"))
@@ -175,8 +181,8 @@ def count_failure(run_dir: Path) -> int:
 
 
 def _meet(rank: int, names: Sequence[str]) -> Callable[[str, Any], list[Any]]:
-    """A gather of JSON values at MASTER_ADDR, once all nodes have exchanged data there and with
-    each other."""
+    """Returns a function that gathers JSON values over all nodes, after checking that every node
+    reaches MASTER_ADDR and that all can exchange data."""
     import torch
     import torch.distributed as dist
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron_qlrl.errors import ConfigError
 
 LONGEST_STEP = "QLRL_LONGEST_STEP_S"
-"""From one process to the next in its place (launch/again.py)."""
+"""The longest step so far, which a process leaves to the next one (launch/next_process.py)."""
 
 PICKLED_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 """Transformer Engine's name for the user's leave to unpickle its state of delayed FP8 scaling."""

@@ -36,7 +36,7 @@ RUN = (
 )
 AGAIN = (
     "srun --unbuffered --cpus-per-task=8 --nodes=1 --ntasks=1 "
-    "python -m megatron_qlrl slurm again {config}{more} --code {code} --limit 3"
+    "python -m megatron_qlrl slurm after-failure {config}{more} --code {code} --limit 3"
 )
 REQUEUE = "scontrol requeue 42"
 # Logs its command line; srun ends with the next exit code that the test wants.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 PROGRAM = """
 import os, signal, sys
-from megatron_qlrl.launch.again import start_again
+from megatron_qlrl.launch.next_process import replace_process
 from megatron_qlrl.platform.env import longest_step_s
 from megatron_qlrl.platform.stop import StopSignals
 
@@ -15,7 +15,7 @@ print(os.getpid(), sys.argv[1:], os.environ["MASTER_PORT"], os.environ["RANK"],
 if os.environ["MASTER_PORT"] < "1003":
     left_open = os.open(sys.argv[0], os.O_RDONLY)
     os.set_inheritable(left_open, True)
-    start_again(int(os.environ["MASTER_PORT"]) + 1, longest_step_s=longest_step_s() + 1.5,
+    replace_process(int(os.environ["MASTER_PORT"]) + 1, longest_step_s=longest_step_s() + 1.5,
                 settings=["x.y=true"])
 os.kill(os.getpid(), signal.SIGUSR1)  # before the program listens
 with StopSignals(None) as stop:
