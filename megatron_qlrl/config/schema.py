@@ -19,7 +19,8 @@ from pydantic import (
 )
 
 FILE_NAME = re.compile(r"(?!\.{1,2}$)[\w.-]{1,100}")
-"""Names that become a part of a path: letters, digits, `.`, `_` and `-`, and neither . nor .."""
+"""A name that becomes a part of a path: letters, digits, `.`, `_` and `-`, but not . or ..
+alone."""
 
 # YAML reads a bare `off` as false.
 YamlOff = BeforeValidator(lambda value: "off" if value is False else value)
@@ -36,6 +37,8 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
+    """The run's identity and its folder."""
+
     name: str = "qlrl"
     """Name of the run; also the tracker's run name."""
     dir: str = "runs/qlrl"
@@ -48,47 +51,53 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
+    """The model that training starts from."""
+
     path: str
     """Hugging Face folder (config.json, safetensors, tokenizer) that training starts from."""
     name: Annotated[str, Field(pattern=f"^{MODEL_NAME}$")] | None = None
-    """What the model card of a release calls the base model (Qwen/Qwen3-4B). None: the base of the
-    card where path is a release of a run, else the name of the repository or folder."""
+    """The base model's name on the model card of a release (Qwen/Qwen3-4B). None: where `path` is a
+    release of another run, the base on its card; else the name of the repository or folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations; float32 on a machine without a GPU."""
     rope_scaling: dict[str, Any] | None = None
-    """RoPE scaling (default, linear, yarn, llama3, longrope) in place of the model's, for training,
+    """Replaces the model's RoPE scaling (default, linear, yarn, llama3, longrope) in training,
     engine and release: {rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}
-    gives a model of 32,768 positions 131,072."""
+    extends a model of 32,768 positions to 131,072."""
 
 
 class DataConfig(Section):
+    """The files with prompts; see docs/data-format.md."""
+
     train_files: tuple[str, ...] = ()
     """RL prompts: verl-format parquet files."""
     eval_files: tuple[str, ...] = ()
-    """Held-out prompts, one benchmark a file (named by its stem)."""
+    """Held-out prompts. Each file is one benchmark, named by the file's stem."""
     sft_files: tuple[str, ...] = ()
     """SFT rows: the same parquet with a `response` column."""
     enable_thinking: bool | None = None
-    """Passed to chat templates that read it (Qwen3); None leaves it out."""
+    """Passed to chat templates that read it (Qwen3); None does not pass it."""
 
 
 class PhaseConfig(Section):
+    """One curriculum phase: prompts of a range of lengths, for a number of steps."""
+
     name: str
-    """Shown in logs and checkpoints; the file name of the phase's evaluation, so of letters,
-    digits, `.`, `_` and `-`."""
+    """Appears in logs and checkpoints and names the file of the phase's evaluation, so it consists
+    of letters, digits, `.`, `_` and `-`."""
     max_input_tokens: int = Field(gt=0)
     """L_k: the phase trains on prompts with L_{k-1} < tokens <= L_k."""
     steps: int = Field(gt=0)
     """Optimizer steps (rollout batches) of the phase."""
     overrides: dict[str, dict[str, Any]] = {}
-    """Settings that are others in this phase, as sections of the config (the ones in OVERRIDABLE,
-    without the settings in FIXED): {policy: {cp: 2, max_tokens_per_row: 72000}, optimizer:
-    {lr: 1.0e-6}}."""
+    """Settings that differ in this phase, by section: {policy: {cp: 2, max_tokens_per_row: 72000},
+    optimizer: {lr: 1.0e-6}}. Sections: policy, rollout, algorithm, optimizer, curriculum and
+    stability; policy.distributed_optimizer and optimizer.warmup_steps cannot differ."""
     reference: Literal["keep", "renew"] = "keep"
-    """Reference policy of the phase: that of the phase before (of the first phase: model.path), or
-    the weights at the phase's start."""
+    """The reference policy of the phase. keep: that of the phase before (in the first phase:
+    model.path). renew: the weights at the phase's start."""
     optimizer_state: Literal["keep", "reset"] = "keep"
-    """Adam's moments at the phase's start."""
+    """What happens to Adam's moments at the phase's start."""
 
     @field_validator("name")
     @classmethod
@@ -128,25 +137,31 @@ OVERRIDABLE = ("policy", "rollout", "algorithm", "optimizer", "curriculum", "sta
 
 
 class CurriculumConfig(Section):
+    """Which prompts of earlier phases are drawn again (retrospective sampling)."""
+
     carried_share: float = Field(default=0.0, ge=0, lt=1)
-    """Largest share of a batch's prompts that are carried over from earlier phases."""
+    """The largest share of a batch's prompts that may come from earlier phases."""
     carry: Literal["seen", "unsolved"] = "seen"
-    """What is carried: any prompt that was seen, by difficulty, or only those whose newest group
-    had no reward at all (the paper's practice)."""
+    """Which prompts may be carried. seen: every prompt drawn before. unsolved: only prompts whose
+    newest group had no reward above 0 (the paper's practice)."""
     difficulty_eps: float = Field(default=0.01, gt=0)
+    """Keeps the weight of a prompt that was never solved finite; see max_difficulty."""
     max_difficulty: float = Field(default=16.0, gt=0)
-    """A carried prompt's weight is min(1 / (mean reward + difficulty_eps), max_difficulty)."""
+    """The largest weight. A carried prompt is drawn with a probability proportional to
+    min(1 / (mean reward + difficulty_eps), max_difficulty)."""
 
 
 class RolloutConfig(Section):
+    """What is generated in a step, and the engine that generates it."""
+
     prompts_per_step: int = Field(default=128, gt=0)
-    """Prompts whose groups make one training batch."""
+    """Prompts of one training batch."""
     group_size: int = Field(default=8, gt=0)
     """G: responses sampled for each prompt."""
     max_response_tokens: int = Field(default=10_000, gt=0)
-    """Longest response; longer ones are cut and count as unfinished."""
+    """Longer responses are cut here and count as unfinished."""
     temperature: float = Field(default=0.7, gt=0)
-    """Sampling temperature; part of the policy, so log-probs are taken at it too."""
+    """Sampling temperature. It is a part of the policy: log-probs are taken at it, too."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Nucleus sampling during rollout."""
     tp: int = Field(default=1, gt=0)
@@ -156,57 +171,65 @@ class RolloutConfig(Section):
     cpu_kv_cache_gib: int = Field(default=1, gt=0)
     """Size of the key/value cache of the CPU engine, in GiB (CPU only)."""
     sync_bucket_mib: int = Field(default=512, gt=0)
-    """Weights are gathered for the engine in buckets of at most this size."""
+    """Weights are gathered for the engine in buckets of at most this size; a larger tensor is a
+    bucket of its own."""
 
 
 class AlgorithmConfig(Section):
+    """The loss, and which groups reach it."""
+
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """Group-relative advantage: (r - mean) / (std + 1e-6), r - mean, or leave-one-out."""
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    """How token losses are averaged: over all tokens of the optimizer batch (DAPO), per
-    response and then over responses (GRPO), or over a constant number of tokens per response
-    (rollout.max_response_tokens, Dr. GRPO). Empty responses count as responses in the latter two
-    (verl leaves them out of the mean over responses)."""
+    """How token losses are averaged. token_mean: over all tokens of the optimizer batch (DAPO).
+    sequence_mean: over each response, then over responses (GRPO). constant: their sum over a
+    response is divided by rollout.max_response_tokens, then averaged over responses (Dr. GRPO).
+    The latter two count empty responses (verl leaves them out of its mean over responses)."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
+    """Ratios below 1 - clip_low are clipped."""
     clip_high: float = Field(default=0.28, ge=0)
-    """Ratios are clipped to [1 - clip_low, 1 + clip_high]."""
+    """Ratios above 1 + clip_high are clipped."""
     dual_clip: float | None = Field(default=None, gt=1)
     """Lower bound c of the objective for negative advantages, c * A (dual-clip PPO)."""
     rollout_is_threshold: float | None = Field(default=None, ge=1)
-    """Truncated importance sampling: a token's objective is weighted by how much likelier the
-    trainer finds it than the engine did, at most by this (2.0 is usual). Corrects for a trainer and
-    an engine that differ in precision, FP8 and bfloat16. None: no weights."""
+    """Truncated importance sampling: each token's objective is multiplied by its probability in the
+    trainer over that in the engine, at most by this number (2.0 is usual). It corrects for a
+    trainer and an engine of different precision (FP8 and bfloat16). None: no correction."""
     kl_coef: float = Field(default=0.0, ge=0)
-    """Coefficient of the KL term to the reference policy in the loss; it is logged at 0 too."""
+    """Coefficient of the KL term to the reference policy in the loss. The KL is logged at 0,
+    too."""
     kl_kind: Literal["k1", "k3"] = "k3"
-    """KL estimator: k1 = log p - log p_ref, k3 = exp(-k1) - 1 + k1, at most 10 a token as in verl.
-    In the loss use k3: the on-policy gradient of k1 has mean zero."""
+    """KL estimator: k1 = log p - log p_ref, or k3 = exp(-k1) - 1 + k1, cut at 10 for each token as
+    in verl. In the loss use k3: the on-policy gradient of k1 has mean zero."""
     reference: bool = True
-    """Keep the starting weights as reference policy (one more forward pass a step)."""
+    """Keep the starting weights as reference policy; costs one more forward pass a step."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Coefficient of the entropy bonus."""
     filter_groups: bool = True
     """Leave out groups whose rewards have no spread: they carry no gradient."""
     generation_rounds: int = Field(default=1, gt=0)
-    """DAPO's dynamic sampling: a batch that the filter left incomplete is filled up with new
-    prompts in at most so many rounds of generation (1: it is not filled up)."""
+    """DAPO's dynamic sampling: the most rounds of generation in a step. After the first round, each
+    replaces the groups that filter_groups left out by groups of new prompts. 1: none is
+    replaced."""
     oversampling: float = Field(default=1.0, ge=1)
-    """Prompts generated in a round for each group that is missing."""
+    """Prompts drawn in a round for each group that the batch still lacks."""
     incomplete_batch: Literal["train", "skip"] = "train"
-    """When the rounds (above 1) or the prompts are used up: train on the groups there are, or
-    leave the step without an update."""
+    """What a step does whose rounds (when above 1) or prompts are used up before the batch is full:
+    train on the groups it has, or skip the update."""
     max_staleness: int = Field(default=0, ge=0)
-    """Groups beyond a full batch wait for the next steps until the weights have had more than so
-    many optimizer updates; 0 drops them. There are such groups only with oversampling above 1, or
+    """How many optimizer updates a group that a full batch did not need may wait for a later batch
+    before it is dropped; 0 drops it at once. Such groups arise only with oversampling above 1, or
     where incomplete batches are skipped."""
     overlong_buffer_tokens: int | None = Field(default=None, gt=0)
-    """Overlong shaping (DAPO): over the last so many tokens before rollout.max_response_tokens
-    the reward that advantages are made of falls linearly by 1. None: no shaping."""
+    """Overlong shaping (DAPO): the reward that enters the advantages falls linearly by 1 over this
+    many tokens before rollout.max_response_tokens. None: no shaping."""
     updates_per_step: int = Field(default=1, gt=0)
-    """Optimizer updates on one rollout batch (mini-batches of whole groups)."""
+    """Optimizer updates on one rollout batch, each on a mini-batch of whole groups."""
 
 
 class PolicyConfig(Section):
+    """How the trained model is laid out over ranks and computed."""
+
     tp: int = Field(default=1, gt=0)
     """Tensor parallel size of training."""
     pp: int = Field(default=1, gt=0)
@@ -214,89 +237,100 @@ class PolicyConfig(Section):
     cp: int = Field(default=1, gt=0)
     """Context parallel size."""
     sequence_parallel: bool = True
-    """Shard the norms' activations over tp (has an effect only when tp > 1)."""
+    """Shard the norms' activations over tp; has no effect at tp 1."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over data parallel ranks (ZeRO-1)."""
     max_tokens_per_row: int = Field(default=72_000, gt=0)
-    """Token cap of one packed row (one micro-batch). A prompt with one response must fit."""
+    """The most tokens of a packed row, which is one micro-batch. A prompt with one response must
+    fit."""
     share_prompts: bool = True
     """Compute a prompt once for all its responses in a row."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation: none, the MLP of each layer, or whole layers."""
+    """Activation recomputation: none, the MLP of each layer (selective), or whole layers (full)."""
     offload_activations: bool = False
-    """The layer inputs that recompute=full keeps wait in (pinned) host memory."""
+    """Keep the layer inputs that recompute=full saves in (pinned) host memory."""
     fp8: Annotated[Literal["off", "e4m3", "hybrid"], YamlOff] = "off"
-    """FP8 format of the linear layers (Transformer Engine, GPU only): e4m3 for all tensors, or
-    hybrid with e5m2, wider and coarser, for gradients. e4m3 suits blocks with scales of their own
-    (blockwise, mxfp8), hybrid one scale for a tensor (tensorwise, delayed)."""
+    """FP8 format of the linear layers (Transformer Engine, GPU only). e4m3: for all tensors; suits
+    recipes with a scale for each block (blockwise, mxfp8). hybrid: gradients in e5m2, which is
+    wider and coarser; suits one scale for a tensor (tensorwise, delayed)."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "blockwise"
-    """Transformer Engine's scaling recipe (GPU only). blockwise needs Hopper and CUDA 12.9, mxfp8
-    Blackwell. With delayed, checkpoints hold state as a pickle, which could run any code: a run
-    starts only with NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 in the environment, and then resumes
-    from checkpoints of your own alone."""
+    """Transformer Engine's scaling recipe (GPU only). blockwise needs Hopper and CUDA 12.9; mxfp8
+    needs Blackwell. With delayed, checkpoints contain a pickle, which can run any code when it is
+    read: the run then starts only with NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1 in the environment,
+    and should resume from your own checkpoints only."""
 
     @property
     def fp8_block(self) -> int:
-        """Sizes of an FP8 product are multiples of this (1 without FP8): what the tensor cores
-        take, and whole blocks where blocks are scaled."""
+        """The sizes of an FP8 product must be multiples of this (1 without FP8): the tensor cores
+        ask for 16, and a recipe that scales blocks for whole blocks."""
         blocks = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
         return 1 if self.fp8 == "off" else blocks[self.fp8_recipe]
 
     @property
     def tokens_multiple(self) -> int:
-        """A rank's tokens of a row are padded to a multiple of this: sequence parallel shards are
-        equal, and each is a whole number of FP8 blocks."""
+        """A rank's tokens of a row are padded to a multiple of this, so that sequence parallel
+        shards are equal and each is a whole number of FP8 blocks."""
         return (self.tp if self.sequence_parallel else 1) * self.fp8_block
 
 
 class OptimizerConfig(Section):
+    """AdamW and its learning rate."""
+
     lr: float = Field(default=2e-6, gt=0)
-    """AdamW learning rate, constant after warm-up unless min_lr_ratio < 1."""
+    """Learning rate after the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer updates over which the learning rate rises linearly to lr."""
     min_lr_ratio: float = Field(default=1.0, ge=0, le=1)
-    """The learning rate falls linearly to lr * min_lr_ratio at the last step."""
+    """After the warm-up the learning rate falls linearly to lr * min_lr_ratio at the last update; 1
+    keeps it constant."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decoupled weight decay."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
     eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
     clip_grad: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this global norm."""
+    """A larger global gradient norm is scaled down to this."""
     offload: bool = False
-    """Adam's moments and the float32 weights wait in host memory except while the optimizer steps
+    """Keep Adam's moments and the float32 weights in host memory except while the optimizer steps
     (GPU only; needs model.dtype=bfloat16)."""
 
 
 class SFTConfig(Section):
+    """Warm-up SFT (`qlrl sft`)."""
+
     batch_size: int = Field(default=128, gt=0)
     """Examples per optimizer step."""
     epochs: int = Field(default=3, gt=0)
+    """Passes over the examples."""
     max_steps: int | None = Field(default=None, gt=0)
-    """Stops earlier than the epochs would."""
+    """The most optimizer steps; None: as many as the epochs take."""
     aggregation: Literal["token_mean", "sequence_mean"] = "sequence_mean"
-    """Mean of the per-example means (the method's warm-up) or over all response tokens. (An
-    example always has a token: its end.)"""
+    """How the loss is averaged: over each example, then over examples (the method's warm-up), or
+    over all response tokens of the batch."""
 
 
 JUDGE_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
-"""The judge of the paper, about 3 GB in bfloat16."""
+"""The judge in the paper, about 3 GB in bfloat16."""
 
 
 class EndpointConfig(Section):
     """An OpenAI-compatible service of one or more servers."""
 
     urls: tuple[str, ...] = Field(min_length=1)
-    """Base URLs of the servers (http://host:8000/v1), which share the load."""
+    """Base URLs of the servers (http://host:8000/v1); they share the load."""
     model: str
     """Name under which the servers offer the model."""
     api_key_env: str | None = None
-    """NAME of the environment variable that holds the key; a key is never written in a config."""
+    """NAME of the environment variable with the key. The key itself never stands in a config."""
     concurrency: int = Field(default=64, gt=0)
-    """Requests in flight."""
+    """The most requests in flight."""
     timeout_s: float = Field(default=30.0, gt=0)
-    """Of one request."""
+    """Time limit of one request."""
     attempts: int = Field(default=4, gt=0)
-    """Tries for one request, with growing random pauses, before it has failed."""
+    """Attempts before a request counts as failed; random, growing pauses lie between them."""
     cooldown_s: float = Field(default=10.0, gt=0)
-    """A server that failed gets no request for so long while others answer."""
+    """How long a server that failed gets no request while others answer."""
 
     @field_validator("api_key_env")
     @classmethod
@@ -327,106 +361,135 @@ class EndpointConfig(Section):
 
 
 class JudgeConfig(EndpointConfig):
-    """`concurrency` is for each rollout engine; a sample whose request failed is masked."""
+    """The LLM judge. `concurrency` holds for each rollout engine. A sample whose request failed is
+    masked out of loss and statistics."""
 
     model: str = JUDGE_MODEL
+    """Name under which the servers offer the model."""
     max_tokens: int = Field(default=32, gt=0)
-    """Longest reply; the verdict needs about 10 tokens."""
+    """The longest reply; a verdict takes about 10 tokens."""
 
 
 class TeacherConfig(EndpointConfig):
+    """The service that `qlrl distill` asks for answers."""
+
     timeout_s: float = Field(default=1800.0, gt=0)
-    """Of one request: a long document and a long reasoning."""
+    """Time limit of one request, which has a long document and a long reasoning."""
 
 
 class DistillConfig(Section):
+    """A teacher's answers as SFT rows (`qlrl distill`)."""
+
     teacher: TeacherConfig | None = None
     """The service that answers the prompts of data.train_files."""
     samples: int = Field(default=4, gt=0)
-    """Answers asked for each prompt; every correct one is kept."""
+    """Answers that the teacher gives to each prompt; every correct one is kept."""
     temperature: float = Field(default=0.6, ge=0)
+    """Sampling temperature of the teacher."""
     top_p: float = Field(default=0.95, gt=0, le=1)
+    """Nucleus sampling of the teacher."""
     max_response_tokens: int = Field(default=10_000, gt=0)
-    """Longest answer, by the teacher's tokenizer; cut ones are dropped."""
+    """The longest answer in the teacher's tokens; answers that were cut there are dropped."""
     max_tokens: int = Field(default=20_000, gt=0)
-    """Longest example, prompt and answer by the student's tokenizer; longer ones are dropped
-    (the method's warm-up: 20K)."""
+    """The longest example, prompt and answer in the student's tokens; longer ones are dropped (the
+    paper: 20K)."""
 
 
 class RewardConfig(Section):
+    """The reward max(rule, judge); see docs/rewards.md."""
+
     judge: JudgeConfig | None = None
-    """The LLM judge that may mend a rule's 0 (r = max(rule, judge)); none: rules alone."""
+    """The LLM judge, which is asked where the rule gives 0. None: the rules alone."""
     max_masked_share: float = Field(default=0.1, ge=0, le=1)
-    """A batch in which a larger share of the responses got no verdict stops the run (with a
-    checkpoint): masked samples are never a rule's 1, so what is left is biased."""
+    """A batch in which a larger share of the responses got no verdict stops the run with a
+    checkpoint: the rule gave 0 to every masked sample, so the others are biased."""
 
 
 Action = Literal["ignore", "warn", "skip", "stop", "roll_back"]
 
 
 class StabilityConfig(Section):
-    """What is watched before every optimizer update, and what is done about it: warn; skip the
-    update; stop the run with a checkpoint; or roll back, which skips the update, takes weights
-    and optimizer from the newest good checkpoint, and goes on with the next prompts."""
+    """Rules that watch the metrics before every optimizer update, and what each does when it fires:
+    warn; skip the update; stop the run with a checkpoint; or roll back, which skips the update,
+    loads weights and optimizer from the newest good checkpoint, and goes on with the next
+    prompts."""
 
     non_finite: Literal["skip", "stop", "roll_back"] = "skip"
-    """Loss or gradient norm is NaN or infinite."""
+    """Fires when the loss or the gradient norm is NaN or infinite."""
     entropy_floor: Action = "warn"
-    """actor/entropy is below entropy_floor_nats."""
+    """Fires when actor/entropy is below entropy_floor_nats."""
     entropy_floor_nats: float = Field(default=0.01, ge=0)
+    """Threshold of entropy_floor."""
     kl_spike: Action = "warn"
-    """actor/kl_loss is above kl_spike_min and kl_spike_factor times its recent median."""
+    """Fires when actor/kl_loss is above kl_spike_min and above kl_spike_factor times its recent
+    median."""
     kl_spike_factor: float = Field(default=10.0, gt=1)
+    """Relative threshold of kl_spike."""
     kl_spike_min: float = Field(default=0.1, ge=0)
+    """Absolute threshold of kl_spike."""
     gradient_spike: Action = "warn"
-    """actor/grad_norm is above gradient_spike_factor times its recent median."""
+    """Fires when actor/grad_norm is above gradient_spike_factor times its recent median."""
     gradient_spike_factor: float = Field(default=10.0, gt=1)
+    """Threshold of gradient_spike."""
     reward_collapse: Action = "warn"
-    """critic/rewards/mean is below reward_collapse_factor times its recent median."""
+    """Fires when critic/rewards/mean is below reward_collapse_factor times its recent median."""
     reward_collapse_factor: float = Field(default=0.25, gt=0, lt=1)
+    """Threshold of reward_collapse."""
     window: int = Field(default=10, gt=0)
-    """Recent: so many values of the same phase; before there are so many, nothing is compared."""
+    """How many values of the same phase make a recent median; with fewer, nothing is compared."""
     max_skips: int = Field(default=3, ge=0)
-    """More updates skipped in a row stop the run: the weights themselves may be broken."""
+    """The run stops when more updates in a row than this were skipped: the weights themselves may
+    be broken."""
     max_roll_backs: int = Field(default=2, ge=0)
-    """One more than these in a run stops it."""
+    """The most roll-backs of a run; the next one stops it instead."""
 
 
 class CheckpointConfig(Section):
+    """When the run saves, and how much it keeps."""
+
     every_steps: int = Field(default=50, gt=0)
     """Save after every n-th step, and always after the last step of a phase."""
     keep: int = Field(default=2, gt=0)
-    """Newest checkpoints that stay on disk."""
+    """How many checkpoints stay on disk, the newest ones."""
     resume: bool = True
-    """Continue from the newest good checkpoint in run.dir."""
+    """Continue from the newest checkpoint in run.dir whose checksums hold."""
 
 
 class EvaluationConfig(Section):
+    """When data.eval_files are evaluated, and how their answers are sampled."""
+
     before_training: bool = False
-    """Evaluate the starting weights too, once, when a run starts from the beginning."""
+    """Evaluate the starting weights, too, when a run starts from the beginning."""
     at_phase_end: bool = True
     """Evaluate data.eval_files after each phase (and after SFT)."""
     every_steps: int | None = Field(default=None, gt=0)
-    """Evaluate between, too, after every so many steps."""
+    """Evaluate after every n-th step, too. None: only as the two settings above say."""
     temperature: float = Field(default=0.7, ge=0)
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: float = Field(default=0.95, gt=0, le=1)
+    """Nucleus sampling."""
     samples: int = Field(default=1, gt=0)
-    """Responses per prompt; the score is their mean."""
+    """Responses to each prompt; the score is their mean."""
     max_input_tokens: int = Field(default=120_000, gt=0)
-    """Longer prompts are cut in the middle."""
+    """Longer prompts lose their middle."""
 
 
 class LoggingConfig(Section):
+    """Where metrics and rollouts go beside metrics.jsonl."""
+
     tensorboard: bool = False
+    """Write <run.dir>/tensorboard, too."""
     wandb: Annotated[Literal["off", "offline", "online"], YamlOff] = "off"
+    """Log to Weights & Biases; offline writes <run.dir>/wandb, for `wandb sync` later."""
     project: str = "megatron_qlrl"
     """wandb project."""
     rollouts_per_step: int = Field(default=8, ge=0)
-    """Groups a step written to the rollout log (JSONL); 0 writes none."""
+    """Groups of a step that the rollout log (JSONL) gets; 0 writes none."""
 
 
 class Config(Section):
+    """The whole configuration: a section for each part of a run."""
+
     model: ModelConfig
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
@@ -446,12 +509,12 @@ class Config(Section):
 
     @property
     def max_input_tokens(self) -> int:
-        """Longest prompt of any phase (0 without phases)."""
+        """The longest prompt of any phase; 0 without phases."""
         return max((p.max_input_tokens for p in self.phases), default=0)
 
     @property
     def longest_generation(self) -> int:
-        """Tokens of prompt and response that the engine must hold at most."""
+        """The most tokens, prompt and response together, that the engine must hold."""
         longest = self.max_input_tokens or self.evaluation.max_input_tokens
         if self.data.eval_files:
             longest = max(longest, self.evaluation.max_input_tokens)
@@ -489,11 +552,11 @@ class Config(Section):
         return Config.model_validate(tree)
 
     def phase_configs(self) -> "list[Config]":
-        """Of all phases; the config itself when there are none."""
+        """The config of every phase, or the config itself when there are none."""
         return [self.for_phase(k) for k in range(len(self.phases))] or [self]
 
     def _check_surplus(self) -> None:
-        """Whether max_staleness can have any group to keep."""
+        """Refuses a max_staleness that can never have a group to keep."""
         settings = self.algorithm
         skips = settings.incomplete_batch == "skip" and settings.generation_rounds > 1
         if settings.max_staleness and settings.oversampling == 1 and not skips:
