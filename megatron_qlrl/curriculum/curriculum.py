@@ -1,4 +1,5 @@
-"""What each batch is made of: new prompts of the phase and hard ones carried from earlier phases.
+"""Draws the prompts of each batch: new ones of the phase, and hard ones carried from earlier
+phases.
 
 draw(phase, n) -> prompts -> (groups) -> observe -> statistics -> later draws
 """
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_qlrl.config.schema import CurriculumConfig
-from megatron_qlrl.curriculum.phases import PhaseSampler
+from megatron_qlrl.curriculum.phase_pool import PhasePool
 from megatron_qlrl.curriculum.retrospective import RetrospectivePool
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.types import Prompt, ScoredGroup
@@ -19,7 +20,7 @@ _COUNTS = ("drawn", "solved", "reached")
 
 
 class Curriculum:
-    """The samplers of all phases with one set of statistics."""
+    """The pools of all phases, and the statistics of all prompts."""
 
     def __init__(
         self,
@@ -32,56 +33,57 @@ class Curriculum:
         """
         Args:
             prompts: all prompts, with distinct uids.
-            limits: the phases' longest prompts in tokens, growing.
+            limits: the longest prompt of each phase in tokens, in growing order.
 
         Raises:
             DataError: a phase has no prompt.
         """
         bounds = [0, *limits]
-        self._phases = [
-            PhaseSampler(
-                prompts, phase=k, min_tokens=bounds[k], max_tokens=bounds[k + 1], seed=seed
-            )
+        self._pools = [
+            PhasePool(prompts, phase=k, min_tokens=bounds[k], max_tokens=bounds[k + 1], seed=seed)
             for k in range(len(limits))
         ]
-        self.prompts = {uid: p for sampler in self._phases for uid, p in sampler.pool.items()}
+        self.prompts = {uid: p for pool in self._pools for uid, p in pool.prompts.items()}
         self._carried = RetrospectivePool(config, seed=seed)
         self._identity = {
             "seed": seed,
             "limits": list(limits),
-            "num_prompts": [len(sampler) for sampler in self._phases],
+            "num_prompts": [len(pool) for pool in self._pools],
         }
         self._counts = [
             {source: dict.fromkeys(_COUNTS, 0) for source in ("new", "carried")} for _ in limits
         ]
 
     def pool_size(self, phase: int) -> int:
-        """Number of the phase's own prompts."""
-        return len(self._phases[phase])
+        """Returns the number of the phase's own prompts."""
+        return len(self._pools[phase])
 
     def source(self, phase: int, uid: str) -> Source:
-        """Whether a prompt is the phase's own or carried from an earlier one."""
-        return "new" if uid in self._phases[phase].pool else "carried"
+        """Returns "new" for a prompt of the phase itself, "carried" for one of an earlier phase."""
+        return "new" if uid in self._pools[phase].prompts else "carried"
 
     def draw(
         self, phase: int, n: int, *, max_carried: int = 0, taken: Collection[str] = ()
     ) -> list[Prompt]:
-        """At most n prompts, all different and none of `taken`. At most `max_carried` carried ones
-        are among them, those of `taken` counted in; they lie spread between the new ones."""
+        """Returns at most n prompts, all different and not in `taken`.
+
+        Together with those in `taken`, at most `max_carried` of them are carried. Carried prompts
+        are spread evenly between the new ones.
+        """
         room = max_carried - sum(self.source(phase, uid) == "carried" for uid in taken)
         earlier = [
-            uid for s in self._phases[:phase] for uid in s.pool if uid not in taken
+            uid for pool in self._pools[:phase] for uid in pool.prompts if uid not in taken
         ]  # fmt: skip
         carried = self._carried.draw(min(room, n), earlier)
-        drawn = self._phases[phase].draw(n - len(carried), taken)
-        # Mini-batches are cut in order: one of carried prompts alone would be a step of its own.
+        drawn = self._pools[phase].draw(n - len(carried), taken)
+        # Mini-batches are cut in this order, and none of them should hold carried prompts alone.
         places = np.linspace(0, len(drawn), len(carried), endpoint=False).astype(int)
         for place, uid in reversed(list(zip(places, carried, strict=True))):
             drawn.insert(int(place), self.prompts[uid])
         return drawn
 
     def observe(self, phase: int, step: int, groups: Sequence[ScoredGroup]) -> None:
-        """Takes in every group that was generated, whether it is trained on or not."""
+        """Records every group that was generated, whether it is trained on or not."""
         for group in groups:
             counts = self._counts[phase][self.source(phase, group.prompt.uid)]
             counts["drawn"] += 1
@@ -89,62 +91,61 @@ class Curriculum:
             self._carried.observe(group, step=step, phase=phase)
 
     def reached(self, phase: int, groups: Sequence[ScoredGroup]) -> None:
-        """Takes in the groups that an optimizer batch is made of."""
+        """Records the groups that are in an optimizer batch."""
         for group in groups:
             self._counts[phase][self.source(phase, group.prompt.uid)]["reached"] += 1
 
     def metrics(self, phase: int) -> dict[str, float]:
-        """Pool, epoch and difficulty of the phase's own prompts; and since the phase began the
-        prompts drawn, solved (a response got a reward) and in optimizer batches, by source."""
-        sampler = self._phases[phase]
-        means = [s.mean for uid, s in self._carried.seen.items() if uid in sampler.pool]
-        found = {
+        """Returns size, epoch and mean rewards of the phase's own prompts; and by source, how many
+        prompts of the phase were drawn, solved (a response got a reward) and trained on so far."""
+        pool = self._pools[phase]
+        means = [s.mean for uid, s in self._carried.seen.items() if uid in pool.prompts]
+        metrics = {
             "curriculum/phase": float(phase),
-            "curriculum/pool_prompts": float(len(sampler)),
-            "curriculum/epoch": float(sampler.epoch),
+            "curriculum/pool_prompts": float(len(pool)),
+            "curriculum/epoch": float(pool.epoch),
             "curriculum/seen_prompts": float(len(means)),
         }
         if means:
-            found["curriculum/seen_rewards/mean"] = float(np.mean(means))
-            found["curriculum/zero_reward_prompts"] = float(sum(m == 0 for m in means))
+            metrics["curriculum/seen_rewards/mean"] = float(np.mean(means))
+            metrics["curriculum/zero_reward_prompts"] = float(sum(m == 0 for m in means))
         for source, counts in self._counts[phase].items():
-            found |= {f"curriculum/{source}/{name}": float(n) for name, n in counts.items()}
-        return found
+            metrics |= {f"curriculum/{source}/{name}": float(n) for name, n in counts.items()}
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: positions in the orders, statistics per prompt, counts."""
+        """Returns positions in the orders, statistics per prompt, and counts, ready for JSON."""
         return {
             "identity": self._identity,
-            "phases": [sampler.state_dict() for sampler in self._phases],
+            "phases": [pool.state_dict() for pool in self._pools],
             "carried": self._carried.state_dict(),
             "counts": [{s: dict(c) for s, c in counts.items()} for counts in self._counts],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on exactly where `state_dict` was taken.
+        """Continues exactly where `state_dict` was taken.
 
         Raises:
-            CheckpointError: the state belongs to another seed, or other phases that have begun,
-                or other prompts.
+            CheckpointError: the seed, the prompts, or a phase that has begun are not the same.
         """
-        # Phases that have not begun may be others by now.
+        # Phases that have not begun may have been changed since.
         begun = 1 + max((k for k, p in enumerate(state["phases"]) if p["epoch"] >= 0), default=-1)
-        saved = _of_begun(state["identity"], begun)
-        known = {uid for sampler in self._phases[:begun] for uid in sampler.pool}
+        saved = _first_phases(state["identity"], begun)
+        known = {uid for pool in self._pools[:begun] for uid in pool.prompts}
         queued = {uid for phase in state["phases"][:begun] for uid in phase["queue"]}
         unknown = (queued | state["carried"]["seen"].keys()) - known
-        if saved != _of_begun(self._identity, begun) or unknown:
+        if saved != _first_phases(self._identity, begun) or unknown:
             raise CheckpointError(
                 f"the saved data order is for {state['identity']}, this run has {self._identity}"
                 + (f", and prompts {sorted(unknown)[:3]} are gone" if unknown else "")
                 + "; resume with the same data files, phases and run.seed, or start a new run.dir"
             )
         for number in range(begun):
-            self._phases[number].load_state_dict(state["phases"][number])
+            self._pools[number].load_state_dict(state["phases"][number])
             counts = state["counts"][number]
             self._counts[number] = {source: dict(c) for source, c in counts.items()}
         self._carried.load_state_dict(state["carried"])
 
 
-def _of_begun(identity: Mapping[str, Any], begun: int) -> dict[str, Any]:
-    return {k: v[:begun] if isinstance(v, list) else v for k, v in identity.items()}
+def _first_phases(identity: Mapping[str, Any], count: int) -> dict[str, Any]:
+    return {k: v[:count] if isinstance(v, list) else v for k, v in identity.items()}

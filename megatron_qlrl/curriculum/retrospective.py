@@ -1,8 +1,8 @@
 """Difficulty-aware retrospective sampling (QwenLong-L1 section 3.2): hard prompts of earlier
 phases are drawn again, with probability proportional to their difficulty.
 
-The paper's difficulty 1 / (mean reward) is infinite for prompts never solved, which are the ones
-its authors carry over. Here it is smoothed and capped, min(1 / (mean + eps), cap).
+The paper's difficulty 1 / (mean reward) is infinite for prompts that were never solved, which are
+the ones its authors carry over. Here it is smoothed and capped: min(1 / (mean + eps), cap).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,13 @@ from megatron_qlrl.types import ScoredGroup
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of a prompt: groups with a verdict, mean reward of the newest one, and the
-    step and phase of that one. Older means are of other weights and say less."""
+    """Statistics of one prompt.
+
+    Attributes:
+        attempts: groups with at least one verdict.
+        mean: mean reward of the newest of them; older ones come from older weights and say less.
+        step, phase: when the newest of them was generated.
+    """
 
     attempts: int
     mean: float
@@ -27,8 +32,8 @@ class Seen:
 
 
 class RetrospectivePool:
-    """Statistics of every prompt seen, and draws by difficulty that depend on the seed, the
-    number of the draw and the statistics alone."""
+    """Keeps statistics of every prompt seen, and draws prompts by difficulty. A draw depends on the
+    seed, the number of the draw and the statistics alone."""
 
     def __init__(self, config: CurriculumConfig, *, seed: int) -> None:
         self._config, self._seed = config, seed
@@ -40,7 +45,7 @@ class RetrospectivePool:
         return self._seen
 
     def observe(self, group: ScoredGroup, *, step: int, phase: int) -> None:
-        """Takes in a group's rewards; one without any verdict says nothing and is left out."""
+        """Records a group's rewards; a group without any verdict is left out."""
         judged = group.rewards[np.isfinite(group.rewards)]
         if judged.size:
             uid = group.prompt.uid
@@ -48,15 +53,15 @@ class RetrospectivePool:
             self._seen[uid] = Seen(attempts, float(judged.mean()), step, phase)
 
     def weight(self, uid: str) -> float:
-        """Difficulty of a prompt that was seen; 0 for one that is not to be carried."""
+        """Returns the difficulty of a prompt that was seen, or 0 if it must not be carried."""
         mean = self._seen[uid].mean
         if self._config.carry == "unsolved" and mean > 0:
             return 0.0
         return min(1 / (mean + self._config.difficulty_eps), self._config.max_difficulty)
 
     def draw(self, n: int, candidates: Sequence[str]) -> list[str]:
-        """n of the candidates that were seen, one after another with probability proportional to
-        their weights and without replacement; fewer when there are not so many."""
+        """Returns n of the candidates that were seen, or fewer if there are fewer. They are drawn
+        one after another without replacement, with probability proportional to their weights."""
         weights = {u: w for u in candidates if u in self._seen and (w := self.weight(u)) > 0}
         if n <= 0 or not weights:
             return []
@@ -69,11 +74,11 @@ class RetrospectivePool:
         return [uids[i] for i in order]
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able; statistics as [attempts, mean, step, phase]."""
+        """Returns the number of draws and each prompt's statistics, ready for JSON."""
         seen = {uid: list(astuple(s)) for uid, s in self._seen.items()}
         return {"draws": self._draws, "seen": seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on exactly where `state_dict` was taken."""
+        """Continues exactly where `state_dict` was taken."""
         self._draws = state["draws"]
         self._seen = {uid: Seen(*values) for uid, values in state["seen"].items()}

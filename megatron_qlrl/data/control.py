@@ -1,8 +1,8 @@
-"""Control tokens that stand in a text, such as "<|im_end|>" in a document about chat models.
+"""Keeps control tokens in a text, such as "<|im_end|>" in a document about chat models, plain text.
 
-A tokenizer turns these characters into the token that ends a message, wherever they stand; whoever
-wrote the document could end the user's message with it. Here only the chat template makes control
-tokens. A text without any is not touched by this module.
+A tokenizer turns these characters into the token that ends a message wherever they stand, so a
+document could end the user's message. Here only the chat template makes control tokens. Texts
+without any are tokenized as usual.
 """
 
 import json
@@ -16,20 +16,20 @@ from tokenizers import Tokenizer
 
 from megatron_qlrl.errors import DataError
 
-# Prompts may name the tags of reasoning and of tools, and responses consist of them. Some models
-# mark these two as special all the same, and some (R1-Distill) do not mark their role tokens.
+# Prompts may name these tags, and responses are made with them, so they are no control tokens, even
+# where a model marks them as special. Some models (R1-Distill) do not mark their role tokens.
 _TAGS = ("<think>", "</think>")
 _PIPE_FORM = re.compile(r"<[|｜].{1,60}?[|｜]>")
 
 
 def has_control(tokenizer: Any, text: str) -> bool:
-    """Whether the tokenizer would read a part of `text` as a control token."""
+    """Returns whether the tokenizer would read a part of `text` as a control token."""
     return _marks(tokenizer).search(text) is not None
 
 
 def escaped(tokenizer: Any, text: str) -> str:
-    """`text` for a foreign server, which makes the tokens itself: a space after the first
-    character of each control token of this tokenizer or of the usual form <|name|>."""
+    """Returns `text` for another server, which tokenizes it: with a space after the first character
+    of each control token, of this tokenizer or in the usual form <|name|>."""
 
     def part(match: re.Match[str]) -> str:
         return f"{match[0][0]} {match[0][1:]}"
@@ -38,11 +38,10 @@ def escaped(tokenizer: Any, text: str) -> str:
 
 
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text in which nothing is a control token; without one in it, what the
-    tokenizer gives.
+    """Returns the token ids of a text, with its control tokens as plain text.
 
     Raises:
-        DataError: the tokenizer has no other way to write one of them.
+        DataError: the tokenizer cannot write one of them as plain text.
     """
     if not has_control(tokenizer, text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -50,11 +49,11 @@ def encode_plain(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_around(tokenizer: Any, render: Callable[[Callable[[str], str]], str]) -> list[int]:
-    """Token ids of a text that a chat template makes out of others.
+    """Returns the token ids of a chat template's text; control tokens are the template's alone.
 
     Args:
-        render: gets a function to apply to each of the other texts, and returns the template's
-            text around what that function returned.
+        render: gets a function and applies it to each message's text; returns what the template
+            makes of the results.
 
     Raises:
         DataError: as `encode_plain`.
@@ -65,9 +64,9 @@ def encode_around(tokenizer: Any, render: Callable[[Callable[[str], str]], str])
 
 
 class _Renamed:
-    """The tokenizer with other names for its control tokens: their old names are plain text.
+    """The tokenizer with its control tokens renamed, so that their old names are plain text.
 
-    The names are random, so that no text can hold one.
+    The new names are random, so that no text can hold one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -88,9 +87,9 @@ class _Renamed:
         tree = json.loads(backend.to_str())
         for token in tree["added_tokens"]:
             token["content"] = self._live.get(token["content"], token["content"])
-        tree["post_processor"] = None  # it speaks of the old names, and would add nothing here
+        tree["post_processor"] = None  # it names the old tokens, and would add none here
         self._tokenizer = Tokenizer.from_str(json.dumps(tree))
-        # Added tokens get new numbers where the others are not all in front of them.
+        # Added tokens get new ids if they did not follow all the other tokens.
         number_of = self._tokenizer.token_to_id
         self._ids = {number_of(self._live.get(name) or name): i for name, i in added.items()}
         self._unwritable = {number_of(name): name for name in names}  # words of the model itself
@@ -110,8 +109,8 @@ class _Renamed:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         for token in self._unwritable.keys() & set(ids):
             raise DataError(
-                f"a text holds {self._unwritable[token]!r}, which this tokenizer cannot write but "
-                "as the control token of that name; take it out of the text"
+                f"a text holds {self._unwritable[token]!r}, which this tokenizer can only write as "
+                "the control token of that name; take it out of the text"
             )
         return [self._ids.get(i, i) for i in ids]
 
@@ -124,7 +123,7 @@ def _is_control(token: Any) -> bool:
 
 @lru_cache(maxsize=2)
 def _marks(tokenizer: Any) -> re.Pattern[str]:
-    """A control token in a text, the longest that fits."""
+    """Returns the pattern of the tokenizer's control tokens; it matches the longest."""
     tokens = tokenizer.added_tokens_decoder.values()
     names = sorted((t.content for t in tokens if _is_control(t)), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")

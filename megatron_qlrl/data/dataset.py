@@ -1,8 +1,8 @@
-"""verl parquet files -> `Prompt` and `Example`.
+"""Reads verl's parquet files into `Prompt` and `Example`.
 
 Columns of a file: `data_source` (string), `prompt` (chat: list of {role, content}),
 `reward_model` ({style, ground_truth}), optionally `extra_info` (struct), `question` (string)
-and, for SFT, `response` (string). Other columns are left unread.
+and, for SFT, `response` (string). Other columns are not read.
 """
 
 from collections import Counter
@@ -26,19 +26,35 @@ _OPTIONAL = ("extra_info", "question")
 _BATCH_ROWS = 64
 
 
+def verl_schema(extra_info: Mapping[str, pa.DataType], *, has_response: bool) -> pa.Schema:
+    """Returns the columns of the files that the builders write, with these fields of
+    `extra_info`."""
+    text = pa.string()
+    columns = {
+        "data_source": text,
+        "prompt": pa.list_(pa.struct({"role": text, "content": text})),
+        "ability": text,
+        "reward_model": pa.struct({"style": text, "ground_truth": text}),
+        "extra_info": pa.struct(extra_info),
+        "document": text,
+        "question": text,
+    }
+    return pa.schema(columns | ({"response": text} if has_response else {}))
+
+
 def load_prompts(
     files: Sequence[str | Path], *, tokenizer: Any, enable_thinking: bool | None = None
 ) -> list[Prompt]:
-    """All rows of the files, in order, as tokenized prompts.
+    """Returns all rows of the files, in order, as tokenized prompts.
 
-    The question is `question`, else `extra_info.question`, else the whole last user message.
+    The question is `question`, or else `extra_info.question`, or else the whole last user message.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
-        enable_thinking: given to the chat template; None leaves it out.
+        enable_thinking: passed to the chat template unless it is None.
 
     Raises:
-        DataError: a file, a column or a row cannot be used; names the file and the row.
+        DataError: a file, a column or a row cannot be used. The message names the file and the row.
         ConfigError: the tokenizer has no chat template.
     """
     rows = _rows(files, _REQUIRED)
@@ -48,10 +64,11 @@ def load_prompts(
 def load_examples(
     files: Sequence[str | Path], *, tokenizer: Any, enable_thinking: bool | None = None
 ) -> list[Example]:
-    """As `load_prompts`, with the `response` column tokenized and the end token appended.
+    """Returns rows as `load_prompts` does, with the `response` column tokenized and the end token
+    appended.
 
-    `response` is what follows the generation prompt: where the chat template opens `<think>`
-    itself, it starts inside the reasoning.
+    `response` is what follows the generation prompt: if the chat template opens `<think>` itself,
+    it starts inside the reasoning.
 
     Raises:
         DataError, ConfigError: as `load_prompts`.
@@ -77,8 +94,8 @@ def load_examples(
 
 
 def response_ids(tokenizer: Any, response: str) -> np.ndarray:
-    """Token ids (int32 [R]) of a response, the end token behind it (once, where the response ends
-    with it already). Other control tokens in it are plain text.
+    """Returns the token ids (int32 [R]) of a response, ending with exactly one end token. Other
+    control tokens in the response are plain text.
 
     Raises:
         DataError: the tokenizer cannot write one of them as plain text.
@@ -91,7 +108,7 @@ def response_ids(tokenizer: Any, response: str) -> np.ndarray:
 
 
 def load_rows(files: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """The rows behind `load_prompts`, in the same order, as they stand in the files.
+    """Returns the rows of `load_prompts`, in the same order, as they are in the files.
 
     Raises:
         DataError: a file or column cannot be used.
@@ -100,11 +117,11 @@ def load_rows(files: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def drop_overlong(prompts: Sequence[Prompt], max_tokens: int) -> tuple[list[Prompt], str]:
-    """The prompts of at most `max_tokens`, and one line on the others by file ("" when there are
-    none). Nothing is cut.
+    """Returns the prompts of at most `max_tokens`, and one line that counts the others by file, or
+    "" if there are none. No prompt is cut.
 
     Raises:
-        DataError: nothing is left.
+        DataError: no prompt is left.
     """
     kept = [prompt for prompt in prompts if prompt.num_tokens <= max_tokens]
     over = [prompt for prompt in prompts if prompt.num_tokens > max_tokens]
@@ -127,8 +144,8 @@ def drop_overlong(prompts: Sequence[Prompt], max_tokens: int) -> tuple[list[Prom
 
 
 def middle_truncate(token_ids: np.ndarray, max_tokens: int) -> np.ndarray:
-    """The first and the last half of `max_tokens` tokens (evaluation, QwenLong-L1 section 4.1);
-    unchanged when it is not longer. The tail, with the question, gets the odd token."""
+    """Returns the first and the last `max_tokens` / 2 tokens of a longer sequence (evaluation,
+    QwenLong-L1 section 4.1). The tail, which holds the question, gets the odd token."""
     assert max_tokens > 0, max_tokens
     if len(token_ids) <= max_tokens:
         return token_ids
@@ -154,10 +171,10 @@ def _rows(
 
 
 def check_file(path: Path, *, has_response: bool) -> None:
-    """Whether a data file has rows and the columns that it needs; its rows are not read.
+    """Checks that a data file has rows and the columns that it needs, without reading its rows.
 
     Raises:
-        DataError: it has not.
+        DataError: it lacks rows or a column, or is no parquet file.
     """
     with _opened(path, (*_REQUIRED, "response") if has_response else _REQUIRED):
         pass

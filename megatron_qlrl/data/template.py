@@ -1,4 +1,4 @@
-"""One user message per question, and its token ids under a model's chat template."""
+"""Writes one user message per question, and encodes messages with a model's chat template."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,10 +26,10 @@ _CLOSING: dict[Kind, str] = {
 
 
 def docqa_message(*, document: str, question: str, kind: Kind) -> str:
-    """The user message of a question about a document (QwenLong-L1 section 3, Figure 2).
+    """Returns the user message of a question about a document (QwenLong-L1 section 3, Figure 2).
 
-    The closing sentence is what the rule of the reward looks for. All fields are filled in one
-    pass: a document that holds a placeholder or `</text>` stays what it is.
+    The closing sentence asks for the sentence that the reward's rules look for. All fields are
+    filled in one pass, so a document may hold a placeholder or `</text>`.
     """
     return (
         "Read the text below and answer the question that follows it.\n\n"
@@ -42,12 +42,12 @@ def docqa_message(*, document: str, question: str, kind: Kind) -> str:
 def render(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], enable_thinking: bool | None
 ) -> np.ndarray:
-    """Token ids (int32 [P]) of a chat, generation prompt included. Only the template makes control
-    tokens: one that stands in a message is plain text (see `data.control`).
+    """Returns the token ids (int32 [P]) of a chat, generation prompt included. Only the template
+    makes control tokens; in a message they are plain text (see `data.control`).
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
-        enable_thinking: given to templates that read it (Qwen3); None leaves it out.
+        enable_thinking: passed to the template (Qwen3's reads it) unless it is None.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
@@ -77,14 +77,14 @@ def render(
 
 
 def opens_reasoning(tokenizer: Any, token_ids: np.ndarray) -> bool:
-    """Whether a rendered prompt (int32 [P]) ends in an open `<think>`, as R1-Distill's does."""
-    # Tokenizers that have no token for the tag need up to eight for it and the line end.
+    """Returns whether a rendered prompt (int32 [P]) ends in an open `<think>` (R1-Distill's do)."""
+    # Tokenizers without a token for the tag need up to eight for it and the line end.
     return tokenizer.decode(token_ids[-8:]).rstrip().endswith("<think>")
 
 
 def response_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
-    """Turns response ids into text without special tokens, but with the tags of the reasoning: some
-    tokenizers hold `</think>` for a special token, and without it no answer would count."""
+    """Returns a function that decodes response ids without special tokens but keeps the tags of the
+    reasoning: without `</think>`, which some tokenizers call special, no answer would count."""
     added = tokenizer.added_tokens_decoder
     tags = {i: t.content for i, t in added.items() if t.content in ("<think>", "</think>")}
     tags = {i: tag for i, tag in tags.items() if added[i].special}

@@ -1,8 +1,8 @@
-"""Watches a run's metrics before every optimizer update and says what is to be done.
+"""Watches a run's metrics before every optimizer update and decides what to do about them.
 
     begin(rewards of the step) -> permit(metrics of an update)* -> end() -> demand
 
-All metrics are the same on every rank, so every rank comes to the same decisions.
+All metrics are the same on every rank, so every rank makes the same decisions.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +21,11 @@ Demand = Literal["stop", "roll_back"]
 
 
 class Monitor:
-    """The rules of `StabilityConfig`.
+    """Applies the rules of `StabilityConfig`.
 
     Attributes:
-        demand: what the caller has to do after the step, beside skipping updates.
-        reason: which rule wants it, and why.
+        demand: what the caller must do after the step, beside skipping updates.
+        reason: the rule that demands it, and why.
     """
 
     def __init__(self, config: StabilityConfig, *, warn: Callable[[str], None]) -> None:
@@ -41,8 +41,8 @@ class Monitor:
         self.reason = ""
 
     def begin(self, step: int, phase: int, metrics: Mapping[str, float]) -> None:
-        """A step's rollouts are there: judges their mean reward, NaN or none of which is nothing
-        to judge. Another phase is another task: nothing is compared across its boundary."""
+        """Starts a step and judges the mean reward of its rollouts, unless it is missing or NaN.
+        Values of different phases are never compared, because each phase is a task of its own."""
         if phase != self._phase:
             self._recent = {name: [] for name in self._recent}
         self._phase, self._step = phase, step
@@ -51,7 +51,7 @@ class Monitor:
         self._remember(metrics, _REWARD)
 
     def permit(self, metrics: Mapping[str, float]) -> bool:
-        """Whether the update with these metrics may be taken."""
+        """Returns whether the update with these metrics may be applied."""
         severity = self._fire(self._judge_update(metrics))
         if self._denied or self.demand or severity >= _SEVERITY["skip"]:
             self._skip()
@@ -61,18 +61,19 @@ class Monitor:
         return True
 
     def end(self) -> dict[str, float]:
-        """Counts of the step (updates by rule, updates skipped) and roll-backs of the run."""
+        """Ends the step. Returns its counts (updates by rule, updates skipped) and the number of
+        roll-backs of the run."""
         self._warned &= {rule for rule in RULES if self._counts[rule]}
-        found = {f"stability/{name}": float(n) for name, n in self._counts.items()}
-        return found | {"stability/roll_backs": float(self._roll_backs)}
+        counts = {f"stability/{name}": float(n) for name, n in self._counts.items()}
+        return counts | {"stability/roll_backs": float(self._roll_backs)}
 
     def rolled_back(self) -> None:
-        """The caller has gone back."""
+        """Records that the caller has rolled the run back."""
         self._roll_backs += 1
         self._skips = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able: what decisions of later steps depend on."""
+        """Returns everything that later decisions depend on, ready for JSON."""
         return {
             "phase": self._phase,
             "recent": {name: list(values) for name, values in self._recent.items()},
@@ -86,7 +87,7 @@ class Monitor:
         self._roll_backs = state["roll_backs"]
 
     def _judge_rewards(self, metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-        """Rules that fire, with the reason."""
+        """Yields each rule that fires, with the reason."""
         typical = self._typical(_REWARD)
         factor = self._config.reward_collapse_factor
         if typical is not None and metrics.get(_REWARD, typical) < factor * typical:
@@ -117,7 +118,7 @@ class Monitor:
                 yield rule, f"{name} {value:.4g} is above {factor:g} x its median {typical:.4g}"
 
     def _fire(self, findings: Iterator[tuple[str, str]]) -> int:
-        """Counts and reports rules that fire; the severity of the gravest action."""
+        """Counts and reports the rules that fire. Returns the severity of the gravest action."""
         gravest = 0
         for rule, why in findings:
             action: Action = getattr(self._config, rule)
@@ -125,7 +126,7 @@ class Monitor:
                 continue
             self._counts[rule] += 1
             gravest = max(gravest, _SEVERITY[action])
-            if rule not in self._warned:  # once, until the rule has been silent for a step
+            if rule not in self._warned:  # warned of once, until it has been silent for a step
                 self._warned.add(rule)
                 self._warn(f"step {self._step}: {rule} ({action}): {why}")
             if action in ("stop", "roll_back") and self.demand is None:
@@ -144,7 +145,7 @@ class Monitor:
         self.demand, self.reason = demand, reason
 
     def _typical(self, name: str) -> float | None:
-        """Recent median; None while there are too few values."""
+        """Returns the recent median, or None while there are too few values."""
         values = self._recent[name]
         return median(values) if len(values) >= self._config.window else None
 

@@ -1,7 +1,7 @@
-"""Where metrics go: the console, `metrics.jsonl`, TensorBoard, wandb, and the rollout log.
+"""Writes metrics to the console, `metrics.jsonl`, TensorBoard and wandb, and rollouts to a log.
 
-`metrics.jsonl` is the record: one line a call of `log`, on disk before `log` returns. A run
-that resumes drops the lines that came after its checkpoint: what they tell it will do again.
+`metrics.jsonl` is the record: each call of `log` adds one line, which is on disk before `log`
+returns. A run that resumes drops the lines after its checkpoint, because it repeats those steps.
 """
 
 import json
@@ -28,7 +28,7 @@ CONSOLE_METRICS = (
     ("timing_s/step", "s"),
     ("perf/throughput", "tok/s"),
 )
-"""What the console line of a step shows, where present, and under which short name."""
+"""The metrics that the console line of a step shows if they are present, with their short names."""
 
 
 class Sink(Protocol):
@@ -43,11 +43,11 @@ class Tracker:
     Args:
         run_dir: the run's folder; None for a tracker without any output.
         resolved: the whole configuration as plain data, for wandb.
-        state: `state_dict()` from the checkpoint the run resumes from; None for a new run,
-            which moves the record of an earlier run in the folder aside.
+        state: `state_dict()` from the checkpoint the run resumes from; None for a new run, which
+            renames the record that an earlier run left in the folder.
 
     Raises:
-        ConfigError: wandb was asked for online and cannot be reached.
+        ConfigError: logging.wandb is online and wandb cannot be reached.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Tracker:
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes `metrics` (verl's names) of a step; steps must not go backwards."""
+        """Writes a step's `metrics` (verl's names); steps must not decrease."""
         assert step >= self._step, f"step {step} after step {self._step}"
         self._step = step
         self._lines += 1
@@ -105,7 +105,8 @@ class Tracker:
                 stream.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint; only rank 0's counts the record's lines and holds wandb's run id."""
+        """Returns the state for the checkpoint. Only rank 0's holds the number of lines in the
+        record and wandb's run id."""
         return {"step": self._step, "lines": self._lines, "wandb_id": self._wandb_id}
 
     def close(self) -> None:
@@ -115,7 +116,7 @@ class Tracker:
 
 
 class ConsoleSink:
-    """One compact line a call."""
+    """Prints one compact line per call."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
@@ -128,7 +129,7 @@ class ConsoleSink:
 
 
 class JsonlSink:
-    """The record: flushed and synced at each line, so that kill -9 loses nothing."""
+    """Writes the record; each line is flushed and synced, so that kill -9 loses nothing."""
 
     def __init__(self, path: Path) -> None:
         self._stream = path.open("a", encoding="utf-8")
@@ -139,7 +140,7 @@ class JsonlSink:
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        # A line that a full disk refused is tried again here; `log` has raised for it already.
+        # Closing retries a line that did not fit on a full disk; `log` has raised for it already.
         with suppress(OSError):
             self._stream.close()
 
@@ -161,7 +162,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A wandb run, resumed under its id; steps it has seen already are ignored by wandb."""
+    """Writes to a wandb run, which is resumed under its id; wandb ignores steps it has already."""
 
     def __init__(
         self,
@@ -205,24 +206,24 @@ class WandbSink:
 
 
 def console_line(step: int, metrics: Mapping[str, float]) -> str:
-    """`step 12  reward 0.531  grad_norm 0.42`; evaluation scores (`val...`) keep their names."""
+    """Returns `step 12  reward 0.531  grad_norm 0.42`; evaluation scores (`val...`) keep their
+    names. A step with neither shows its first six metrics."""
     shown = [(short, metrics[name]) for name, short in CONSOLE_METRICS if name in metrics]
     shown += [(name, value) for name, value in metrics.items() if name.startswith("val")]
-    # A step with none of the known names still says what it has.
     shown = shown or list(metrics.items())[:6]
     return "  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in shown)])
 
 
 def _move_aside(run_dir: Path) -> None:
-    """An earlier run's record."""
+    """Renames the record of an earlier run: `metrics.jsonl` becomes `metrics.jsonl.1`."""
     for path in (run_dir / "metrics.jsonl", run_dir / "rollouts"):
         if path.exists():
             path.rename(_unused(path))
 
 
 def _rewind(run_dir: Path, step: int, *, lines: int) -> int:
-    """Keeps the first `lines` lines of the record and the rollouts up to `step`; how many lines
-    there are (fewer if somebody took some away)."""
+    """Keeps the first `lines` lines of the record, and the rollouts up to `step`. Returns how many
+    lines are kept, which are fewer if somebody deleted some."""
     record, rollouts = run_dir / "metrics.jsonl", run_dir / "rollouts"
     kept: list[str] = []
     if record.exists():
@@ -247,10 +248,8 @@ def _unused(path: Path) -> Path:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN or infinity: they are written as null. numpy's scalars become Python's."""
-    found = {}
-    for name, value in values.items():
-        plain = value.item() if hasattr(value, "item") else value
-        finite = not isinstance(plain, float) or math.isfinite(plain)
-        found[name] = plain if finite else None
-    return found
+    """Returns `values` ready for JSON: NaN and infinity become None, numpy's scalars Python's."""
+    plain = {k: v.item() if hasattr(v, "item") else v for k, v in values.items()}
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()
+    }

@@ -1,14 +1,15 @@
-"""Your own documents and questions -> a data file in verl's format.
+"""Builds a data file in verl's format from your own documents and questions.
 
-Input: a folder of UTF-8 text files and a JSONL file, one question a line:
+Input: a folder of UTF-8 text files, and a JSONL file with one question per line:
 
     {"document": "report.txt", "question": "What was the revenue?", "answer": "1.5 million",
      "kind": "math"}
 
-`document` may be a list of files (joined by an empty line). `kind` is "qa" (the default), "math"
-or "choice"; it selects the closing sentence and, by `data_source`, the rule of the reward. A
-question of kind "choice" holds its options, and its answer is the letter. `data_source` may be
-given for files with several sources. `response` (every line or none) makes an SFT file.
+`document` may be a list of files, whose texts are joined by an empty line. `kind` is "qa" (the
+default), "math" or "choice"; it selects the closing sentence and, through `data_source`, the
+reward's rule. A question of kind "choice" holds its options, and its answer is the letter.
+`data_source` may be given instead of the kind's own. `response`, on every line or none, makes an
+SFT file.
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_qlrl.data.dataset import verl_schema
 from megatron_qlrl.data.template import Kind, docqa_message
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.platform.files import make_folder, replaced
@@ -28,21 +30,10 @@ DATA_SOURCE: dict[Kind, str] = {
     "math": "docs_docmath",
     "choice": "docs_long_toc_choices",
 }
-"""Default `data_source` of each kind; the scorer is chosen by a part of the name."""
+"""The default `data_source` of each kind; a part of the name selects the reward's rule."""
 
 _REQUIRED = ("document", "question", "answer")
 _KEYS = (*_REQUIRED, "kind", "data_source", "response")
-_SCHEMA = pa.schema(
-    [
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        ("extra_info", pa.struct([("split", pa.string()), ("index", pa.int64())])),
-        ("document", pa.string()),
-        ("question", pa.string()),
-    ]
-)
 
 
 def build_docs(
@@ -57,12 +48,12 @@ def build_docs(
 
     Args:
         documents_dir: folder of UTF-8 text files.
-        questions: JSONL, see the module's docstring; empty lines are skipped.
+        questions: JSONL as the module's docstring describes; empty lines are skipped.
         split: written to `extra_info.split`.
         check_gold: raises DataError for a (`data_source`, answer) that no rule can score.
 
     Raises:
-        DataError: a line or a document cannot be used; names the file and the line.
+        DataError: a line or a document cannot be used. The message names the file and the line.
         ConfigError: `out` cannot be written, or is one of the inputs.
     """
     if not documents_dir.is_dir():
@@ -81,8 +72,9 @@ def build_docs(
             raise DataError(f"{where}: give `response` on every line (SFT) or on none (RL)")
     if not rows:
         raise DataError(f"{questions} holds no questions")
-    has_response = "response" in rows[0]
-    schema = _SCHEMA.append(pa.field("response", pa.string())) if has_response else _SCHEMA
+    schema = verl_schema(
+        {"split": pa.string(), "index": pa.int64()}, has_response="response" in rows[0]
+    )
     make_folder(out.parent)
     documents = {documents_dir / name for _, record in records for name in _names(record)}
     with replaced(out, inputs=[questions, *sorted(documents)]) as fresh:
@@ -98,7 +90,7 @@ def _records(questions: Path) -> list[tuple[str, dict[str, Any]]]:
         where = f"{questions}, line {number}"
         try:
             record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode("utf-8")  # no lone surrogates
+            json.dumps(record, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON ({error}); write one object a line") from error
         records.append((where, _checked(where, record)))
@@ -151,7 +143,7 @@ def _document(where: str, names: list[str], documents_dir: Path) -> str:
     texts = []
     for name in names:
         path = documents_dir / name
-        # A question file from elsewhere must not read files outside the folder.
+        # A question file must not make us read files outside the folder.
         if not path.resolve().is_relative_to(documents_dir.resolve()):
             raise DataError(f"{where}: document {name!r} lies outside {documents_dir}")
         texts.append(_read_text(path, where))

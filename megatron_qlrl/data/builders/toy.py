@@ -1,15 +1,15 @@
-"""A toy retrieval task that a model of 0.2M parameters can learn: small enough for two CPU cores.
+"""Builds a toy retrieval task that a model of 0.2M parameters can learn on two CPU cores.
 
-A document is a list of one-line sentences, each naming one item ("bronze", "eel") of a category
-("metal", "fish"), with a few sentences that name none. Three kinds of question:
+A document is a list of one-line sentences. Each names one item ("bronze", "eel") of a category
+("metal", "fish"), except for a few that name none. There are three kinds of question:
 
 * `needle`: "Which fish does the text mention?" - the document names exactly one.
 * `needles`: "Which fish and which metal does the text mention?" - two such look-ups in one answer.
 * `two_hop`: "Which fish is mentioned in the town where the baker lives?" - the document names
   several fish in different towns, and says in other sentences who lives where.
 
-Every document is drawn afresh, and no document text occurs in two of the files. All files use the
-row format of verl, with `document` and `question` as further columns.
+No document occurs twice, in one file or in two. All files are in verl's format, with `document` and
+`question` as further columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_qlrl.data.dataset import verl_schema
 from megatron_qlrl.data.template import docqa_message
 from megatron_qlrl.platform.files import make_folder, replaced
 
@@ -88,7 +89,7 @@ _FILLER_SHARE = 0.3
 class ToyRecord:
     """One question about one document, with the response that SFT imitates.
 
-    `response` goes on after the chat template's opening `<think>`; the end token is not in it.
+    `response` continues after the chat template's opening `<think>` and has no end token.
     """
 
     document: str
@@ -98,7 +99,7 @@ class ToyRecord:
 
     @property
     def message(self) -> str:
-        """The user message, the same template as for real data."""
+        """Returns the user message, in the same form as for real data."""
         return docqa_message(document=self.document, question=self.question, kind="qa")
 
 
@@ -108,7 +109,7 @@ def make_record(rng: np.random.Generator, kind: ToyKind, num_facts: int) -> ToyR
 
 
 def toy_corpus(seed: int, num_texts: int) -> list[str]:
-    """Message and response of short documents of all kinds: text to train a tokenizer on."""
+    """Returns messages and responses of short documents of all kinds, to train a tokenizer on."""
     rng = np.random.default_rng(seed)
     kinds: tuple[ToyKind, ...] = ("needle", "needles", "two_hop")
     records = [_draw(rng, kinds[i % len(kinds)], "short") for i in range(num_texts)]
@@ -121,10 +122,10 @@ def build_toy(
     """Writes the toy data set and returns its files by name.
 
     * `sft` (num_train rows): short documents with a `response` column.
-    * `train` (num_train rows): short and long documents by turns, for phases by input length.
+    * `train` (num_train rows): short and long documents in turn, for phases by input length.
     * `eval_short`, `eval_long` (num_eval rows each): held-out documents.
 
-    The same arguments write the same rows. No document occurs twice, in whatever file.
+    The same arguments write the same rows.
 
     Raises:
         ConfigError: the folder or a file cannot be written.
@@ -145,36 +146,18 @@ def build_toy(
             length = lengths[index % len(lengths)]
             record = first_unseen(partial(_draw, rng, kind, length), seen)
             rows.append(_row(record, kind=kind, length=length, split=name, index=index))
-        schema = _SCHEMA.append(pa.field("response", pa.string())) if name == "sft" else _SCHEMA
-        if name != "sft":
-            rows = [{key: row[key] for key in schema.names} for row in rows]
+        extra_info = {"split": pa.string(), "index": pa.int64(), "length": pa.string()}
+        schema = verl_schema(extra_info, has_response=name == "sft")
         paths[name] = out_dir / f"{name}.parquet"
         with replaced(paths[name]) as fresh:
             pq.write_table(pa.Table.from_pylist(rows, schema=schema), fresh)
     return paths
 
 
-_SCHEMA = pa.schema(
-    [
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        (
-            "extra_info",
-            pa.struct([("split", pa.string()), ("index", pa.int64()), ("length", pa.string())]),
-        ),
-        ("document", pa.string()),
-        ("question", pa.string()),
-    ]
-)
-
-
 def _row(
     record: ToyRecord, *, kind: ToyKind, length: ToyLength, split: str, index: int
 ) -> dict[str, Any]:
     return {
-        # The rule of the reward is chosen by substring: `musique` means question answering.
         "data_source": f"toy_docqa_{kind}",
         "prompt": [{"role": "user", "content": record.message}],
         "ability": "retrieval",
@@ -192,7 +175,7 @@ def _draw(rng: np.random.Generator, kind: ToyKind, length: ToyLength) -> ToyReco
 
 
 def first_unseen(draw: Callable[[], ToyRecord], seen: set[str]) -> ToyRecord:
-    """Draws until the document is not in `seen`, and adds it there."""
+    """Draws until the document is not in `seen`, adds it there, and returns the record."""
     while (record := draw()).document in seen:
         pass
     seen.add(record.document)
@@ -204,7 +187,7 @@ def _needle(rng: np.random.Generator, num_facts: int) -> ToyRecord:
     (item,) = _some(rng, ITEMS[category], 1)
     items = [item, *_other_items(rng, (category,), num_facts - 1)]
     return ToyRecord(
-        document=_document(rng, [_mention(rng, _MENTIONS, x) for x in items]),
+        document=_document(rng, [_fill(rng, _MENTIONS, item=x) for x in items]),
         question=f"Which {category} does the text mention?",
         answer=item,
         response=f"The {category} in the text is the {item}.\n{_closing(item)}",
@@ -216,7 +199,7 @@ def _needles(rng: np.random.Generator, num_facts: int) -> ToyRecord:
     x, y = _some(rng, ITEMS[first], 1)[0], _some(rng, ITEMS[second], 1)[0]
     items = [x, y, *_other_items(rng, (first, second), num_facts - 2)]
     return ToyRecord(
-        document=_document(rng, [_mention(rng, _MENTIONS, item) for item in items]),
+        document=_document(rng, [_fill(rng, _MENTIONS, item=item) for item in items]),
         question=f"Which {first} and which {second} does the text mention?",
         answer=f"{x} and {y}",
         response=(
@@ -229,7 +212,7 @@ def _needles(rng: np.random.Generator, num_facts: int) -> ToyRecord:
 def _two_hop(rng: np.random.Generator, num_facts: int) -> ToyRecord:
     assert num_facts >= 4
     (category,) = _some(rng, tuple(ITEMS), 1)
-    # As many candidates as the facts allow, so that the category alone does not answer.
+    # There are several candidates, so that the category alone does not give the answer.
     num_candidates = max(2, num_facts // 4)
     candidates = _some(rng, ITEMS[category], num_candidates)
     towns = _some(rng, TOWNS, num_candidates)
@@ -242,7 +225,7 @@ def _two_hop(rng: np.random.Generator, num_facts: int) -> ToyRecord:
         ),
         *(_fill(rng, (_HOME,), role=r, town=t) for r, t in zip(roles, towns, strict=True)),
         *(
-            _mention(rng, _MENTIONS_IN_TOWN, x)
+            _fill(rng, _MENTIONS_IN_TOWN, item=x)
             for x in _other_items(rng, (category,), num_facts - 2 * num_candidates)
         ),
     ]
@@ -282,15 +265,11 @@ def _document(rng: np.random.Generator, sentences: Sequence[str]) -> str:
     return "\n".join(lines[i] for i in rng.permutation(len(lines)))
 
 
-def _mention(rng: np.random.Generator, templates: tuple[str, ...], item: str) -> str:
-    return _fill(rng, templates, item=item)
-
-
 def _fill(rng: np.random.Generator, templates: tuple[str, ...], **fields: str) -> str:
     values = {"role": _some(rng, ROLES, 1)[0], "town": _some(rng, TOWNS, 1)[0], **fields}
     return _some(rng, templates, 1)[0].format(**values)
 
 
 def _some(rng: np.random.Generator, pool: tuple[str, ...], count: int) -> list[str]:
-    """`count` different elements in random order."""
+    """Returns `count` different elements in random order."""
     return [pool[i] for i in rng.permutation(len(pool))[:count]]

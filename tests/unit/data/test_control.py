@@ -186,7 +186,7 @@ def test_a_tokenizer_with_no_other_way_to_write_it_says_so() -> None:
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.add_special_tokens(["<|x|>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
-    with pytest.raises(DataError, match=r"'<\|x\|>', which this tokenizer cannot write"):
+    with pytest.raises(DataError, match=r"'<\|x\|>', which this tokenizer can only write"):
         encode_plain(tokenizer, "a <|x|> a")
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_qlrl.curriculum.phases import PhaseSampler
+from megatron_qlrl.curriculum.phase_pool import PhasePool
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.types import Prompt
 
@@ -16,9 +16,9 @@ def make_prompt(uid, num_tokens=5):
     return Prompt(uid, np.zeros(num_tokens, np.int32), "toy_musique", "q", "a")
 
 
-def make_sampler(size, *, seed=0, phase=1, max_tokens=9):
+def make_pool(size, *, seed=0, phase=1, max_tokens=9):
     prompts = [make_prompt(f"f:{i}") for i in range(size)]
-    return PhaseSampler(prompts, phase=phase, min_tokens=0, max_tokens=max_tokens, seed=seed)
+    return PhasePool(prompts, phase=phase, min_tokens=0, max_tokens=max_tokens, seed=seed)
 
 
 def uids(prompts):
@@ -27,9 +27,9 @@ def uids(prompts):
 
 def test_lower_bound_is_open_and_upper_bound_closed():
     prompts = [make_prompt(f"f:{n}", n) for n in (19, 20, 21, 60, 61)]
-    sampler = PhaseSampler(prompts, phase=1, min_tokens=20, max_tokens=60, seed=0)
-    assert len(sampler) == 2
-    assert set(uids(sampler.draw(2))) == {"f:21", "f:60"}
+    pool = PhasePool(prompts, phase=1, min_tokens=20, max_tokens=60, seed=0)
+    assert len(pool) == 2
+    assert set(uids(pool.draw(2))) == {"f:21", "f:60"}
 
 
 @pytest.mark.parametrize(
@@ -38,70 +38,70 @@ def test_lower_bound_is_open_and_upper_bound_closed():
 def test_an_empty_pool_names_the_phase_and_the_lengths(lengths, seen):
     prompts = [make_prompt(f"f:{n}", n) for n in lengths]
     with pytest.raises(DataError, match=f"phase 2 .*20 < tokens <= 60.*{seen}"):
-        PhaseSampler(prompts, phase=2, min_tokens=20, max_tokens=60, seed=0)
+        PhasePool(prompts, phase=2, min_tokens=20, max_tokens=60, seed=0)
 
 
 def test_order_depends_on_seed_phase_and_epoch_alone():
     def order(**kwargs):
-        return uids(make_sampler(20, **kwargs).draw(20))
+        return uids(make_pool(20, **kwargs).draw(20))
 
     assert order() == order()
     assert order() != order(seed=1)
     assert order() != order(phase=0)
-    sampler = make_sampler(20)
-    assert uids(sampler.draw(20)) != uids(sampler.draw(20))
-    chunked = make_sampler(20)
+    pool = make_pool(20)
+    assert uids(pool.draw(20)) != uids(pool.draw(20))
+    chunked = make_pool(20)
     assert uids(chunked.draw(3)) + uids(chunked.draw(17)) == order()
 
 
 def test_a_draw_larger_than_the_pool_shrinks_to_the_pool():
-    sampler = make_sampler(3)
+    pool = make_pool(3)
     for _ in range(4):
-        assert sorted(uids(sampler.draw(8))) == ["f:0", "f:1", "f:2"]
+        assert sorted(uids(pool.draw(8))) == ["f:0", "f:1", "f:2"]
 
 
 def test_a_wrapping_draw_has_no_prompt_twice_and_loses_none():
     # The draws of 4 from 5 wrap at 4, 8, 12, 16: five draws are exactly four epochs.
-    sampler = make_sampler(5)
-    draws = [uids(sampler.draw(4)) for _ in range(5)]
+    pool = make_pool(5)
+    draws = [uids(pool.draw(4)) for _ in range(5)]
     assert all(len(set(d)) == 4 for d in draws)
     assert Counter(uid for d in draws for uid in d) == {f"f:{i}": 4 for i in range(5)}
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_prompt_that_waits_is_the_first_of_the_next_draw(seed):
-    whole = make_sampler(5, seed=seed)
+    whole = make_pool(5, seed=seed)
     first_epoch, second_epoch = uids(whole.draw(5)), uids(whole.draw(5))
-    sampler = make_sampler(5, seed=seed)
+    pool = make_pool(5, seed=seed)
     last = first_epoch[4]
     others = [uid for uid in second_epoch if uid != last]
-    assert uids(sampler.draw(4)) == first_epoch[:4]
-    assert uids(sampler.draw(4)) == [last, *others[:3]]
+    assert uids(pool.draw(4)) == first_epoch[:4]
+    assert uids(pool.draw(4)) == [last, *others[:3]]
     waited = last in second_epoch[:4] and second_epoch.index(last) < second_epoch.index(others[2])
     expected = [last, others[3]] if waited else second_epoch[3:]
-    assert uids(sampler.draw(2)) == expected
+    assert uids(pool.draw(2)) == expected
 
 
 def test_taken_prompts_wait_for_the_next_draw():
-    order = uids(make_sampler(6).draw(6))
-    sampler = make_sampler(6)
+    order = uids(make_pool(6).draw(6))
+    pool = make_pool(6)
     taken = [order[0], order[2], "another phase's"]
-    assert uids(sampler.draw(2, taken)) == [order[1], order[3]]
-    assert uids(sampler.draw(4)) == [order[0], order[2], order[4], order[5]]
+    assert uids(pool.draw(2, taken)) == [order[1], order[3]]
+    assert uids(pool.draw(4)) == [order[0], order[2], order[4], order[5]]
 
 
 def test_a_pool_taken_whole_gives_nothing():
-    sampler = make_sampler(3)
-    assert sampler.draw(2, ["f:0", "f:1", "f:2"]) == []
-    assert uids(sampler.draw(2, ["f:0", "f:2"])) == ["f:1"]
+    pool = make_pool(3)
+    assert pool.draw(2, ["f:0", "f:1", "f:2"]) == []
+    assert uids(pool.draw(2, ["f:0", "f:2"])) == ["f:1"]
 
 
 @given(st.integers(1, 12), st.lists(st.integers(0, 15), max_size=20), st.integers(0, 3))
 def test_every_prompt_comes_once_an_epoch(size, draws, seed):
-    sampler = make_sampler(size, seed=seed)
+    pool = make_pool(size, seed=seed)
     counts = Counter({f"f:{i}": 0 for i in range(size)})
     for n in draws:
-        drawn = uids(sampler.draw(n))
+        drawn = uids(pool.draw(n))
         assert len(drawn) == len(set(drawn)) == min(n, size)
         counts.update(drawn)
         total = sum(counts.values())
@@ -114,23 +114,23 @@ def test_every_prompt_comes_once_an_epoch(size, draws, seed):
 )
 def test_resume_at_any_point_goes_on_the_same(size, draws, cut):
     cut = min(cut, len(draws))
-    sampler = make_sampler(size)
+    pool = make_pool(size)
     for n in draws[:cut]:
-        sampler.draw(n)
-    state = json.loads(json.dumps(sampler.state_dict()))
-    resumed = make_sampler(size)
+        pool.draw(n)
+    state = json.loads(json.dumps(pool.state_dict()))
+    resumed = make_pool(size)
     resumed.draw(2)
     resumed.load_state_dict(state)
-    assert resumed.epoch == sampler.epoch
+    assert resumed.epoch == pool.epoch
     for n in draws[cut:]:
-        assert uids(resumed.draw(n)) == uids(sampler.draw(n))
-    assert resumed.state_dict() == sampler.state_dict()
+        assert uids(resumed.draw(n)) == uids(pool.draw(n))
+    assert resumed.state_dict() == pool.state_dict()
 
 
 def test_state_taken_earlier_does_not_change_later():
-    sampler = make_sampler(4)
-    sampler.draw(1)
-    state = sampler.state_dict()
+    pool = make_pool(4)
+    pool.draw(1)
+    state = pool.state_dict()
     before = json.dumps(state)
-    sampler.draw(2)
+    pool.draw(2)
     assert json.dumps(state) == before
