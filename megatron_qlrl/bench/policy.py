@@ -36,7 +36,6 @@ def make_shape(
             "heads must divide hidden, and kv-heads must divide heads"
         )
     return ModelShape(
-        architecture="Qwen2ForCausalLM",
         num_layers=layers,
         hidden_size=hidden,
         ffn_size=ffn,

@@ -8,6 +8,7 @@ import typer
 from megatron_qlrl.cli.ranks import on_ranks
 from megatron_qlrl.config import checks
 from megatron_qlrl.config.folder import check_folder
+from megatron_qlrl.config.shape import read_shape
 from megatron_qlrl.errors import CheckpointError, ConfigError
 
 
@@ -33,7 +34,9 @@ def import_model(
     """Write a Hugging Face model as a Megatron checkpoint."""
 
     def check(_: int) -> None:
-        checks.check_split(check_folder(hf_folder), tp=tp, pp=pp)
+        shape = read_shape(hf_folder, rope_scaling=None)
+        check_folder(hf_folder, shape)
+        checks.check_split(shape, tp=tp, pp=pp)
         _must_be_new(out)
 
     def run() -> None:

@@ -43,7 +43,7 @@ def plan(
     GPU and only the model's config.json. Exit code 2 when something does not fit."""
     loaded = load_config(config, overrides or [])
     phases = loaded.phase_configs()
-    shape = read_shape(loaded.model.path, loaded.model.rope_scaling)
+    shape = read_shape(loaded.model.path, rope_scaling=loaded.model.rope_scaling)
     cluster = Cluster(gpus or checks.smallest_world_size(phases), find_hardware(hardware))
     lengths = None if mean_tokens is None else Lengths(*mean_tokens)
     for phase in phases:

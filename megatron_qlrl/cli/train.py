@@ -15,6 +15,7 @@ from megatron_qlrl.config import checks
 from megatron_qlrl.config.folder import check_folder
 from megatron_qlrl.config.load import load_config
 from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.shape import read_shape
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.launch import local
 from megatron_qlrl.launch.next_process import replace_process
@@ -135,7 +136,8 @@ def _check_config(config: Config, world_size: int) -> None:
     for command, used in uses.items():
         if used:
             _check_files(config, command)
-    shape = check_folder(config.model.path, config.model.rope_scaling)
+    shape = read_shape(config.model.path, rope_scaling=config.model.rope_scaling)
+    check_folder(config.model.path, shape)
     for phase in config.phase_configs():
         checks.check_layout(phase, shape, world_size=world_size)
         checks.check_machine(phase, processes=world_size, num_gpus=local.num_gpus())
@@ -202,7 +204,8 @@ def check_command(command: checks.Command, config: Config, world_size: int) -> N
         QlrlError: naming what does not fit.
     """
     _check_files(config, command)
-    shape = check_folder(config.model.path, config.model.rope_scaling)
+    shape = read_shape(config.model.path, rope_scaling=config.model.rope_scaling)
+    check_folder(config.model.path, shape)
     # Under torchrun and srun the job may span machines, and how many ranks run here is not known.
     here = world_size if read_ranks().world_size == 1 else 1
     for phase in _phases(command, config):

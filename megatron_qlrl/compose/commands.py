@@ -217,7 +217,7 @@ def run_export(checkpoint: Path, out: Path) -> None:
             state = read_state(source)
             facts, dtype = state["facts"], _DTYPES[state["dtype"]]
         context = init_parallel(tp=1, pp=1, cp=1, seed=0)
-        shape = read_shape(source / "hf")
+        shape = read_shape(source / "hf", rope_scaling=None)
         with megatron_device():
             model = build_model(shape, PolicyConfig(), dtype=dtype, context=context)  # pyright: ignore[reportCallIssue]
         load_weights(source, model=model)
@@ -252,7 +252,7 @@ def run_import(hf_folder: Path, out: Path, tp: int, pp: int) -> None:
     ranks = init_ranks()
     with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
         context = make_context(config)
-        shape = read_shape(hf_folder)
+        shape = read_shape(hf_folder, rope_scaling=None)
         policy = make_policy(config, shape, context, temperature=1.0, weights=hf_folder)
         store = CheckpointStore(out / "checkpoints", keep=1, warn=print)
         save_checkpoint(store, policy, 0, hf_folder, config, {"command": "import"})

@@ -14,7 +14,7 @@ from megatron_qlrl.advantage.group import group_advantages
 from megatron_qlrl.advantage.shaping import shaped_rewards
 from megatron_qlrl.config.folder import end_tokens
 from megatron_qlrl.config.schema import Config, CurriculumConfig
-from megatron_qlrl.config.shape import ModelShape, read_shape
+from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.errors import CheckpointError, ConfigError, RewardError
 from megatron_qlrl.loop import Advantages
@@ -32,10 +32,6 @@ from megatron_qlrl.weights.checkpoint import CheckpointStore
 from megatron_qlrl.weights.checkpoint_folder import read_state, taking_up
 from megatron_qlrl.weights.release import base_name, copy_companions
 from megatron_qlrl.weights.stream import load_hf
-
-
-def model_shape(config: Config) -> ModelShape:
-    return read_shape(config.model.path, config.model.rope_scaling)
 
 
 def weight_dtype(config: Config) -> str:
@@ -131,6 +127,7 @@ def save_checkpoint(
     config: Config,
     state: Mapping[str, Any],
 ) -> None:
+    shape = policy.model_shape
     store.save(
         step,
         model=policy.model,
@@ -148,7 +145,7 @@ def save_checkpoint(
             copy_companions,
             model_folder,
             dtype=weight_dtype(config),
-            positions=model_shape(config).position_fields(),
+            positions=shape.position_fields(),
         ),
     )
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ class Rollouts:
             dtype=weight_dtype(config),
             max_model_len=min(config.longest_generation, self._shape.max_positions),
             stop_token_ids=stop_tokens(Path(config.model.path), self._tokenizer),
-            manifest=hf_shapes(replace(self._shape, tied=False)),
+            manifest=hf_shapes(self._shape.untied),
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             positions=self._shape.position_fields(),
             seed=config.run.seed,

@@ -19,7 +19,6 @@ from megatron_qlrl.compose.parts import (
     make_context,
     make_policy,
     make_store,
-    model_shape,
     rollout_records,
     run_facts,
     save_checkpoint,
@@ -28,6 +27,7 @@ from megatron_qlrl.compose.parts import (
 from megatron_qlrl.compose.rollouts import Rollouts
 from megatron_qlrl.config.load import save_config
 from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.shape import read_shape
 from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.curriculum.dynamic import DynamicSampler
 from megatron_qlrl.errors import ConfigError, RewardError, StabilityError, StopRequested
@@ -144,7 +144,7 @@ class Run:
     ) -> None:
         self.config, self.whole = config, whole
         self.folder = Path(config.run.dir)
-        self.shape = model_shape(config)
+        self.shape = read_shape(config.model.path, rope_scaling=config.model.rope_scaling)
         self.context = make_context(config)
         self._command = command
         self._temperature, self._weights = temperature, weights

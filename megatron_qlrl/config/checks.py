@@ -13,7 +13,7 @@ from typing import Literal
 
 from megatron_qlrl.config.folder import check_folder
 from megatron_qlrl.config.schema import FILE_NAME, Config, PolicyConfig
-from megatron_qlrl.config.shape import ModelShape, read_json
+from megatron_qlrl.config.shape import ModelShape, read_json, read_shape
 from megatron_qlrl.errors import ConfigError
 
 Command = Literal["sft", "rl", "eval", "distill"]
@@ -167,7 +167,7 @@ def checkpoint_bytes(model_path: str | Path) -> int:
     """About the size of a checkpoint, from the weight files: 16 bytes a parameter (float32 weights
     and Adam's two moments, and the weights as they are trained)."""
     folder = Path(model_path)
-    check_folder(folder)
+    check_folder(folder, read_shape(folder, rope_scaling=None))
     hf = read_json(folder / "config.json")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return size // (4 if hf.get("dtype", hf.get("torch_dtype")) == "float32" else 2) * 16

@@ -4,11 +4,10 @@ the headers of its files."""
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_qlrl.config.shape import ModelShape, hf_shapes, read_json, read_shape, short
+from megatron_qlrl.config.shape import ModelShape, hf_shapes, read_json, short
 from megatron_qlrl.errors import CheckpointError, ConfigError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -21,17 +20,14 @@ _COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 _AGAIN = "download the model again"
 
 
-def check_folder(path: str | Path, rope_scaling: Mapping[str, Any] | None = None) -> ModelShape:
-    """Shape of the model in a folder that is complete: weights and tokenizer too.
+def check_folder(folder: str | Path, shape: ModelShape) -> None:
+    """Checks that the folder holds all weights of a model of this shape, and its tokenizer.
 
     Raises:
-        ConfigError, CheckpointError: as `read_shape`, `find_tensors`, `check_tokenizer`.
+        ConfigError, CheckpointError: as `find_tensors`, `check_tokenizer`.
     """
-    folder = Path(path)
-    shape = read_shape(folder, rope_scaling)
-    find_tensors(folder, shape)
-    check_tokenizer(folder)
-    return shape
+    find_tensors(Path(folder), shape)
+    check_tokenizer(Path(folder))
 
 
 def find_tensors(folder: Path, shape: ModelShape) -> dict[str, Path]:
@@ -162,25 +158,23 @@ def _compare(
             f"{folder}: config.json has num_hidden_layers={shape.num_layers}, and the weights have "
             f"{max(layers) + 1} layers; copy config.json and the weights of one and the same model"
         )
-    expected = hf_shapes(shape)
-    allowed = {"lm_head.weight"} if shape.tied else set()
-    unknown = [n for n in seen if n not in expected and not _COMPUTED.fullmatch(n)]
-    unknown = sorted(set(unknown) - allowed)
+    allowed = hf_shapes(shape.untied)
+    unknown = sorted(n for n in seen if n not in allowed and not _COMPUTED.fullmatch(n))
     if unknown:
         raise CheckpointError(
-            f"{folder}: {shape.architecture} as config.json describes it has no tensor "
-            f"{short(unknown[0])} ({len(unknown)} such); use a folder of that model alone, not "
-            "quantised, without adapters"
+            f"{folder}: the model that config.json describes has no tensor {short(unknown[0])} "
+            f"({len(unknown)} such); use a folder of that model alone, not quantised, without "
+            "adapters"
         )
-    for name, size in expected.items():
+    for name, size in hf_shapes(shape).items():
         if name not in seen:
             raise CheckpointError(
                 f"{folder}: tensor {name} is missing from the safetensors files; {_AGAIN}"
             )
-        dtype, found = seen[name]
-        if found != size:
+        dtype, held = seen[name]
+        if held != size:
             raise CheckpointError(
-                f"{folder}: tensor {name} has shape {found}, config.json asks for {size}; copy "
+                f"{folder}: tensor {name} has shape {held}, config.json asks for {size}; copy "
                 "config.json and the weights of one and the same model"
             )
         if dtype not in FLOATS:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -111,12 +111,12 @@ class ModelShape:
     """Sizes of a dense decoder.
 
     Attributes:
+        tied: the LM head is the embedding, and Hugging Face folders have no tensor for it.
         max_position_embeddings: what config.json must say beside `rope`: transformers and vLLM
             0.32 take it for the scaled length with every type but linear.
         rope: the Hugging Face dict (rope_type, rope_theta …), complete.
     """
 
-    architecture: str
     num_layers: int
     hidden_size: int
     ffn_size: int
@@ -138,6 +138,11 @@ class ModelShape:
         `max_position_embeddings`, for linear that times the factor."""
         scale = self.rope["factor"] if self.rope["rope_type"] == "linear" else 1
         return int(self.max_position_embeddings * scale)
+
+    @property
+    def untied(self) -> "ModelShape":
+        """The same model with an LM head of its own, as the rollout engine always holds it."""
+        return replace(self, tied=False)
 
     def position_fields(self) -> dict[str, Any]:
         """The fields of config.json that give other software these positions and angles."""
@@ -184,7 +189,6 @@ class ModelShape:
         if rope["rope_type"] == "yarn":
             positions = int(rope["original_max_position_embeddings"] * rope["factor"])
         return cls(
-            architecture=architecture,
             num_layers=sizes.num_hidden_layers,
             hidden_size=sizes.hidden_size,
             ffn_size=sizes.intermediate_size,
@@ -201,8 +205,11 @@ class ModelShape:
         )
 
 
-def read_shape(folder: str | Path, rope_scaling: Mapping[str, Any] | None = None) -> ModelShape:
-    """Shape of the model in a Hugging Face folder, of which only config.json is read.
+def read_shape(folder: str | Path, *, rope_scaling: Mapping[str, Any] | None) -> ModelShape:
+    """Returns the shape of the model in a Hugging Face folder, of which only config.json is read.
+
+    Args:
+        rope_scaling: the run's `model.rope_scaling`; None leaves the folder's own.
 
     Raises:
         ConfigError: there is no folder or no such file, or as `ModelShape.from_hf`.

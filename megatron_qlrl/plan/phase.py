@@ -1,7 +1,7 @@
 """The plan of one phase: memory while training and while generating, what does not fit, time."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_qlrl.config.schema import Config, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape
@@ -102,7 +102,7 @@ def plan_phase(
         for stage in range(policy.pp)
     ]
     stage = max(range(policy.pp), key=lambda s: peaks[s].total)
-    weights = sum(stage_parameters(replace(shape, tied=False), tp=1, pp=1, stage=0)) * width
+    weights = sum(stage_parameters(shape.untied, tp=1, pp=1, stage=0)) * width
     longest = min(config.longest_generation, shape.max_positions)
     rollout, cache_tokens = None, 0.0
     if config.phases:

@@ -118,24 +118,24 @@ def rope_frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
 
 
 def transformer_config(
-    shape: ModelShape, policy: PolicyConfig, *, dtype: torch.dtype, context: ParallelContext
+    shape: ModelShape, config: PolicyConfig, *, dtype: torch.dtype, context: ParallelContext
 ) -> TransformerConfig:
     """Megatron's view of the model, of our settings and of the layout."""
     _, rope_factor = rope_frequencies(shape)
     recompute: dict[str, Any] = {}
-    if policy.recompute == "full":
+    if config.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform",
                      "recompute_num_layers": 1}  # fmt: skip
-    elif policy.recompute == "selective":
+    elif config.recompute == "selective":
         # Not attention: at long context it is most of the work and keeps little. Not "layernorm":
         # Transformer Engine's norms are parts of the linear layers, that of the MLP is recomputed
         # with it; and without Transformer Engine Megatron 0.16 fails there.
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     fp8: dict[str, Any] = {}
-    if policy.fp8 != "off":
+    if config.fp8 != "off":
         # Delayed scaling agrees on the largest values with every micro-batch, of which data
         # parallel ranks have different numbers: they must not wait for each other.
-        fp8 = {"fp8": policy.fp8, "fp8_recipe": policy.fp8_recipe, "tp_only_amax_red": True}
+        fp8 = {"fp8": config.fp8, "fp8_recipe": config.fp8_recipe, "tp_only_amax_red": True}
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -157,7 +157,7 @@ def transformer_config(
         tensor_model_parallel_size=context.tp.size,
         pipeline_model_parallel_size=context.pp.size,
         context_parallel_size=context.cp.size,
-        sequence_parallel=policy.sequence_parallel and context.tp.size > 1,
+        sequence_parallel=config.sequence_parallel and context.tp.size > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -229,22 +229,22 @@ def _transformer_engine_spec(qk_norm: bool) -> ModuleSpec:
 
 
 def build_model(
-    shape: ModelShape, policy: PolicyConfig, *, dtype: torch.dtype, context: ParallelContext
+    shape: ModelShape, config: PolicyConfig, *, dtype: torch.dtype, context: ParallelContext
 ) -> PolicyModel:
     """This rank's part of the model with uninitialised weights (load them next).
 
     Raises:
         ConfigError: the GPU, CUDA or Transformer Engine cannot run policy.fp8_recipe.
     """
-    config = transformer_config(shape, policy, dtype=dtype, context=context)
+    megatron_config = transformer_config(shape, config, dtype=dtype, context=context)
     engine = has_transformer_engine()
-    if policy.fp8 != "off" and not engine:
+    if config.fp8 != "off" and not engine:
         raise ConfigError(
-            f"policy.fp8={policy.fp8} needs Transformer Engine's layers, which do not load here "
+            f"policy.fp8={config.fp8} needs Transformer Engine's layers, which do not load here "
             '(`python -c "from transformer_engine.pytorch import Linear"` says why); install it '
             "for this torch, or set policy.fp8=off"
         )
-    _check_fp8_recipe(config)
+    _check_fp8_recipe(megatron_config)
     spec = layer_spec(transformer_engine=engine, qk_norm=shape.qk_norm)
     if engine:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -256,8 +256,8 @@ def build_model(
     block = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=final_norm)
     model = PolicyModel(
         shape,
-        offload_activations=policy.offload_activations,
-        config=config,
+        offload_activations=config.offload_activations,
+        config=megatron_config,
         transformer_layer_spec=block,
         vocab_size=padded_vocab(shape.vocab_size, context.tp.size),
         max_sequence_length=shape.max_positions,

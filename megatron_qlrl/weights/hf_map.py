@@ -59,14 +59,21 @@ class Entry:
     hf_names: tuple[str, ...]
 
 
-def entry_of(name: str, *, first_layer: int) -> Entry:
-    """The entry of a Megatron parameter; `first_layer` is the stage's first global layer."""
-    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-    if not found:
+def entry_of(name: str, *, first_layer: int, tied: bool) -> Entry:
+    """Returns the entry of a Megatron parameter.
+
+    Args:
+        first_layer: the first layer of the pipeline stage, counted over the whole model.
+        tied: the model's LM head is its embedding, of which the last of several stages has a copy.
+    """
+    in_layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if not in_layer:
+        if tied and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
         kind, names = _OUTSIDE[name]
         return Entry(kind, tuple(names))
-    kind, names = _LAYER[found[2]]
-    layer = first_layer + int(found[1])
+    kind, names = _LAYER[in_layer[2]]
+    layer = first_layer + int(in_layer[1])
     return Entry(kind, tuple(f"model.layers.{layer}.{n}" for n in names))
 
 

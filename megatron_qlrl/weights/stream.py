@@ -20,8 +20,9 @@ from megatron_qlrl.parallel.context import ParallelContext
 from megatron_qlrl.weights.hf_map import Entry, entry_of, local_shard, to_hf
 
 
-def first_layer(shape: ModelShape, context: ParallelContext) -> int:
-    return shape.num_layers // context.pp.size * context.pp.rank
+def _entry(name: str, shape: ModelShape, context: ParallelContext) -> Entry:
+    first_layer = shape.num_layers // context.pp.size * context.pp.rank
+    return entry_of(name, first_layer=first_layer, tied=shape.tied)
 
 
 def load_hf(
@@ -55,13 +56,9 @@ def _load_hf(
             return piece[:, start:end] if columns else piece[start:end]
 
         for name, parameter in model.named_parameters():
-            if shape.tied and name == "output_layer.weight":  # last stage's copy of the embedding
-                entry = Entry("vocab", ("model.embed_tokens.weight",))
-            else:
-                entry = entry_of(name, first_layer=first_layer(shape, context))
             tensor = local_shard(
-                entry, read, shape=shape, tp_size=context.tp.size, tp_rank=context.tp.rank,
-                rows=parameter.shape[0],
+                _entry(name, shape, context), read, shape=shape, tp_size=context.tp.size,
+                tp_rank=context.tp.rank, rows=parameter.shape[0],
             )  # fmt: skip
             parameter.data.copy_(tensor)
 
@@ -98,23 +95,22 @@ class WeightStream:
         self._parameters = dict(model.named_parameters())
         width = next(iter(self._parameters.values())).element_size()
         mine = [
-            _Item(name, context.pp.rank, self._entry(name), tuple(p.shape), p.numel())
+            _Item(name, context.pp.rank, _entry(name, shape, context), tuple(p.shape), p.numel())
             for name, p in self._parameters.items()
-            if not (shape.tied and name == "output_layer.weight")
         ]
         stages = {item.stage: items for items in gather_objects(mine) for item in items[:1]}
-        plan = [item for stage in sorted(stages) for item in stages[stage]]
-        self._buckets = _buckets(plan, limit=bucket_bytes // (width * context.tp.size))
-        names = {name for item in plan for name in item.entry.hf_names}
+        plan: dict[tuple[str, ...], _Item] = {}
+        for stage in sorted(stages):
+            for item in stages[stage]:  # the last stage may have a copy of the first's embedding
+                plan.setdefault(item.entry.hf_names, item)
+        self._buckets = _buckets([*plan.values()], limit=bucket_bytes // (width * context.tp.size))
+        names = {name for entry in plan for name in entry}
         expected = set(hf_shapes(shape))
         if names != expected:
             raise SyncError(
                 f"the weight plan misses {sorted(expected - names)[:3]} "
                 f"and has unknown {sorted(names - expected)[:3]}"
             )
-
-    def _entry(self, name: str) -> Entry:
-        return entry_of(name, first_layer=first_layer(self._shape, self._context))
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -53,7 +53,7 @@ def transformers_gradient(folder: Path, dtype: torch.dtype) -> torch.Tensor:
 def check_case(rank: int, case: tuple[Path, tuple[int, int, int], bool, Reference]) -> None:
     folder, (tp, pp, cp), distributed, expected = case
     context = init_parallel(tp=tp, pp=pp, cp=cp, seed=1)
-    shape = read_shape(folder)
+    shape = read_shape(folder, rope_scaling=None)
     settings: dict[str, Any] = {"tp": tp, "pp": pp, "cp": cp}
     policy = Policy(
         shape,

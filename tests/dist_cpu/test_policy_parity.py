@@ -148,7 +148,7 @@ def policy_on(
 ) -> Policy:
     """`block`: the tokens on a rank are padded to a multiple of it, as FP8 needs it."""
     tp, pp, cp = context.tp.size, context.pp.size, context.cp.size
-    shape = read_shape(folder)
+    shape = read_shape(folder, rope_scaling=None)
     settings = {"distributed_optimizer": False} | settings
     config = PolicyConfig(tp=tp, pp=pp, cp=cp, **settings)
     return Policy(

@@ -38,7 +38,7 @@ def test_recipes_fit_their_gpus(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     folder = Path("examples") / name
     config = load_config(folder / "config.yaml")
     model = folder / "shape"
-    shape = read_shape(model if model.is_dir() else config.model.path)
+    shape = read_shape(model if model.is_dir() else config.model.path, rope_scaling=None)
     cluster = Cluster(GPUS[name], HARDWARE["h100-80g"])
     hours = []
     for phase in config.phase_configs():

@@ -38,15 +38,21 @@ def split(folder: Path) -> dict[str, str]:
     return {name: file for file, held in parts.items() for name in held}
 
 
+def check(folder: Path) -> ModelShape:
+    shape = read_shape(folder, rope_scaling=None)
+    check_folder(folder, shape)
+    return shape
+
+
 def test_complete_folder_is_read(fake_hf: MakeModel) -> None:
-    assert check_folder(fake_hf()).num_layers == 6
+    assert check(fake_hf()).num_layers == 6
 
 
 def test_file_of_the_safetensors_library_is_accepted(fake_hf: MakeModel) -> None:
     folder = fake_hf()
     tensors = {name: np.ones(size, np.float16) for name, size in SHAPES.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert check_folder(folder).vocab_size == 160
+    assert check(folder).vocab_size == 160
 
 
 def test_the_index_alone_says_where_a_tensor_is(fake_hf: MakeModel) -> None:
@@ -55,26 +61,27 @@ def test_the_index_alone_says_where_a_tensor_is(fake_hf: MakeModel) -> None:
     where = split(folder)
     write_safetensors(folder / "z.safetensors", {"model.norm.weight": (65,)})
     with pytest.raises(CheckpointError, match=r"norm\.weight' is in a.* and in z\.safetensors"):
-        check_folder(folder)
+        check(folder)
     write_index(folder, where)
-    found = find_tensors(folder, check_folder(folder))
+    found = find_tensors(folder, check(folder))
     assert {name: file.name for name, file in found.items()} == where
     (folder / "b.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"is in 'b\.safetensors', which is no file"):
-        check_folder(folder)
+        check(folder)
 
 
 def test_one_file_alone_is_taken_without_an_index(fake_hf: MakeModel) -> None:
     folder = fake_hf()
     write_safetensors(folder / "adapter_model.safetensors", {"x": (1,)})
-    assert set(find_tensors(folder, read_shape(folder)).values()) == {folder / "model.safetensors"}
+    shape = read_shape(folder, rope_scaling=None)
+    assert set(find_tensors(folder, shape).values()) == {folder / "model.safetensors"}
 
 
 def test_tensors_that_are_computed_or_tied_may_be_there(fake_hf: MakeModel) -> None:
     folder = fake_hf(tie_word_embeddings=True)  # and lm_head.weight is in the file
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     write_safetensors(folder / "model.safetensors", SHAPES | {name: (4,)})
-    assert check_folder(folder).tied
+    assert check(folder).tied
 
 
 def _drop(name: str) -> Callable[[Path], None]:
@@ -148,7 +155,7 @@ def test_damaged_folder(fake_hf: MakeModel, damage: Callable[[Path], Any], messa
     folder = fake_hf()
     damage(folder)
     with pytest.raises(QlrlError, match=message) as caught:
-        check_folder(folder)
+        check(folder)
     assert isinstance(caught.value, ConfigError | CheckpointError)
     assert str(folder) in str(caught.value)
 
@@ -156,7 +163,7 @@ def test_damaged_folder(fake_hf: MakeModel, damage: Callable[[Path], Any], messa
 def test_fewer_layers_than_config_says(fake_hf: MakeModel) -> None:
     folder = fake_hf(num_hidden_layers=8)
     with pytest.raises(CheckpointError, match="=8, and the weights have 6 layers; copy"):
-        check_folder(folder)
+        check(folder)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +186,7 @@ def test_json_damaged_at_random(fake_hf: MakeModel, fuzz_cases: int, name: str) 
     def damage(rng: Random) -> None:
         (folder / name).write_bytes(mutate_json(raw, rng))
 
-    counts = check_cases(damage, lambda: check_folder(folder), cases=fuzz_cases)
+    counts = check_cases(damage, lambda: check(folder), cases=fuzz_cases)
     assert counts.total() == fuzz_cases
     assert counts.keys() <= {"result", "ConfigError", "CheckpointError"}
     assert len(counts) > 1
@@ -201,5 +208,5 @@ def test_safetensors_damaged_at_random(fake_hf: MakeModel, fuzz_cases: int) -> N
         text = mutate_json(header.encode(), rng)
         file.write_bytes(struct.pack("<Q", len(text)) + text + tensors)
 
-    counts = check_cases(damage, lambda: check_folder(folder), cases=fuzz_cases)
+    counts = check_cases(damage, lambda: check(folder), cases=fuzz_cases)
     assert counts.keys() == {"result", "CheckpointError"}

@@ -118,7 +118,7 @@ def test_config_that_cannot_be_trained_is_refused_by_name(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(HF | changes))
     with pytest.raises(ConfigError, match=message) as caught:
-        read_shape(tmp_path)
+        read_shape(tmp_path, rope_scaling=None)
     assert str(caught.value).startswith(f"{tmp_path}/config.json")
     assert len(str(caught.value)) < 400
 
@@ -148,4 +148,4 @@ def test_rope_scaling_of_the_run_is_named_as_such() -> None:
 def test_file_that_is_no_json_object(tmp_path: Path, raw: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(raw)
     with pytest.raises(ConfigError, match=message):
-        read_shape(tmp_path)
+        read_shape(tmp_path, rope_scaling=None)

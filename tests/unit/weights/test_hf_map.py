@@ -14,7 +14,6 @@ from megatron_qlrl.weights.hf_map import Entry, entry_of, local_shard, to_hf
 
 # Two key/value groups of two query heads each; head size 2, not hidden / heads.
 SHAPE = ModelShape(
-    architecture="Qwen2ForCausalLM",
     num_layers=3,
     hidden_size=6,
     ffn_size=10,
@@ -67,7 +66,9 @@ def test_qkv_is_interleaved_by_key_value_group(part: str) -> None:
         rows = torch.tensor([code + 10 * head + d for head in range(heads) for d in range(2)])
         tensor = rows.reshape(-1, *[1 for _ in wide]).expand(-1, *wide)
         folder.tensors[f"{prefix}.{letter}_proj.{part}"] = tensor
-    entry = entry_of(f"decoder.layers.0.self_attention.linear_qkv.{part}", first_layer=0)
+    entry = entry_of(
+        f"decoder.layers.0.self_attention.linear_qkv.{part}", first_layer=0, tied=False
+    )
     (whole,) = shards(entry, folder, 1)
     found = whole[:, 0] if wide else whole
     first = [100, 101, 110, 111, 200, 201, 300, 301]
@@ -82,7 +83,7 @@ def test_gate_and_up_are_cut_before_they_are_joined() -> None:
     for code, name in ((100, "gate"), (200, "up")):
         rows = torch.arange(code, code + 10)[:, None].expand(-1, 6)
         folder.tensors[f"model.layers.0.mlp.{name}_proj.weight"] = rows
-    entry = entry_of("decoder.layers.0.mlp.linear_fc1.weight", first_layer=0)
+    entry = entry_of("decoder.layers.0.mlp.linear_fc1.weight", first_layer=0, tied=False)
     first, second = shards(entry, folder, 2)
     assert first[:, 0].tolist() == [100, 101, 102, 103, 104, 200, 201, 202, 203, 204]
     assert second[:, 0].tolist() == [105, 106, 107, 108, 109, 205, 206, 207, 208, 209]
@@ -90,7 +91,7 @@ def test_gate_and_up_are_cut_before_they_are_joined() -> None:
 
 def test_vocabulary_is_padded_with_zeros_at_its_end() -> None:
     folder = Folder()
-    entry = entry_of("output_layer.weight", first_layer=0)
+    entry = entry_of("output_layer.weight", first_layer=0, tied=False)
     real = folder.tensors["lm_head.weight"]
     first, second = shards(entry, folder, 2, rows=8)  # 13 tokens in 16 rows
     assert torch.equal(first, real[:8])
@@ -129,7 +130,7 @@ MEGATRON_NAMES = [
 @pytest.mark.parametrize("name", MEGATRON_NAMES)
 def test_there_and_back_is_the_identity(name: str, tp: int) -> None:
     folder = Folder()
-    entry = entry_of(name, first_layer=1)
+    entry = entry_of(name, first_layer=1, tied=False)
     cut = shards(entry, folder, tp, rows=16 // tp)
     assert len({part.shape for part in cut}) == 1
     back = to_hf(entry, cut, shape=SHAPE)
@@ -139,7 +140,7 @@ def test_there_and_back_is_the_identity(name: str, tp: int) -> None:
 
 
 def test_layers_are_numbered_from_the_stages_first() -> None:
-    entry = entry_of("decoder.layers.1.mlp.linear_fc2.weight", first_layer=24)
+    entry = entry_of("decoder.layers.1.mlp.linear_fc2.weight", first_layer=24, tied=False)
     assert entry == Entry("row", ("model.layers.25.mlp.down_proj.weight",))
 
 
@@ -147,8 +148,14 @@ def test_the_table_covers_every_tensor_of_the_model() -> None:
     names = [n for n in MEGATRON_NAMES if "layers" not in n]
     inside = [n.removeprefix("decoder.layers.1.") for n in MEGATRON_NAMES if "layers" in n]
     names += [f"decoder.layers.{i}.{n}" for i in range(3) for n in inside]
-    covered = {hf for name in names for hf in entry_of(name, first_layer=0).hf_names}
+    covered = {hf for name in names for hf in entry_of(name, first_layer=0, tied=False).hf_names}
     assert covered == set(hf_shapes(SHAPE))
+
+
+def test_tied_head_is_the_embedding() -> None:
+    head = entry_of("output_layer.weight", first_layer=0, tied=True)
+    assert head == Entry("vocab", ("model.embed_tokens.weight",))
+    assert head == entry_of("embedding.word_embeddings.weight", first_layer=0, tied=True)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
