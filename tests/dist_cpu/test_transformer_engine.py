@@ -151,7 +151,7 @@ def check_case(rank: int, case: tuple[Path, tuple[int, int, int]]) -> None:
     assert step(engine, rows) == pytest.approx(pair.update(rows), rel=1e-5)
     pair.check_gradients(engine)
     pair.check_weights(engine)
-    if tp == 2 and not engine.shape.qk_norm:
+    if tp == 2 and not engine.model_shape.qk_norm:
         for settings, recipe, block in STEPS:
             policy = engine_policy(context, folder, **settings)
             check_step(policy, rows, recipe, block, pair)
