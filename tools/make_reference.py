@@ -4,6 +4,7 @@
     python tools/make_reference.py --check    exit code 1 when the file is stale
 
 Types, limits and defaults come from the fields, the meanings from the docstrings below them.
+docs/metrics.md is written by hand; `undocumented` finds the metrics that it lacks.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -20,7 +21,9 @@ from pydantic.fields import FieldInfo
 
 from megatron_qlrl.config.schema import Config, Section
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = DOCS / "config.md"
+GLOSSARY = DOCS / "metrics.md"
 INTRODUCTION = """\
 # Configuration
 
@@ -124,6 +127,19 @@ def _code(text: str) -> str:
 
 def _anchor(name: str) -> str:
     return name.replace(".", "")
+
+
+def documented_metrics() -> list[str]:
+    """The names in the first columns of the glossary's tables; <...> stands for anything."""
+    cells = re.findall(r"^\| (`[^|]*`) \|", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE)
+    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+
+
+def undocumented(names: Iterable[str]) -> list[str]:
+    """Those of the metrics that the glossary does not explain."""
+    patterns = [re.sub(r"<[^>]*>", ".+", re.escape(name)) for name in documented_metrics()]
+    known = re.compile("|".join(patterns))
+    return sorted(name for name in names if not known.fullmatch(name))
 
 
 def main() -> int:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tools.make_reference import undocumented
+
 
 def test_sft_learns_and_leaves_a_model(
     answering_model: Path, base_model: Path, read_jsonl: Any
@@ -20,3 +22,8 @@ def test_sft_learns_and_leaves_a_model(
     assert all(tensor.isfinite().all() for tensor in end.values())
     assert not [name for name, tensor in end.items() if torch.equal(tensor, start[name])]
     assert (answering_model / "tokenizer.json").is_file()
+
+
+def test_metrics_are_in_the_glossary(answering_model: Path, read_jsonl: Any) -> None:
+    record = read_jsonl(answering_model.parent / "metrics.jsonl")
+    assert undocumented({name for line in record for name in line} - {"step"}) == []

@@ -17,6 +17,7 @@ from judge_server import MODEL, FakeJudge, Reply, running, verdict
 from megatron_qlrl.config.schema import JudgeConfig
 from megatron_qlrl.reward.judge import Judge
 from megatron_qlrl.reward.score import Scorer
+from tools.make_reference import undocumented
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "canary-9f31c7"
@@ -111,6 +112,7 @@ def test_a_judge_that_is_lost_stops_the_run_with_a_checkpoint_and_it_resumes(
     assert "step_00000001 at step 1" in done.out
     record = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in record] == [0, 1, 2, 2]
+    assert undocumented({name for line in record for name in line} - {"step"}) == []
     assert record[-1]["val/judged_eval_short/masked"] == 0
 
     left = [lost.out, lost.err, dead.out, dead.err, done.out, done.err]

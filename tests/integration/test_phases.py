@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tools.make_reference import undocumented
+
 
 @pytest.fixture(scope="module")
 def whole(phased_run: Any) -> Any:
@@ -45,6 +47,7 @@ def test_phases_see_their_lengths_layouts_and_settings(whole: Any, read_jsonl: A
     short, long = record[1], record[2]
     assert short["prompt_length/max"] <= 250 < long["prompt_length/max"] <= 500
     assert record[3]["curriculum/carried/drawn"] > 0
+    assert undocumented({name for line in record for name in line} - {"step"}) == []
     for line in record[2:]:
         carried = line["curriculum/carried/batch/groups"]
         assert 0 < carried <= 3

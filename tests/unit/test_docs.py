@@ -27,6 +27,12 @@ def test_every_setting_has_a_meaning() -> None:
     assert empty == []
 
 
+def test_glossary_knows_names_and_patterns() -> None:
+    assert len(make_reference.documented_metrics()) > 50
+    known = ["actor/grad_norm", "stability/kl_spike", "source/my_set/critic/rewards/mean"]
+    assert make_reference.undocumented([*known, "actor/unheard_of"]) == ["actor/unheard_of"]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     text = CODE.sub("", page.read_text(encoding="utf-8"))
