@@ -4,6 +4,7 @@
 `tools/setup_env.sh`: it installs the complete lock file requirements/cpu.txt.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -48,10 +49,12 @@ EXTRAS = {
 }
 
 readme = ROOT / "README.md"
+package = (ROOT / "megatron_qlrl" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', package, re.MULTILINE)[1]
 
 setup(
     name="megatron_qlrl",
-    version="0.1.0",
+    version=VERSION,
     description="Long-context reasoning RL (QwenLong-L1) on Megatron-core and vLLM",
     long_description=readme.read_text(encoding="utf-8") if readme.is_file() else "",
     long_description_content_type="text/markdown",
@@ -59,7 +62,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_qlrl", "megatron_qlrl.*"]),
-    package_data={"megatron_qlrl": ["py.typed", "**/*.html", "**/*.jinja", "**/*.json"]},
+    package_data={"megatron_qlrl": ["py.typed"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["qlrl = megatron_qlrl.cli:main"]},
