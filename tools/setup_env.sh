@@ -45,7 +45,7 @@ fi
   fail "the pinned CPU stack is for Linux x86-64, this is $(uname -s) $(uname -m)"
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
   say "this machine has a GPU; the environment made here is for CPU only (tests, planning)." \
-    "For training on GPUs install the 'gpu' extra: see README.md"
+    "For training on GPUs install the 'gpu' extra: see docs/gpus.md"
 fi
 
 if [ ! -x "$venv/bin/python" ] || [ "$(version_of "$venv/bin/python")" != "3.11" ]; then

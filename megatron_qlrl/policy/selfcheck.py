@@ -103,7 +103,7 @@ def _judge(policy: Policy, mine: Sequence[Finding], side: str) -> float:
         f"self-check: with the attention kernel {kernel.name}, the {first.what} of layer "
         f"{first.layer} with {side} is off by {first.error:.1e}, {first.ratio(dtype):.0f} times "
         f"its rounding noise (allowed: {ALLOWED_NOISE:.0f} times). {way_out} the versions that "
-        "`qlrl check` prints with those in the README"
+        "`qlrl check` prints with those in docs/gpus.md"
     )
 
 
