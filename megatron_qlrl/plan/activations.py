@@ -1,9 +1,9 @@
-"""What one micro-batch keeps on a rank between its forward and its backward pass, and the working
-memory beside it: counted tensor by tensor from policy/model.py, attention.py and logprobs.py.
+"""Counts what one micro-batch keeps on a rank between its forward and its backward pass, and the
+working memory beside it, tensor by tensor from policy/model.py, attention.py and logprobs.py.
 
-`tests/dist_cpu/test_plan_memory.py` holds the counts against the live bytes of real updates.
-Symbols: T row tokens, L of them on this context parallel rank, h hidden, q and kv the widths of
-queries and of keys, f that of the MLP, w bytes of an element.
+`tests/dist_cpu/test_plan_memory.py` compares the counts with the live bytes of real updates.
+Symbols: T row tokens; L the row's tokens on this context parallel rank; h hidden size; M tokens
+that predict a response token.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from megatron_qlrl.config.shape import ModelShape, padded_vocab
 
 @dataclass(frozen=True)
 class Kernels:
-    """Where the memory of one layer depends on the kernels in use.
+    """The properties of the kernels in use on which the memory of a layer depends.
 
     Attributes:
-        fused_norm: RMSNorm keeps its input; unfused it keeps two float32 copies of it. Fused ones
-            are parts of the linear layers behind them.
-        grouped_attention: the kernel's key and value gradients have kv heads; else query heads.
+        fused_norm: RMSNorm is part of the linear layer behind it and keeps its input; an unfused
+            one keeps two float32 copies of it.
+        grouped_attention: the kernel's key and value gradients have kv heads, not query heads.
         block_elements: logits that exist at one time (policy/logprobs.py).
     """
 
@@ -38,7 +38,7 @@ BLOCK_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Row:
-    """The row that is planned for: T tokens, of which `responses` meet the LM head."""
+    """The row that is planned for: its tokens, and how many of them are response tokens."""
 
     tokens: int
     responses: int
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes a layer keeps for its backward pass, by part."""
+    """The bytes that a layer keeps for its backward pass, by part."""
 
     norms: float
     attention: float
@@ -58,12 +58,12 @@ class Kept:
 
 
 class Activations:
-    """Bytes of one rank for one row. All methods are plain arithmetic."""
+    """Counts the bytes of one rank for one row. All methods are plain arithmetic."""
 
     def __init__(
         self, shape: ModelShape, policy: PolicyConfig, row: Row, *, width: int, kernels: Kernels
     ) -> None:
-        """`width`: bytes of an activation, 2 for bfloat16 and 4 for float32."""
+        """`width` is the size of an element in bytes: 2 for bfloat16, 4 for float32."""
         tp = policy.tp
         self.shape, self.policy, self.row, self.kernels = shape, policy, row, kernels
         self.width = width
@@ -78,57 +78,59 @@ class Activations:
         self.vocab = padded_vocab(shape.vocab_size, tp) // tp
 
     def layer(self) -> Kept:
-        """What one layer keeps without recomputation."""
+        """Returns what one layer keeps without recomputation."""
         return Kept(self._norms(), self._attention(), 5 * self.ffn * self.tokens * self.width)
 
     def selective_layer(self) -> Kept:
-        """What is left when the MLP is recomputed, and with it the norm that is part of it."""
+        """Returns what a layer keeps when its MLP is recomputed, with the norm if it is fused."""
         inside = self.stream() if self.kernels.fused_norm else 0.0
         return Kept(self._norms() - inside, self._attention(), 0.0)
 
     def stage(self, stage: int) -> float:
-        """What all layers of a pipeline stage keep, with the embedding's or the received input,
-        the final norm, and the output that waits for its gradient."""
-        found = self._layers() * self._kept_layer()
+        """Returns what a pipeline stage keeps: its layers, its input, and its output (on the last
+        stage the final norm and the head's inputs)."""
+        kept = self._layers() * self._kept_layer()
         if self.policy.recompute == "full":
-            found += 4 * self.shape.head_dim * self.tokens  # angles
+            kept += 4 * self.shape.head_dim * self.tokens  # angles
         if self.policy.offload_activations and stage:
-            found += self.stream()  # what was received waits for its gradient
+            kept += self.stream()  # the received input waits for its gradient
         if stage < self.policy.pp - 1:
-            return found + self.stream()
-        return found + self._norm_input(self.hidden) + self.head_inputs()
+            return kept + self.stream()
+        return kept + self._norm_input(self.hidden) + self.head_inputs()
 
     def stream(self) -> float:
-        """One tensor of hidden states, [L, h]."""
+        """Returns the size of one tensor of hidden states, [L, h]."""
         return self.tokens * self.hidden * self.width
 
     def on_host(self) -> float:
-        """Layer inputs of a stage in pinned host memory, where torch hands out powers of two."""
+        """Returns the size of a stage's layer inputs in pinned host memory, which torch hands out
+        in powers of two."""
         if not self.policy.offload_activations:
             return 0.0
         return self._layers() * 2.0 ** ceil(log2(self.stream()))
 
     def head_inputs(self) -> float:
-        """Hidden states that predict response tokens, [M, h]."""
+        """Returns the size of the hidden states that predict response tokens, [M, h]."""
         return self._predicted() * self.shape.hidden_size * self.width
 
     def working(self, stage: int) -> dict[str, float]:
-        """Bytes beside `stage` at the moments of a backward pass that can be the peak. A moment
-        after something was freed counts what was freed as negative."""
-        found = {
+        """Returns the bytes beside what a stage keeps, at each moment of a backward pass that can
+        be the peak. What has been freed by then is subtracted."""
+        moments = {
             "MLP gradients": self._mlp_backward(),
             "attention gradients": self._attn_backward(),
         }
         if stage == self.policy.pp - 1:
-            # The final norm and the head's inputs are gone by then.
+            # The final norm and the head's inputs are freed by then.
             freed = self._norm_input(self.hidden) + self.head_inputs()
-            found = {name: bytes_ - freed for name, bytes_ in found.items()}
-            found["log-probs forward"] = self._block_forward()
-            found["log-probs backward"] = self._block_backward()
-        return found
+            moments = {name: size - freed for name, size in moments.items()}
+            moments["log-probs forward"] = self._block_forward()
+            moments["log-probs backward"] = self._block_backward()
+        return moments
 
     def gather_buffer(self) -> float:
-        """Megatron's buffer for the inputs that sequence parallelism gathers; never given back."""
+        """Returns the size of the buffer, never freed, in which Megatron gathers the inputs that
+        sequence parallelism has split."""
         if self.shards == 1:
             return 0.0
         return self.tokens * self.shape.hidden_size * self.width
@@ -136,7 +138,7 @@ class Activations:
     # --- kept -----------------------------------------------------------------------------
 
     def _norms(self) -> float:
-        """Two norms; the linear layers behind them keep their outputs."""
+        """The inputs of two norms, and their outputs, which the linear layers behind them keep."""
         return 2 * (self._norm_input(self.hidden) + self.stream())
 
     def _norm_input(self, features: float) -> float:
@@ -145,15 +147,15 @@ class Activations:
 
     def _attention(self) -> float:
         w, tokens = self.width, self.tokens
-        found = 4 * self.shape.head_dim * tokens * w  # cos and sin, for queries and for keys
-        found += 2 * self.q * tokens * w  # rotated queries; output, which linear_proj shares
-        local = (self.q + 3 * self.kv) * tokens * w  # values are a view of all that linear_qkv made
-        found += self._lse() + (self._row_keys() if self.gathered else local)
+        kept = 4 * self.shape.head_dim * tokens * w  # cos and sin, for queries and for keys
+        kept += 2 * self.q * tokens * w  # rotated queries; output, which linear_proj shares
+        local = (self.q + 3 * self.kv) * tokens * w  # values are a view of linear_qkv's output
+        kept += self._lse() + (self._row_keys() if self.gathered else local)
         if self.shape.qk_norm and not self.kernels.fused_norm:
-            found += 8 * (self.q + self.kv) * tokens
+            kept += 8 * (self.q + self.kv) * tokens
         elif self.shape.qk_norm:
-            found += (self.q + self.kv) * tokens * w
-        return found
+            kept += (self.q + self.kv) * tokens * w
+        return kept
 
     def _row_keys(self) -> float:
         """Keys and values of the whole row, in row order."""
@@ -171,7 +173,7 @@ class Activations:
         return self.shape.num_layers // self.policy.pp
 
     def _kept_layer(self) -> float:
-        """On the device, from a layer's forward to its backward pass."""
+        """What a layer keeps on the device between its forward and its backward pass."""
         if self.policy.recompute == "full":
             return 0.0 if self.policy.offload_activations else self.stream()
         if self.policy.recompute == "selective":
@@ -179,32 +181,31 @@ class Activations:
         return self.layer().total
 
     def _recomputed_layer(self) -> float:
-        """With "full", the layer whose backward pass runs, computed again, and its output; its
-        input is kept already, unless the norm keeps a copy in another type, or it waits in host
-        memory."""
+        """With "full", what the recomputed layer keeps, and its output. Its input is counted only
+        if the norm keeps a copy in another type or if it comes from host memory."""
         if self.policy.recompute != "full":
             return 0.0
         copied = not self.kernels.fused_norm and self.width < 4
         return self.layer().total + self.stream() * (copied + self.policy.offload_activations)
 
     def _mlp_backward(self) -> float:
-        """Gradients of the output, of the product and of one of its factors; [L, h] gathered."""
-        found = self.stream() + 2 * self.ffn * self.tokens * self.width
+        """Gradients of the MLP's output, of the product in it and of one of the factors."""
+        gradients = self.stream() + 2 * self.ffn * self.tokens * self.width
         if self.policy.recompute == "selective":  # the MLP computed again, and its output
-            return found + self.layer().total - self.selective_layer().total + self.stream()
-        return found + self._recomputed_layer()
+            return gradients + self.layer().total - self.selective_layer().total + self.stream()
+        return gradients + self._recomputed_layer()
 
     def _attn_backward(self) -> float:
-        """The MLP's part is free again; gradients of output, queries, keys and values with one
-        piece's."""
+        """Gradients of output, queries, keys and values, and those of one piece of attention. What
+        the MLP kept is freed by then."""
         kept = self.selective_layer() if self.policy.recompute == "selective" else self.layer()
         w, keys = self.width, self._row_keys()
         piece = keys if self.kernels.grouped_attention else keys * self.q / self.kv
-        found = 2 * self.stream() + 3 * self.q * self.tokens * w + keys + piece
+        gradients = 2 * self.stream() + 3 * self.q * self.tokens * w + keys + piece
         if self.gathered:
-            found += keys  # un-ordered again on the way back to the ranks
+            gradients += keys  # a copy in the ranks' order
         mlp_norm = kept.norms - self._norms() / 2
-        return found + self._recomputed_layer() - kept.mlp - mlp_norm
+        return gradients + self._recomputed_layer() - kept.mlp - mlp_norm
 
     def _block_forward(self) -> float:
         if self.width == 4:
@@ -212,22 +213,22 @@ class Activations:
         return 8 * self.kernels.block_elements + (4 + self.width) * self._block()
 
     def _block_backward(self) -> float:
-        """Float32 gradients of the head's inputs and weight, and a block of logits; or the two
-        gradients once more in their own type."""
-        inputs, weight = (
-            self._predicted() * self.shape.hidden_size,
-            self.vocab * self.shape.hidden_size,
-        )
-        found = 4 * (inputs + weight)
+        """Float32 gradients of the head's inputs and weight, and beside them either a block of
+        logits or the two gradients cast to their own type."""
+        elements = (self._predicted() + self.vocab) * self.shape.hidden_size
+        gradients = 4 * elements
         block = 8 * self.kernels.block_elements
         if self.width == 4:
-            return found + block
-        columns = self._block() / max(1, min(self._predicted(), BLOCK_TOKENS))
+            return gradients + block
+        columns = self._block() / self._block_tokens()
         product = columns * self.shape.hidden_size * self.width
         block += self._block() * (4 + self.width) + product
-        return found + max(block, self.width * (inputs + weight))
+        return gradients + max(block, self.width * elements)
 
     def _block(self) -> float:
-        """Logits of the largest block, no larger than there are tokens and vocabulary."""
-        tokens = max(1, min(self._predicted(), BLOCK_TOKENS))
+        """Logits of the largest block."""
+        tokens = self._block_tokens()
         return tokens * min(self.kernels.block_elements // tokens, self.vocab)
+
+    def _block_tokens(self) -> int:
+        return max(1, min(self._predicted(), BLOCK_TOKENS))

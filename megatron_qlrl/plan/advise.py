@@ -1,4 +1,4 @@
-"""The smallest change that makes a phase fit, and the fastest layouts: one search for both."""
+"""Searches layouts, for the smallest change that makes a phase fit and for the fastest ones."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from megatron_qlrl.plan.phase import ENGINE_PARTS, Cluster, PhasePlan, plan_phas
 RECOMPUTE = ("none", "selective", "full")
 
 Changes = Mapping[str, Mapping[str, Any]]
-"""New settings by section."""
+"""New values of settings, by section of the config."""
 
 RELIEFS: tuple[Changes, ...] = (
     {},
@@ -23,12 +23,12 @@ RELIEFS: tuple[Changes, ...] = (
     {"policy": {"offload_activations": True}},
     {"optimizer": {"offload": True}, "policy": {"offload_activations": True}},
 )
-"""What may go to host memory where a layout does not fit without, the cheapest first."""
+"""What may be moved to host memory if a layout does not fit otherwise, the cheapest first."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A layout that fits: what it changes (dotted settings) and its plan."""
+    """A layout that fits: the settings that it changes, by dotted name, and its plan."""
 
     changes: Mapping[str, Any]
     plan: PhasePlan
@@ -44,8 +44,8 @@ class Option:
 def smallest_change(
     config: Config, shape: ModelShape, cluster: Cluster, lengths: Lengths | None,
 ) -> Option | None:  # fmt: skip
-    """The option with the fewest changed settings (the engine's share of the memory is the
-    smallest of all), of those the fastest; None if nothing fits."""
+    """Returns the option that changes the fewest settings, and the fastest of these; None if
+    nothing fits. The engine's memory share counts as half a change."""
 
     def size(option: Option) -> tuple[float, float]:
         mild = "rollout.gpu_memory_utilization" in option.changes
@@ -57,16 +57,18 @@ def smallest_change(
 def fastest(
     config: Config, shape: ModelShape, cluster: Cluster, lengths: Lengths | None, *, count: int,
 ) -> list[Option]:  # fmt: skip
-    """The options with the shortest estimated steps."""
-    found = list(options(config, shape, cluster, lengths))
-    return sorted(found, key=lambda o: (o.seconds, len(o.changes)))[:count]
+    """Returns the `count` options with the shortest estimated steps."""
+    by_time = sorted(
+        options(config, shape, cluster, lengths), key=lambda o: (o.seconds, len(o.changes))
+    )
+    return by_time[:count]
 
 
 def options(
     config: Config, shape: ModelShape, cluster: Cluster, lengths: Lengths | None,
 ) -> Iterator[Option]:  # fmt: skip
-    """Every layout of the GPUs that fits: where it has to be, with what can wait in host memory
-    there, and with the memory share of the engine lowered or raised."""
+    """Yields every layout of the GPUs that fits. If one does not fit as it is, things are moved to
+    host memory and the engine's memory share is changed."""
     for settings in _layouts(config, shape, cluster):
         if settings["recompute"] != "full":
             settings["offload_activations"] = False
@@ -81,7 +83,7 @@ def options(
             for relief in list(left):
                 plan = plan_phase(_changed(sized, relief), shape, cluster, lengths=lengths)
                 if plan.update.total > cluster.hardware.memory_bytes:
-                    left.remove(relief)  # the engine's size changes nothing about that
+                    left.remove(relief)  # another size of the engine would not help
                     continue
                 if plan.problems:
                     plan = plan_phase(
@@ -93,7 +95,7 @@ def options(
 
 
 def _reliefs(config: Config) -> Iterator[Changes]:
-    """Those that are allowed and change something."""
+    """Yields the reliefs that this config allows and that change it."""
     for relief in RELIEFS:
         if "policy" in relief and config.policy.recompute != "full":
             continue
@@ -104,7 +106,8 @@ def _reliefs(config: Config) -> Iterator[Changes]:
 
 
 def _with_largest_share(plan: PhasePlan, cluster: Cluster) -> Config:
-    """The engine takes what the policy's state leaves, in steps of 5 %."""
+    """Returns the plan's config with the largest memory share of the engine, in steps of 5 %, that
+    the policy's state leaves."""
     assert plan.rollout is not None
     parts = plan.rollout.parts
     state = sum(parts[name] for name in parts if name not in ENGINE_PARTS)
@@ -113,7 +116,7 @@ def _with_largest_share(plan: PhasePlan, cluster: Cluster) -> Config:
 
 
 def _layouts(config: Config, shape: ModelShape, cluster: Cluster) -> Iterator[dict[str, Any]]:
-    """tp inside a node; pp divides the layers; the default of sequence parallelism stays."""
+    """Yields policy settings with tp within a node and pp that divides the layers."""
     powers = [2**k for k in range(cluster.gpus.bit_length())]
     for tp in (p for p in powers if p <= cluster.hardware.gpus_per_node):
         for pp in (p for p in powers if shape.num_layers % p == 0):
@@ -141,10 +144,10 @@ def _changed(config: Config, changes: Changes) -> Config:
 
 
 def _difference(before: Config, after: Config) -> dict[str, Any]:
-    found = {}
+    changes = {}
     for section in ("policy", "rollout", "optimizer"):
         old, new = getattr(before, section), getattr(after, section)
         for name in type(old).model_fields:
             if getattr(old, name) != getattr(new, name):
-                found[f"{section}.{name}"] = getattr(new, name)
-    return found
+                changes[f"{section}.{name}"] = getattr(new, name)
+    return changes

@@ -1,6 +1,7 @@
-"""Time of one RL step by part: counted FLOPs and bytes over the rates assumed in `hardware.py`.
+"""Estimates the time of one RL step by part: counted FLOPs and bytes over the rates that
+`hardware.py` assumes.
 
-Left out: the judge, saving, evaluation and the transfers between pipeline stages.
+The judge, saving, evaluation and transfers between pipeline stages are not counted.
 """
 
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ from megatron_qlrl.plan.flops import (
 from megatron_qlrl.plan.hardware import Hardware
 
 MAX_SEQUENCES = 256
-"""Sequences that vLLM computes at one time by default."""
+"""The number of sequences that vLLM computes at one time by default."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean tokens of prompts and of responses that a step is estimated for."""
+    """The mean lengths in tokens for which a step is estimated."""
 
     prompt: int
     response: int
@@ -31,16 +32,16 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Work:
-    """The training of one rollout batch, for all GPUs together.
+    """The work of training on one rollout batch, for all GPUs together.
 
     Attributes:
-        tokens: of all rows.
+        tokens: tokens of all rows.
         forward: model FLOPs of one forward pass over the batch.
-        separate: the same with each prompt computed once for each of its responses.
-        linear: those of `forward` that are FP8 where policy.fp8 is on.
+        separate: `forward` if each prompt were computed again for each of its responses.
+        linear: the part of `forward` that runs in FP8 if policy.fp8 is on.
         update: FLOPs that the updates execute: three forward passes, the logits once more, and
             what is recomputed.
-        idle: time lost to pipeline bubbles and to ranks without a row, as a factor.
+        idle: the factor by which pipeline bubbles and ranks without a row lengthen the time.
     """
 
     tokens: float
@@ -61,14 +62,14 @@ def training_work(config: Config, shape: ModelShape, *, gpus: int, lengths: Leng
     head = head_flops(shape, blocks * sum(each))
     linear = shape.num_layers * linear_flops(shape) * tokens
     mlp = shape.num_layers * mlp_flops(shape) * tokens
-    again = {"none": 0.0, "selective": mlp, "full": forward - head}
+    recomputed = {"none": 0.0, "selective": mlp, "full": forward - head}
     alone = block_flops(shape, lengths.prompt, [lengths.response])
     return Work(
         tokens=tokens,
         forward=forward,
         separate=rollout.prompts_per_step * rollout.group_size * alone,
         linear=linear,
-        update=UPDATE_TO_FORWARD * forward + head + again[policy.recompute],
+        update=UPDATE_TO_FORWARD * forward + head + recomputed[policy.recompute],
         idle=_idle(config, tokens, gpus),
     )
 
@@ -77,7 +78,7 @@ def training_seconds(
     config: Config, shape: ModelShape, work: Work, *, gpus: int, hardware: Hardware, width: int,
     weight_bytes: float,
 ) -> dict[str, float]:  # fmt: skip
-    """Seconds of the updates and of the passes before them."""
+    """Returns the seconds of the updates and of the passes before them, by part."""
     policy, algorithm = config.policy, config.algorithm
     model_ranks = policy.tp * policy.pp
     bf16 = hardware.bf16_flops * hardware.training_efficiency
@@ -87,38 +88,38 @@ def training_seconds(
     flop_s = (work.linear / linear + (work.forward - work.linear) / bf16) / work.forward / gpus
     rows = work.tokens * model_ranks * policy.cp / gpus * shape.num_layers / policy.pp
     tp_s, cp_s = _exchange(config, shape, hardware, width)
-    # Backward: the gathers of the inputs again, every collective's opposite, and what recomputation
-    # repeats: the MLP has half of tp's.
+    # The backward pass gathers the inputs again, runs every collective's opposite, and repeats what
+    # recomputation needs; the MLP has half of tp's collectives.
     tp_again, cp_again = {"none": (0, 0), "selective": (0.5, 0), "full": (1, 1)}[policy.recompute]
     links = rows * (tp_s * (2.5 + tp_again) + cp_s * (2 + cp_again))
-    if policy.offload_activations:  # out and in
+    if policy.offload_activations:  # each layer's input is copied to the host and back
         shards = policy.cp * (policy.tp if policy.sequence_parallel else 1)
         links += rows * 2 * shape.hidden_size * width / shards / hardware.pinned_copy
-    found = {"updates": (work.update * flop_s + links) * work.idle}
-    if config.optimizer.offload:
-        # In and out: the moments and the float32 weights.
+    seconds = {"updates": (work.update * flop_s + links) * work.idle}
+    if config.optimizer.offload:  # moments and float32 weights are copied to the device and back
         shards = gpus if policy.distributed_optimizer else model_ranks
         state = 12 * weight_bytes / width / shards
-        found["updates"] += algorithm.updates_per_step * 2 * state / hardware.host_copy
+        seconds["updates"] += algorithm.updates_per_step * 2 * state / hardware.host_copy
     # Gradients are reduced in float32, and the new weights gathered.
     reduced = weight_bytes / width * (4 + width) / model_ranks
     if gpus > model_ranks:
         rate = hardware.network if gpus > hardware.gpus_per_node else hardware.nvlink
-        found["updates"] += algorithm.updates_per_step * reduced / (rate * hardware.link_efficiency)
+        rate *= hardware.link_efficiency
+        seconds["updates"] += algorithm.updates_per_step * reduced / rate
     one_pass = (work.forward * flop_s + rows * (tp_s + cp_s)) * work.idle
     if algorithm.reference:
-        # It waits in host memory: in and out again, each way a copy both ways.
-        found["reference"] = one_pass + 4 * weight_bytes / model_ranks / hardware.host_copy
+        # Policy and reference swap places with host memory twice, and each swap is two copies.
+        seconds["reference"] = one_pass + 4 * weight_bytes / model_ranks / hardware.host_copy
     if algorithm.updates_per_step > 1:
-        found["old log-probs"] = one_pass
-    return found
+        seconds["old log-probs"] = one_pass
+    return seconds
 
 
 def _exchange(
     config: Config, shape: ModelShape, hardware: Hardware, width: int
 ) -> tuple[float, float]:
-    """Seconds of a layer's forward collectives for each token of a row: over tp the hidden states
-    (four gathers or scatters), over cp the keys and values."""
+    """Returns the seconds per row token of a layer's forward collectives: over tp the hidden
+    states (four gathers or scatters), over cp the keys and values."""
     tp, cp = config.policy.tp, config.policy.cp
     nvlink = hardware.nvlink * hardware.link_efficiency
     far = nvlink if tp * cp <= hardware.gpus_per_node else (
@@ -140,8 +141,8 @@ def generation_seconds(
     width: int,
     weight_bytes: float,
 ) -> dict[str, float]:
-    """Seconds to send the weights, to read the prompts (each once: the group shares its cache) and
-    to generate: every step of the engine reads the weights and the cache of what it runs."""
+    """Returns the seconds to send the weights, to read the prompts (each once, because its group
+    shares the cache) and to generate: every engine step reads the weights and the cache."""
     tp = config.rollout.tp
     engines = gpus / tp
     sequences = config.rollout.prompts_per_step * config.rollout.group_size / engines
@@ -160,12 +161,12 @@ def generation_seconds(
 
 
 def cache_bytes(shape: ModelShape, width: int) -> float:
-    """Of one token's keys and values in all layers."""
+    """Returns the size of one token's keys and values in all layers."""
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * width
 
 
 def _parts(config: Config, lengths: Lengths) -> int:
-    """Rows over which one group is spread, so often its prompt is computed."""
+    """Returns over how many rows a group is spread; each of them computes the prompt."""
     if not config.policy.share_prompts:
         return config.rollout.group_size
     room = max((config.policy.max_tokens_per_row - lengths.prompt) // lengths.response, 1)

@@ -1,5 +1,5 @@
-"""What a plan assumes of a GPU and of the software on it: every number named, none measured here
-unless its comment says so."""
+"""Names every number that a plan assumes about a GPU and the software on it. None was measured
+for this package unless its comment says so."""
 
 from dataclasses import dataclass
 
@@ -13,26 +13,25 @@ class Hardware:
     """One GPU with its share of node and network.
 
     Attributes:
-        memory_bytes: what torch sees as the GPU's total memory.
-        bf16_flops, fp8_flops: dense peak of the tensor cores, FLOP/s.
-        bandwidth: of the GPU's memory, bytes/s.
-        nvlink: between the GPUs of a node, bytes/s each way.
-        network: between nodes, bytes/s for each GPU.
-        host_copy: between GPU and pageable host memory, bytes/s.
-        pinned_copy: between GPU and pinned host memory, bytes/s, all GPUs of a node at once.
-        gpus_per_node: tensor parallel groups must fit into a node.
-        training_efficiency: share of the peak that an update's FLOPs reach, communication not
-            counted.
-        link_efficiency: share of nvlink and network that collectives reach, nothing hidden.
-        fp8_efficiency: the same for FP8 linear layers, of the FP8 peak.
-        prefill_efficiency: share of the peak while the engine reads prompts.
-        decode_efficiency: share of the bandwidth while it generates.
+        memory_bytes: the GPU's total memory as torch reports it.
+        bf16_flops, fp8_flops: dense peak of the tensor cores, in FLOP/s.
+        bandwidth: bandwidth of the GPU's memory, in bytes/s.
+        nvlink: between the GPUs of a node, in bytes/s each way.
+        network: between nodes, in bytes/s for each GPU.
+        host_copy: between GPU and pageable host memory, in bytes/s.
+        pinned_copy: between GPU and pinned host memory, in bytes/s, all GPUs of a node at once.
+        gpus_per_node: the largest tensor parallel size.
+        training_efficiency: share of the BF16 peak that an update reaches without communication.
+        link_efficiency: share of nvlink and network that collectives reach; none are overlapped.
+        fp8_efficiency: share of the FP8 peak that FP8 linear layers reach.
+        prefill_efficiency: share of the BF16 peak that the engine reaches while it reads prompts.
+        decode_efficiency: share of the bandwidth that the engine reaches while it generates.
         decode_step_s: time of a generation step beside reading memory.
         framework_bytes: CUDA context, NCCL, cuBLAS and Transformer Engine workspaces.
-        fragmentation: of the memory that activations and working tensors take, the share that
-            torch's allocator holds beside them.
+        fragmentation: what torch's allocator holds unused, as a share of activations and working
+            memory.
         asleep_bytes: what the sleeping engine keeps (CUDA graphs, communicators).
-        engine_bytes: what the engine takes beside weights and key/value cache while awake.
+        engine_bytes: what the engine, awake, takes beside weights and key/value cache.
     """
 
     name: str
@@ -57,7 +56,7 @@ class Hardware:
     engine_bytes: float = 4 * GIB
 
     def assumptions(self) -> dict[str, float]:
-        """The numbers that nobody measured for this package."""
+        """Returns the numbers that nobody measured for this package, by name."""
         return {name: float(getattr(self, name)) for name in ASSUMED}
 
 
@@ -87,7 +86,11 @@ HARDWARE = {
 
 
 def find_hardware(name: str) -> Hardware:
-    """Raises ConfigError for a name that is not known."""
+    """Returns the hardware of this name.
+
+    Raises:
+        ConfigError: the name is not known.
+    """
     if name not in HARDWARE:
         raise ConfigError(f"--hardware {name} is not known; use one of {', '.join(HARDWARE)}")
     return HARDWARE[name]

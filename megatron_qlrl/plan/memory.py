@@ -1,7 +1,7 @@
-"""Memory of one rank by part, from the model's shape and the layout alone (no torch).
+"""Counts the memory of one rank by part, from the model's shape and the layout alone (no torch).
 
-Everything is counted but what other people's code takes on a GPU, which is one named number each
-in `hardware.py`. `tests/dist_cpu/test_plan_memory.py` holds the counts against real updates.
+What foreign code takes on a GPU is not counted but assumed, by named numbers in `hardware.py`.
+`tests/dist_cpu/test_plan_memory.py` compares the counts with real updates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes of a rank by part, and the moment at which they are all there."""
+    """A rank's bytes by part at its fullest moment."""
 
     moment: str
     parts: Mapping[str, float]
@@ -27,7 +27,8 @@ class Peak:
 
 
 def stage_parameters(shape: ModelShape, *, tp: int, pp: int, stage: int) -> list[int]:
-    """Sizes of the tensors of one pipeline stage on one tensor parallel rank, in model order."""
+    """Returns the sizes (in elements) of a pipeline stage's tensors on one tensor parallel rank, in
+    model order."""
     h, d, f = shape.hidden_size, shape.head_dim, shape.ffn_size // tp
     q, kv = shape.num_heads * d // tp, shape.num_kv_heads * d // tp
     vocab = padded_vocab(shape.vocab_size, tp) // tp * h
@@ -35,45 +36,46 @@ def stage_parameters(shape: ModelShape, *, tp: int, pp: int, stage: int) -> list
     layer += [q + 2 * kv] if shape.qkv_bias else []
     layer += [d, d] if shape.qk_norm else []
     layer += [h, 2 * f * h, f * h]
-    found = [vocab] if stage == 0 else []
-    found += layer * (shape.num_layers // pp)
+    numels = [vocab] if stage == 0 else []
+    numels += layer * (shape.num_layers // pp)
     if stage == pp - 1:
-        # A tied LM head is the embedding, or on a stage of its own a copy of it.
-        found += [h] if shape.tied and pp == 1 else [h, vocab]
-    return found
+        # A tied LM head is the embedding, or a copy of it on another stage.
+        numels += [h] if shape.tied and pp == 1 else [h, vocab]
+    return numels
 
 
 def model_state(
     numels: Sequence[int], policy: PolicyConfig, *, width: int, dp: int
 ) -> dict[str, float]:
-    """Weights, gradients (float32) and Adam's state with the float32 copy of bfloat16 weights.
+    """Returns the bytes of weights, float32 gradients, and Adam's state with the float32 copy of
+    bfloat16 weights.
 
-    The distributed optimizer cuts the last over data and context parallel ranks together.
+    The distributed optimizer splits the state over all data and context parallel ranks.
     """
     num = sum(numels)
     state = FLOAT32 * (2 if width == FLOAT32 else 3) * num
-    found = {
+    parts = {
         "weights": float(width * num),
         "gradients": float(FLOAT32 * num),
         "optimizer": state / (dp * policy.cp if policy.distributed_optimizer else 1),
     }
     if policy.fp8 != "off":
-        # Transformer Engine keeps each quantized weight and its transpose, a byte each (an upper
-        # bound here: embedding and LM head stay as they are).
-        found["FP8 weights"] = 2.0 * num
-    return found
+        # Transformer Engine keeps each quantized weight and its transpose, a byte each. This is an
+        # upper bound: embedding and LM head are not quantized.
+        parts["FP8 weights"] = 2.0 * num
+    return parts
 
 
 def in_flight(policy: PolicyConfig, *, micro_batches: int, stage: int) -> int:
-    """Micro-batches of a stage between their passes when a backward pass starts, under 1F1B."""
+    """Returns how many micro-batches a stage holds when a backward pass starts, under 1F1B."""
     return min(policy.pp - stage, micro_batches)
 
 
 def update_peak(
     activations: Activations, *, dp: int, micro_batches: int, stage: int, offload: bool = False
 ) -> Peak:
-    """The fullest moment of an update on a stage. `offload`: the optimizer's state is there only
-    while it steps, after the last backward pass."""
+    """Returns the fullest moment of an update on a stage. With `offload` the optimizer's state is
+    on the device only during the optimizer step, after the last backward pass."""
     policy = activations.policy
     numels = stage_parameters(activations.shape, tp=policy.tp, pp=policy.pp, stage=stage)
     state = model_state(numels, policy, width=activations.width, dp=dp)
@@ -83,7 +85,7 @@ def update_peak(
     running = in_flight(policy, micro_batches=micro_batches, stage=stage)
     working = activations.working(stage)
     moment = max(working, key=lambda name: working[name])
-    # The gradient that was just sent to the stage before, and the next input from there.
+    # The gradient just sent to the previous stage, and the next input from there.
     passing = 2 * activations.stream() if stage else 0.0
     backward = Peak(
         moment,
@@ -101,8 +103,8 @@ def without(parts: Mapping[str, float], *names: str) -> dict[str, float]:
 
 
 def stream_peak(shape: ModelShape, policy: PolicyConfig, *, width: int, bucket_bytes: int) -> float:
-    """The weight stream beside the policy (weights/stream.py): the bucket that is gathered, this
-    rank's part of it, and the bucket and the tensor before, which the engine reads last."""
+    """Returns the peak of the weight stream (weights/stream.py): the bucket that is gathered, this
+    rank's part of it, and the bucket and tensor before it, which the engine still reads."""
     largest = 0.0
     previous = copied = 0.0
     for stage in range(policy.pp):
@@ -117,10 +119,10 @@ def stream_peak(shape: ModelShape, policy: PolicyConfig, *, width: int, bucket_b
 
 
 def _buckets(numels: Sequence[int], *, limit: int) -> list[list[int]]:
-    found: list[list[int]] = []
+    buckets: list[list[int]] = []
     for numel in numels:
-        if found and sum(found[-1]) + numel <= limit:
-            found[-1].append(numel)
+        if buckets and sum(buckets[-1]) + numel <= limit:
+            buckets[-1].append(numel)
         else:
-            found.append([numel])
-    return found
+            buckets.append([numel])
+    return buckets

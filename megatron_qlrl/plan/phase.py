@@ -1,4 +1,4 @@
-"""The plan of one phase: memory while training and while generating, what does not fit, time."""
+"""Plans one phase: memory while training and while generating, what does not fit, and time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ from megatron_qlrl.plan.memory import (
 )
 
 ENGINE_PARTS = ("engine's weights", "weight stream", "engine's share")
-"""Parts of a rollout's peak that are not there while the engine sleeps."""
+"""The parts of a rollout's peak that the engine frees while it sleeps."""
 
 WIDTHS = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a plan is for: so many GPUs of a kind."""
+    """The GPUs for which a plan is made."""
 
     gpus: int
     hardware: Hardware
@@ -41,16 +41,18 @@ class Cluster:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """All of the fullest rank, bytes and seconds.
+    """A phase's plan; bytes are those of the fullest rank.
 
     Attributes:
-        config: of the phase, its overrides applied.
+        config: the phase's own config, with its overrides applied.
+        dp: data parallel size.
         stage: the fullest pipeline stage.
-        rollout: None where nothing is generated (SFT).
-        cache_tokens: key/value cache of one engine; longest: what it must hold at least.
-        host: bytes in a node's host memory by part, its ranks being all like the fullest.
-        problems: what does not fit, the first thing first.
-        seconds: of a step, by part.
+        rollout: None if nothing is generated (SFT).
+        cache_tokens: tokens that one engine's key/value cache holds.
+        longest: tokens that it must hold at least.
+        host: bytes in a node's host memory by part, if all its ranks are like the fullest.
+        problems: what does not fit.
+        seconds: the seconds of a step by part.
     """
 
     name: str
@@ -79,9 +81,11 @@ class PhasePlan:
 def plan_phase(
     config: Config, shape: ModelShape, cluster: Cluster, *, lengths: Lengths | None = None
 ) -> PhasePlan:
-    """The plan of a phase's own config (`Config.for_phase`), or of SFT where it has no phases.
+    """Returns the plan of a phase's own config (`Config.for_phase`), or of SFT if it has no phases.
 
-    `lengths`: mean tokens; without them the longest prompt and response, the costliest step.
+    Args:
+        lengths: mean lengths for the time; by default those of the longest prompt and response,
+            which make the costliest step.
     """
     policy, hardware = config.policy, cluster.hardware
     width = WIDTHS[config.model.dtype]
@@ -140,8 +144,8 @@ def plan_phase(
 
 
 def longest_row(config: Config) -> Row:
-    """A full row with as many response tokens as the phase allows: its prompts are longer than
-    those of the phase before, unless prompts are carried over."""
+    """Returns a full row with as many response tokens as the phase allows. Its prompts are longer
+    than those of the phase before, unless prompts are carried over."""
     tokens = config.policy.max_tokens_per_row
     shortest = 1
     if len(config.phases) > 1 and not config.curriculum.carried_share:
@@ -149,13 +153,13 @@ def longest_row(config: Config) -> Row:
     if not config.phases:
         return Row(tokens, tokens - 1)
     group = config.rollout.group_size * config.rollout.max_response_tokens
-    # More prompts than fill a row with whole groups only displace responses.
+    # A row needs no more prompts than fill it with whole groups; more would displace responses.
     counts = range(1, tokens // (group + shortest) + 2)
     return Row(tokens, max(min(tokens - k * shortest, k * group) for k in counts))
 
 
 def _with_allowance(peak: Peak, hardware: Hardware) -> Peak:
-    """With what is not counted but assumed."""
+    """Returns the peak with the parts that are assumed instead of counted."""
     moving = peak.parts.get("activations", 0.0) + peak.parts["working memory"]
     return Peak(
         peak.moment,
@@ -170,10 +174,11 @@ def _with_allowance(peak: Peak, hardware: Hardware) -> Peak:
 def _host(
     config: Config, activations: Activations, cluster: Cluster, *, dp: int
 ) -> dict[str, float]:
-    """What waits in host memory on a node of ranks like the fullest."""
+    """Returns the bytes by part in the host memory of a node whose ranks are all like the
+    fullest."""
     policy = config.policy
     ranks = min(cluster.gpus, cluster.hardware.gpus_per_node)
-    found = []
+    nodes: list[dict[str, float]] = []
     for stage in range(policy.pp):
         numels = stage_parameters(activations.shape, tp=policy.tp, pp=policy.pp, stage=stage)
         state = model_state(numels, policy, width=activations.width, dp=dp)
@@ -185,18 +190,19 @@ def _host(
             "layer inputs": ranks * running * activations.on_host(),
             "checkpoint": _checkpoint(state, policy, ranks=ranks, replicas=dp * policy.cp),
         }
-        found.append({name: size for name, size in parts.items() if size})
-    return max(found, key=lambda parts: sum(parts.values()))
+        nodes.append({name: size for name, size in parts.items() if size})
+    return max(nodes, key=lambda parts: sum(parts.values()))
 
 
 def _checkpoint(
     state: Mapping[str, float], policy: PolicyConfig, *, ranks: int, replicas: int
 ) -> float:
-    """A checkpoint in the host memory of a node, at the fullest moment of saving and loading.
+    """Returns a checkpoint's bytes in a node's host memory, at the fullest moment of saving and
+    loading.
 
     With the distributed optimizer Megatron copies each rank's share of Adam's three float32 tensors
-    there, gathers them on data parallel rank 0, one after another, which takes one tensor's size
-    twice more, and loads all of them on every rank.
+    there; gathers them on data parallel rank 0 one after another, which needs two more tensors;
+    and loads all of them on every rank.
     """
     writers = min(ranks, policy.tp * max(1, ranks // (policy.tp * replicas)))
     if not policy.distributed_optimizer:
@@ -209,8 +215,8 @@ def _checkpoint(
 def _rollout_peak(
     config: Config, shape: ModelShape, hardware: Hardware, *, dp: int, width: int, weights: float
 ) -> Peak:
-    """The awake engine beside the policy's state but its gradients, whose memory is given back:
-    either the engine loads (its weights and the stream) or it has its whole share."""
+    """Returns the peak with the engine awake beside the policy's state, whose gradients are freed:
+    while the engine loads its weights from the stream, or while it uses its whole share."""
     policy = config.policy
     states = [
         model_state(
@@ -243,20 +249,14 @@ def _problems(
     hardware: Hardware,
 ) -> list[str]:
     has = hardware.memory_bytes
-    found = []
-    if update.total > has:
-        found.append(
-            f"the update needs {update.total / GIB:.1f} GiB of {has / GIB:.1f} GiB "
-            f"(at: {update.moment})"
-        )
-    if rollout is not None and rollout.total > has:
-        found.append(
-            f"the rollout needs {rollout.total / GIB:.1f} GiB of {has / GIB:.1f} GiB "
-            f"(at: {rollout.moment})"
-        )
+    problems = [
+        f"the {name} needs {peak.total / GIB:.1f} GiB of {has / GIB:.1f} GiB (at: {peak.moment})"
+        for name, peak in (("update", update), ("rollout", rollout))
+        if peak is not None and peak.total > has
+    ]
     if rollout is not None and cache_tokens < longest:
-        found.append(
+        problems.append(
             f"the engine's cache holds {cache_tokens:,.0f} tokens, and the longest prompt with "
             f"its response is {longest:,}"
         )
-    return found
+    return problems
