@@ -1,13 +1,43 @@
 """Warm-up SFT on the same path as RL: packed rows, Megatron schedule, loss on responses only."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from megatron_qlrl.metrics.meter import Meter
-from megatron_qlrl.metrics.monitor import Monitor
-from megatron_qlrl.metrics.timer import Timer
-from megatron_qlrl.types import Example, PackedRow, StepReport, TrainGroup, TrainResponse
+from megatron_qlrl.train.phases import Phase
+from megatron_qlrl.train.run import Run
+from megatron_qlrl.train.trainer import Trainer
+from megatron_qlrl.types import Example, TrainGroup, TrainResponse
+
+
+def train_sft(
+    run: Run,
+    trainer: Trainer,
+    examples: Sequence[Example],
+    phase: Phase,
+    *,
+    first_step: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """The steps of the run, which is one phase, from `first_step` on."""
+    for _, step in run.steps([phase], first_step):
+        meter = Meter()
+        with meter.timed("step"):
+            # Draw.
+            chosen = batch_indices(len(examples), batch_size=batch_size, step=step, seed=seed)
+            groups = [as_group(examples[i]) for i in chosen]
+            meter.add("batch/examples", len(groups))
+
+            # Train.
+            run.monitor.begin(step, phase.index, {})
+            trainer.update(groups, step=step, meter=meter)
+
+        # Record, then decide: stop, evaluate, save.
+        num_tokens = sum(len(g.prompt_ids) + len(g.responses[0].token_ids) for g in groups)
+        run.recorder.record(step, meter, [], num_tokens=num_tokens, data=None)
+        run.decide(phase, step)
 
 
 def num_sft_steps(num_examples: int, *, batch_size: int, epochs: int, max_steps: int | None) -> int:
@@ -22,34 +52,6 @@ def batch_indices(num_examples: int, *, batch_size: int, step: int, seed: int) -
     epoch, place = divmod(step, per_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(num_examples)
     return order[place * batch_size : (place + 1) * batch_size]
-
-
-def run_sft_steps(
-    examples: Sequence[Example],
-    *,
-    first_step: int,
-    num_steps: int,
-    batch_size: int,
-    seed: int,
-    pack: Callable[[Sequence[TrainGroup]], list[PackedRow]],
-    update: Callable[[Sequence[PackedRow], int], dict[str, float]],
-    monitor: Monitor,
-) -> Iterator[StepReport]:
-    """Yields after every step; the caller logs, does what the monitor demands and saves."""
-    for step in range(first_step, num_steps):
-        meter = Meter()
-        monitor.begin(step, 0, {})
-        with Timer(meter, "step"):
-            chosen = batch_indices(len(examples), batch_size=batch_size, step=step, seed=seed)
-            batch = [as_group(examples[i]) for i in chosen]
-            meter.update(update(pack(batch), step))
-        tokens = sum(len(g.prompt_ids) + len(g.responses[0].token_ids) for g in batch)
-        meter.add("batch/examples", len(batch))
-        meter.update(monitor.end())
-        summary = meter.summary()
-        summary["perf/total_num_tokens"] = tokens
-        summary["perf/throughput"] = tokens / summary["timing_s/step"]
-        yield StepReport(step, summary)
 
 
 def as_group(example: Example) -> TrainGroup:

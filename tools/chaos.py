@@ -218,7 +218,7 @@ def differences(run: Path, reference: Path) -> list[str]:
 
     def record(folder: Path) -> list[dict[str, Any]]:
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        timed = ("timing_s/", "perf/throughput")
+        timed = ("timing_s/", "perf/")
         return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
 
     files = [f.relative_to(reference) for f in sorted((reference / "rollouts").iterdir())]

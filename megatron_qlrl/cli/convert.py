@@ -20,7 +20,7 @@ def export(
     if not checkpoint.is_dir():
         raise CheckpointError(f"checkpoint folder {checkpoint} does not exist")
     _must_be_new(out)
-    from megatron_qlrl.compose import run_export
+    from megatron_qlrl.commands import run_export
 
     run_export(checkpoint, out)
 
@@ -40,7 +40,7 @@ def import_model(
         _must_be_new(out)
 
     def run() -> None:
-        from megatron_qlrl.compose import run_import
+        from megatron_qlrl.commands import run_import
 
         run_import(hf_folder, out, tp, pp)
 

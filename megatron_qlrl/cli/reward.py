@@ -84,8 +84,8 @@ def _reasoning_open(reasoning: str | None, model: Path | None) -> bool | None:
         return None if reasoning is None else reasoning == "required"
     if reasoning is not None:
         raise ConfigError("--reasoning and --model say the same thing; pass one of them")
-    from megatron_qlrl.compose.parts import load_tokenizer
     from megatron_qlrl.data.template import opens_reasoning, render
+    from megatron_qlrl.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     return opens_reasoning(tokenizer, render(tokenizer, [{"role": "user", "content": "?"}], None))

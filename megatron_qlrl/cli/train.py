@@ -25,7 +25,7 @@ from megatron_qlrl.platform.machine import attention_kernel
 from megatron_qlrl.platform.progress import Progress, foreign_messages_in
 
 if TYPE_CHECKING:
-    from megatron_qlrl.compose.stretch import Handover
+    from megatron_qlrl.train.phases import Handover
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
 Overrides = Annotated[
@@ -67,13 +67,11 @@ def distill(
     started again."""
     loaded = load_config(config, overrides or [])
     _check_files(loaded, "distill")
-    from megatron_qlrl.distill import output_files
+    from megatron_qlrl.distill.distill import output_files, run_distill
 
     for file in output_files(out):
         check_output(file, [config, *map(Path, loaded.data.train_files)])
     _check_judge(loaded)
-    from megatron_qlrl.compose import run_distill
-
     run_distill(loaded, out)
 
 
@@ -106,10 +104,10 @@ def check(
         rank = read_ranks().rank
         with TemporaryDirectory() as name, foreign_messages_in(Path(name) / "messages.log"):
             with Progress.of_rank(rank).doing("loading torch and Megatron-core"):
-                from megatron_qlrl import compose
+                from megatron_qlrl import commands
 
             assert sample is not None
-            compose.run_sample(loaded, sample, Path(name))
+            commands.run_sample(loaded, sample, Path(name))
 
     if sample is None:
         check_all(world)
@@ -177,12 +175,12 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
             with Progress.of_rank(rank).doing(
                 f"loading torch and Megatron-core (messages of other packages: {messages})"
             ):
-                from megatron_qlrl import compose
+                from megatron_qlrl import commands
 
             runs: dict[str, Callable[[Config], Handover | None]] = {
-                "sft": compose.run_sft,
-                "rl": compose.run_rl,
-                "eval": compose.run_eval,
+                "sft": commands.run_sft,
+                "rl": commands.run_rl,
+                "eval": commands.run_eval,
             }
             handover = runs[command](config)
         if handover is not None:

@@ -1,0 +1,6 @@
+"""Held-out accuracy with the engine and the scorer of training.
+
+In: parquet files and a `Collector`. Out: `val/...` metrics, and in <run.dir>/eval the scores and
+every answer. Invariant: an evaluation that a stop interrupted is made up for at the next start
+(tests/unit/evaluate/test_evaluation.py).
+"""

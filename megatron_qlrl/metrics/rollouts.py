@@ -1,6 +1,7 @@
-"""What a step's rollouts look like: rewards and lengths, over all and by source."""
+"""What a step's rollouts look like: rewards and lengths, over all and by source; what engine and
+judge did; and the records of the rollout log."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ PART_METRICS = (
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Rewards and lengths of a step's groups under verl's names; of none of them their number."""
+    """Rewards and lengths of a step's groups under verl's names; without groups only their
+    number, 0."""
     if not groups:
         return {"batch/groups": 0.0}
     rollouts: list[Rollout] = [r for g in groups for r in g.rollouts]
@@ -46,10 +48,60 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
 def part_metrics(
     groups: Sequence[ScoredGroup], prefix: str, part: Callable[[ScoredGroup], str]
 ) -> dict[str, float]:
-    """The same of each part's groups alone, as `<prefix>/<part>/<name>`. Data sources have names
-    of the user's, so what is divided otherwise needs a prefix of its own."""
-    found: dict[str, float] = {}
+    """`PART_METRICS` of each part's groups, as `<prefix>/<part>/<name>`. The user names the data
+    sources, so every other division needs a prefix of its own."""
+    metrics: dict[str, float] = {}
     for name in sorted({part(g) for g in groups}):
-        metrics = rollout_metrics([g for g in groups if part(g) == name])
-        found |= {f"{prefix}/{name}/{key}": metrics[key] for key in PART_METRICS}
-    return found
+        own = rollout_metrics([g for g in groups if part(g) == name])
+        metrics |= {f"{prefix}/{name}/{key}": own[key] for key in PART_METRICS}
+    return metrics
+
+
+def engine_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Tokens per second of an engine, from the counts of all ranks (`VllmEngine.take_counts`)."""
+    total = {name: sum(c[name] for c in counts) for name in counts[0]}
+    return {
+        f"perf/{kind}_tokens_per_s": total[f"{kind}_tokens"] / total[f"{kind}_s"]
+        for kind in ("prefill", "decode")
+        if total[f"{kind}_s"]
+    }
+
+
+def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The judge's counts of all ranks as metrics; nothing where no judge counted."""
+    if not counts[0]:
+        return {}
+    total = {name: sum(c[name] for c in counts) for name in counts[0]}
+    latency = total.pop("latency_s") / max(total.pop("replies"), 1)
+    metrics = {f"reward/judge/{name}": value for name, value in total.items()}
+    return metrics | {"reward/judge/latency_s": latency}
+
+
+def rollout_records(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
+    """One record of the rollout log for each response."""
+    return [
+        {
+            "uid": group.prompt.uid,
+            "data_source": group.prompt.data_source,
+            "sample": rollout.sample,
+            "question": group.prompt.question,
+            "ground_truth": group.prompt.ground_truth,
+            "response": rollout.text,
+            "reasoning": "required" if group.prompt.reasoning_open else "optional",
+            "num_tokens": len(rollout.token_ids),
+            "finished": rollout.finished,
+            "weight_version": rollout.weight_version,
+            "score": score.value,
+            "rule": score.rule,
+            "judge": score.judge,
+            "matched": score.matched,
+            "prediction": score.prediction,
+        }
+        for group in groups
+        for rollout, score in zip(group.rollouts, group.scores, strict=True)
+    ]
+
+
+def num_tokens(groups: Sequence[ScoredGroup]) -> int:
+    """Tokens of the groups, each prompt counted once."""
+    return sum(g.prompt.num_tokens + sum(len(r.token_ids) for r in g.rollouts) for g in groups)

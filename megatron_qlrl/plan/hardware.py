@@ -94,3 +94,13 @@ def find_hardware(name: str) -> Hardware:
     if name not in HARDWARE:
         raise ConfigError(f"--hardware {name} is not known; use one of {', '.join(HARDWARE)}")
     return HARDWARE[name]
+
+
+# What the driver calls a GPU -> its entry above.
+_DEVICES = {"NVIDIA H100 80GB HBM3": "h100-80g", "NVIDIA H200": "h200-141g"}
+
+
+def peak_flops(device: str) -> float | None:
+    """Dense bfloat16 peak of a GPU by the driver's name for it, None where it is not known."""
+    name = _DEVICES.get(device)
+    return HARDWARE[name].bf16_flops if name else None

@@ -1,5 +1,7 @@
 """CUDA or CPU: the one place that decides."""
 
+import resource
+
 import torch
 
 
@@ -31,3 +33,25 @@ def has_transformer_engine() -> bool:
     except (ImportError, OSError):
         return False
     return True
+
+
+def device_name() -> str:
+    """What the driver calls this rank's GPU, "cpu" without one."""
+    return torch.cuda.get_device_name() if has_gpu() else "cpu"
+
+
+def weight_dtype(configured: str) -> str:
+    """model.dtype on a GPU. bfloat16 kernels are slow and rare on CPUs, so that without a GPU
+    everything is float32."""
+    return configured if has_gpu() else "float32"
+
+
+def memory_high_water() -> dict[str, float]:
+    """Most memory that this process has used so far, in GB (1e9 bytes): host memory, and on a GPU
+    what torch allocated and reserved. The GPU part has not been run on a GPU yet."""
+    resident_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    metrics = {"perf/max_rss_gb": resident_kib * 1024 / 1e9}
+    if has_gpu():
+        metrics["perf/max_memory_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        metrics["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    return metrics

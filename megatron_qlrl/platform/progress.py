@@ -53,12 +53,13 @@ class Progress:
                 self._stack.pop()
                 self._changed.notify()
 
-    def until_first(self, steps: Iterable[T], what: str) -> Iterator[T]:
-        """Passes `steps` on; `what` goes on until the first one has come."""
+    def during_first(self, steps: Iterable[T], what: str) -> Iterator[T]:
+        """Passes `steps` on; `what` goes on until the caller asks for the second one."""
         iterator = iter(steps)
-        with self.doing(what):
-            first = list(_take_one(iterator))
-        yield from first
+        for first in iterator:
+            with self.doing(what):
+                yield first
+            break
         yield from iterator
 
     def _repeat(self) -> None:
@@ -69,12 +70,6 @@ class Progress:
                 what, started = self._stack[-1]
                 self._say(f"still {what} ({time.monotonic() - started:.0f} s)")
             self._thread = None
-
-
-def _take_one(iterator: Iterator[T]) -> Iterator[T]:
-    for item in iterator:
-        yield item
-        return
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property
 
+from megatron_qlrl.config.schema import RewardConfig
 from megatron_qlrl.errors import DataError, RewardError
+from megatron_qlrl.platform.env import read_secret
 from megatron_qlrl.reward.extract import final_text, find_answer
 from megatron_qlrl.reward.judge import Judge, no_counts
 from megatron_qlrl.reward.rules import RULE_OF_SOURCE, RuleName, apply_rule, rule_of
@@ -55,6 +57,12 @@ class Scorer:
         """Without a judge the rules alone decide."""
         self._judge = judge
 
+    @classmethod
+    def of(cls, config: RewardConfig) -> "Scorer":
+        """The scorer of a run; the judge's key comes from the environment."""
+        judge = config.judge
+        return cls(judge and Judge(judge, key=read_secret(judge.api_key_env)))
+
     def submit(
         self,
         *,
@@ -87,15 +95,26 @@ class Scorer:
         done.set_result(score)
         return done
 
+    def score(self, prompt: Prompt, response: str) -> Future[Score]:
+        """`submit` for a response to `prompt`."""
+        return self.submit(
+            data_source=prompt.data_source,
+            question=prompt.question,
+            ground_truth=prompt.ground_truth,
+            response=response,
+            reasoning_open=prompt.reasoning_open,
+        )
+
     @property
     def last_failure(self) -> str:
         """Why there was no verdict, the last time."""
         return self._judge.last_failure if self._judge else ""
 
     def take_counts(self) -> dict[str, float]:
-        """`Judge.counts` since the last call; to be called when no score is outstanding."""
+        """`Judge.counts` since the last call, or nothing without a judge. Call it when no score is
+        outstanding."""
         if self._judge is None:
-            return no_counts()
+            return {}
         taken, self._judge.counts = self._judge.counts, no_counts()
         return taken
 

@@ -9,6 +9,7 @@ The GPU part (sleep level 2, wake tags) has not been run on a GPU yet.
 
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ from megatron_qlrl.platform.device import has_gpu
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample; temperature 0 is greedy."""
+    """How to sample: `n` responses to each prompt; temperature 0 is greedy."""
 
     temperature: float
     top_p: float
     max_tokens: int
+    n: int
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ class Completion:
     finished: bool
 
 
-# Calls back with the number of a request and its response as soon as that one is complete.
-Generate = Callable[[Sequence[Request], Sampling, Callable[[int, Completion], None]], None]
+# Yields the number of a request and its response as soon as that one is complete.
+Generate = Callable[[Sequence[Request], Sampling], Iterator[tuple[int, Completion]]]
 STOP_EVERY = 16
-"""Steps of the engine (a token of each response, or some thousand of prompts) between two looks at
-whether to stop."""
+"""The engine asks whether to stop every so many steps. A step makes a token of each response, or
+reads some thousand tokens of prompts."""
+_NO_COUNTS = {"prefill_tokens": 0.0, "prefill_s": 0.0, "decode_tokens": 0.0, "decode_s": 0.0}
 
 
 class VllmEngine:
@@ -92,6 +95,7 @@ class VllmEngine:
         self._stop = list(stop_token_ids)
         self._manifest = dict(manifest)
         self._give_up = give_up
+        self._counts = dict(_NO_COUNTS)
         self._llm = LLM(
             model=str(model),
             tensor_parallel_size=tp,
@@ -128,7 +132,6 @@ class VllmEngine:
         try:
             self._reload(weights)
             self._wake("kv_cache")
-            self._llm.reset_prefix_cache()
             yield self._generate
         except BaseException as first:
             try:
@@ -182,16 +185,16 @@ class VllmEngine:
             raise SyncError(f"weight sync: {len(missing)} tensors missing, e.g. {min(missing)}")
 
     def _generate(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        on_done: Callable[[int, Completion], None],
-    ) -> None:
+        self, requests: Sequence[Request], sampling: Sampling
+    ) -> Iterator[tuple[int, Completion]]:
         from tqdm import tqdm
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
+        # Cached prefixes may be of other weights; without them the responses depend on these
+        # requests alone.
+        self._llm.reset_prefix_cache()
         # The engine's own loop: `LLM.generate` hands out nothing before the last one is done.
         engine = self._llm.llm_engine
         for number, request in enumerate(requests):
@@ -219,10 +222,33 @@ class VllmEngine:
                 if next(steps) % STOP_EVERY == 0 and (reason := self._reason_to_stop()):
                     engine.abort_request(sorted(left))
                     raise StopRequested(reason)
-                for output in engine.step():
+                for output in self._step(engine):
                     left.remove(output.request_id)
-                    on_done(int(output.request_id), _completion(output.outputs[0]))  # pyright: ignore
+                    number = int(output.request_id)
+                    completion = _completion(output.outputs[0])
+                    self._counts["decode_tokens"] += len(completion.token_ids)
+                    self._counts["prefill_tokens"] += len(requests[number].prompt_ids) - (
+                        output.num_cached_tokens or 0
+                    )
+                    yield number, completion
                     bar.update()
+
+    def _step(self, engine: Any) -> list[Any]:
+        """One step of the engine, timed as prefill where a prompt is read in it."""
+        scheduler = engine.engine_core.engine_core.scheduler
+        reading = any(r.num_computed_tokens < r.num_prompt_tokens for r in scheduler.running)
+        waiting = len(scheduler.waiting)
+        started = time.perf_counter()
+        outputs = engine.step()
+        prefill = reading or len(scheduler.waiting) < waiting
+        self._counts["prefill_s" if prefill else "decode_s"] += time.perf_counter() - started
+        return outputs
+
+    def take_counts(self) -> dict[str, float]:
+        """Tokens read (without those that the prefix cache held) and generated, and the seconds of
+        either, since the last call; all 0 on ranks that do not lead their engine."""
+        taken, self._counts = self._counts, dict(_NO_COUNTS)
+        return taken if self.leads else dict(_NO_COUNTS)
 
     def _reason_to_stop(self) -> str:
         """That of any rank of this engine: they step together, so they stop together."""

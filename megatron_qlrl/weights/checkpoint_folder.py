@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_qlrl.errors import CheckpointError
+from megatron_qlrl.config.schema import PolicyConfig
+from megatron_qlrl.errors import CheckpointError, ConfigError
+from megatron_qlrl.platform.env import PICKLED_STATE, may_unpickle_state
 from megatron_qlrl.weights.stored import FILES, StoredWeights, open_weights, read_object
 
 FORMAT = 2
@@ -60,6 +62,21 @@ def taking_up(path: Path) -> Iterator[None]:
 def step_of(path: Path) -> int:
     """Steps done at a checkpoint, by its name."""
     return int(path.name.removeprefix("step_"))
+
+
+def check_resumable(policy: PolicyConfig) -> None:
+    """Whether the checkpoints that a run writes may be read again.
+
+    Raises:
+        ConfigError: delayed FP8 scaling, without the user's leave to unpickle its state.
+    """
+    if policy.fp8 != "off" and policy.fp8_recipe == "delayed" and not may_unpickle_state():
+        raise ConfigError(
+            "policy.fp8_recipe=delayed keeps a pickle in each checkpoint, which could run any code "
+            f"where it is read, so that the run could not resume. Set {PICKLED_STATE}=1 in the "
+            "environment if run.dir holds checkpoints of your own alone, or set another "
+            "policy.fp8_recipe (blockwise or tensorwise)"
+        )
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """One rank alone is told to stop while responses are generated: all stop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,15 +8,26 @@ import pytest
 import torch.distributed as dist
 from harness import run_ranks
 
-from megatron_qlrl.compose.rollouts import Rollouts
 from megatron_qlrl.errors import StopRequested
-from megatron_qlrl.rollout.vllm_engine import VllmEngine
+from megatron_qlrl.metrics.meter import Meter
+from megatron_qlrl.rollout.collect import Collector
+from megatron_qlrl.rollout.vllm_engine import Sampling, VllmEngine
 
 
 class FakeEngine:
+    num_engines, leads = 2, True
+
+    def __init__(self, rank: int, told: int) -> None:
+        self.engine_index, self._is_told = rank, rank == told
+
     @contextmanager
-    def awake(self, weights: Any) -> Iterator[None]:
-        yield None
+    def awake(self, weights: Any) -> Iterator[Any]:
+        yield self.generate
+
+    def generate(self, requests: Sequence[Any], sampling: Sampling) -> Iterator[Any]:
+        if self._is_told:
+            raise StopRequested(f"rank {self.engine_index} was told")
+        return iter(())
 
 
 def _ranks_of_one_engine(rank: int, told: int) -> None:
@@ -29,18 +40,21 @@ def _ranks_of_one_engine(rank: int, told: int) -> None:
 
 def _engines(rank: int, told: int) -> None:
     """When their generation has ended: the one that was not told has all its responses."""
-    rollouts = Rollouts.__new__(Rollouts)
-    vars(rollouts)["_engine"] = FakeEngine()
-
-    def sample(**_: Any) -> list[Any]:
-        if rank == told:
-            raise StopRequested(f"rank {rank} was told")
-        return []
-
-    stream: Any = None  # nothing takes the weights
-    with pytest.raises(StopRequested, match=f"rank {told} was told"):
-        rollouts._sampled(sample, stream, 0)
-    assert rollouts._sampled(lambda **_: [], stream, 0) == []
+    engine: Any = FakeEngine(rank, told)
+    nobody: Any = None
+    collector = Collector(
+        engine=lambda: engine,
+        weights=lambda: (iter(()), 0),
+        decode=str,
+        scorer=nobody,
+        run_seed=0,
+        max_masked_share=0.0,
+    )
+    with (
+        pytest.raises(StopRequested, match=f"rank {told} was told"),
+        collector.awake(Sampling(1.0, 1.0, 1, 1), step=0, meter=Meter()) as collect,
+    ):
+        collect([])
 
 
 @pytest.mark.parametrize("worker", [_ranks_of_one_engine, _engines])

@@ -209,7 +209,7 @@ def read_jsonl() -> Callable[[Path], list[dict[str, Any]]]:
 @pytest.fixture(scope="session")
 def untimed() -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
     """A record without what differs from run to run: the times."""
-    timed = ("timing_s/", "perf/throughput")
+    timed = ("timing_s/", "perf/")
 
     def without(record: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in record]

@@ -1,4 +1,4 @@
-"""The command line up to the point where a run starts; `megatron_qlrl.compose` is a hand-written
+"""The command line up to the point where a run starts; `megatron_qlrl.commands` is a hand-written
 fake here, so nothing loads torch."""
 
 import socket
@@ -53,11 +53,11 @@ def make_config(tmp_path: Path, fake_hf: Callable[..., Path]) -> MakeConfig:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What reached the composition root, in place of doing it."""
     made: list[tuple[Any, ...]] = []
-    fake = types.ModuleType("megatron_qlrl.compose")
+    fake = types.ModuleType("megatron_qlrl.commands")
     for name in ("run_sft", "run_rl", "run_eval", "run_export", "run_import"):
         setattr(fake, name, lambda *args, name=name: made.append((name, *args)))
-    monkeypatch.setitem(sys.modules, "megatron_qlrl.compose", fake)
-    monkeypatch.setattr(megatron_qlrl, "compose", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "megatron_qlrl.commands", fake)
+    monkeypatch.setattr(megatron_qlrl, "commands", fake, raising=False)
     monkeypatch.setattr(local, "num_gpus", lambda: 0)
     return made
 

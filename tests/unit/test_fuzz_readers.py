@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 from megatron_qlrl.config.load import load_config
 from megatron_qlrl.data.builders.docs import build_docs
 from megatron_qlrl.data.dataset import load_examples
-from megatron_qlrl.distill import Journal, Sample, read_answer
+from megatron_qlrl.distill.journal import Journal, Sample
+from megatron_qlrl.distill.teacher import read_answer
 from megatron_qlrl.reward.audit import audit
 from megatron_qlrl.reward.judge import _model_names
 from megatron_qlrl.reward.rules import check_gold

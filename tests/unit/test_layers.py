@@ -19,9 +19,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("platform",),
     ("parallel", "metrics"),
     ("data", "curriculum", "rollout", "reward", "advantage", "packing", "policy", "weights"),
-    ("evaluate", "plan", "report"),
-    ("loop", "sft", "distill"),
-    ("compose", "bench"),
+    ("evaluate", "plan"),
+    ("train",),
+    ("rl", "sft", "distill"),
+    ("build",),
+    ("commands", "bench"),
     ("launch",),
     ("cli",),
     ("__main__",),
@@ -130,13 +132,13 @@ def test_every_part_has_a_layer() -> None:
         ),
         (
             "config/load.py",
-            "import megatron_qlrl.loop",
-            "config must not import megatron_qlrl.loop",
+            "import megatron_qlrl.rl",
+            "config must not import megatron_qlrl.rl",
         ),
         (
             "sft.py",
-            "from megatron_qlrl import compose",
-            "sft must not import megatron_qlrl.compose",
+            "from megatron_qlrl import build",
+            "sft must not import megatron_qlrl.build",
         ),
         (
             "policy/policy.py",
@@ -149,9 +151,9 @@ def test_every_part_has_a_layer() -> None:
             "must not import megatron_qlrl.pa",
         ),
         ("parallel/collectives.py", "import megatron.core", "must not import megatron"),
-        ("loop.py", "def f():\n    from vllm import LLM", "loop.py:2: must not import vllm"),
+        ("rl.py", "def f():\n    from vllm import LLM", "rl.py:2: must not import vllm"),
         (
-            "compose.py",
+            "build.py",
             "import importlib\nimportlib.import_module('wandb')",
             "must not import wandb",
         ),
@@ -175,7 +177,7 @@ def test_violations_are_found(file: str, source: str, message: str) -> None:
         ("launch/slurm.py", "import os\nos.environ"),
         (
             "cli.py",
-            "from megatron_qlrl.launch.local import launch\nfrom megatron_qlrl import compose",
+            "from megatron_qlrl.launch.local import launch\nfrom megatron_qlrl import commands",
         ),
     ],
 )

@@ -1,17 +1,20 @@
 """SFT: the order of the examples and the steps of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_policy import FakePolicy, make_trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_qlrl.config.schema import StabilityConfig
+from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.metrics.monitor import Monitor
-from megatron_qlrl.sft import as_group, batch_indices, num_sft_steps, run_sft_steps
-from megatron_qlrl.types import Example, PackedRow, Prompt, StepReport, TrainGroup
+from megatron_qlrl.sft import as_group, batch_indices, num_sft_steps, train_sft
+from megatron_qlrl.train.phases import Phase
+from megatron_qlrl.types import Example, PackedRow, Prompt
 
 
 @pytest.mark.parametrize(
@@ -68,46 +71,63 @@ def test_an_example_is_a_group_of_one_with_advantage_one() -> None:
     assert response.engine_logprobs is None
 
 
-def run(first_step: int) -> tuple[list[StepReport], list[Any]]:
-    calls: list[Any] = []
+class FakeRun:
+    """The recorder of a run of 5 steps."""
 
-    def pack(groups: Sequence[TrainGroup]) -> list[PackedRow]:
-        calls.append([int(g.prompt_ids[0]) for g in groups])
-        return []
+    def __init__(self) -> None:
+        self.monitor = Monitor(StabilityConfig.model_validate({}), warn=print)
+        self.recorded: list[tuple[int, dict[str, float], int]] = []
+        self.decided: list[int] = []
 
-    def update(rows: Sequence[PackedRow], number: int) -> dict[str, float]:
-        calls.append(number)
-        return {"sft/nll": number / 2}
+    @property
+    def recorder(self) -> "FakeRun":
+        return self
 
-    reports = run_sft_steps(
+    def steps(self, phases: Sequence[Phase], first_step: int) -> Iterator[tuple[Phase, int]]:
+        (phase,) = phases
+        return ((phase, step) for step in range(first_step, phase.end_step))
+
+    def record(self, step: int, meter: Meter, groups: Any, *, num_tokens: int, data: Any) -> None:
+        assert groups == [] and data is None
+        self.recorded.append((step, meter.summary(), num_tokens))
+
+    def decide(self, phase: Phase, step: int) -> None:
+        self.decided.append(step)
+
+
+def run(first_step: int) -> tuple[FakeRun, FakePolicy]:
+    fake: Any = FakeRun()
+    policy = FakePolicy()
+    train_sft(
+        fake,
+        make_trainer(policy),
         [example(i) for i in range(5)],
+        Phase(0, "sft", 0, 5),
         first_step=first_step,
-        num_steps=5,
         batch_size=3,
         seed=9,
-        pack=pack,
-        update=update,
-        monitor=Monitor(StabilityConfig.model_validate({}), warn=print),
     )
-    return list(reports), calls
+    return fake, policy
 
 
-def test_steps_train_on_their_batch_and_report() -> None:
-    reports, calls = run(0)
-    assert [r.step for r in reports] == calls[1::2] == [0, 1, 2, 3, 4]
-    batches = calls[::2]
+def examples_in(row: PackedRow) -> list[int]:
+    return sorted(int(row.token_ids[block.prompt[0]]) for block in row.blocks)
+
+
+def test_steps_train_on_their_batch_and_are_recorded() -> None:
+    fake, policy = run(0)
+    assert fake.decided == [step for step, *_ in fake.recorded] == [0, 1, 2, 3, 4]
+    batches = [examples_in(row) for row in policy.trained]
     assert [len(b) for b in batches] == [3, 2, 3, 2, 3]
     assert sorted(batches[0] + batches[1]) == sorted(batches[2] + batches[3]) == [0, 1, 2, 3, 4]
-    assert [r.metrics["sft/nll"] for r in reports] == [0, 0.5, 1, 1.5, 2]
-    assert [r.metrics["batch/examples"] for r in reports] == [3, 2, 3, 2, 3]
-    for report, num in zip(reports, (3, 2, 3, 2, 3), strict=True):
-        tokens = report.metrics["perf/throughput"] * report.metrics["timing_s/step"]
-        assert tokens == pytest.approx(5 * num)
-        assert report.metrics["perf/total_num_tokens"] == 5 * num
+    for number, (_, metrics, num_tokens) in enumerate(fake.recorded):
+        assert metrics["actor/pg_loss"] == number
+        assert metrics["batch/examples"] == len(batches[number])
+        assert num_tokens == 5 * len(batches[number])
 
 
 def test_resumed_run_sees_the_same_batches() -> None:
     _, whole = run(0)
-    reports, rest = run(3)
-    assert rest == whole[6:]
-    assert [r.step for r in reports] == [3, 4]
+    fake, rest = run(3)
+    assert [examples_in(r) for r in rest.trained] == [examples_in(r) for r in whole.trained[3:]]
+    assert fake.decided == [3, 4]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from megatron_qlrl.evaluate.benchmarks import evaluate
+from megatron_qlrl.evaluate.benchmarks import benchmark_scores
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
 
 
@@ -29,15 +29,12 @@ ANSWERS = {
 }
 
 
+def answers(*uids: str) -> list[ScoredGroup]:
+    return [group(prompt(uid), ANSWERS[uid]) for uid in uids]
+
+
 def test_mean_over_samples_then_prompts_then_benchmarks() -> None:
-    asked: list[list[str]] = []
-
-    def rollout(prompts: Sequence[Prompt]) -> list[ScoredGroup]:
-        asked.append([p.uid for p in prompts])
-        return [group(p, ANSWERS[p.uid]) for p in prompts]
-
-    metrics = evaluate({"a": [prompt("a:0"), prompt("a:1")], "b": [prompt("b:0")]}, rollout)
-    assert asked == [["a:0", "a:1"], ["b:0"]]
+    metrics = benchmark_scores({"a": answers("a:0", "a:1"), "b": answers("b:0")})
     assert metrics == pytest.approx(
         {
             "val/a/score": 0.75,
@@ -54,20 +51,21 @@ def test_mean_over_samples_then_prompts_then_benchmarks() -> None:
 
 
 def test_nothing_to_evaluate() -> None:
-    assert evaluate({}, lambda prompts: []) == {}
+    assert benchmark_scores({}) == {}
 
 
 def test_a_prompt_without_any_verdict_is_left_out_and_counted() -> None:
     groups = [group(prompt("a:0"), [(1.0, 1, True)]), group(prompt("a:1"), [(None, 1, True)] * 2)]
-    metrics = evaluate({"a": [prompt("a:0"), prompt("a:1")]}, lambda _: groups)
+    metrics = benchmark_scores({"a": groups})
     assert (metrics["val/a/score"], metrics["val/a/masked"]) == (1.0, 2.0)
 
 
 def test_a_benchmark_without_any_verdict_has_no_score() -> None:
-    answers = {"a:0": [(None, 1, True)], "b:0": [(0.5, 1, True)]}
-    metrics = evaluate(
-        {"a": [prompt("a:0")], "b": [prompt("b:0")]},
-        lambda prompts: [group(p, answers[p.uid]) for p in prompts],
+    metrics = benchmark_scores(
+        {
+            "a": [group(prompt("a:0"), [(None, 1, True)])],
+            "b": [group(prompt("b:0"), [(0.5, 1, True)])],
+        }
     )
     assert "val/a/score" not in metrics
     assert (metrics["val/a/masked"], metrics["val/score"]) == (1.0, 0.5)

@@ -32,10 +32,22 @@ def test_nan_is_seen(name: str) -> None:
     assert math.isnan(meter.summary()[name])
 
 
-def test_order_and_reset() -> None:
+def test_order_is_that_of_the_first_value() -> None:
     meter = Meter()
     meter.update({"b": 1, "a": 2})
     meter.add("b", 3)
     assert list(meter.summary().items()) == [("b", 2.0), ("a", 2.0)]
-    meter.reset()
-    assert meter.summary() == {}
+
+
+def test_seconds_add_up_also_of_a_block_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([1.0, 3.5, 10.0, 10.25, 20.0, 20.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
+    meter = Meter()
+    with meter.timed("gen"):
+        pass
+    with pytest.raises(KeyError), meter.timed("gen"):
+        raise KeyError
+    with meter.timed("step"):
+        pass
+    assert meter.summary() == {"timing_s/gen": 2.75, "timing_s/step": 0.5}
+    assert (meter.seconds("gen"), meter.seconds("ref")) == (2.75, 0.0)

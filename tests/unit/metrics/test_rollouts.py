@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from megatron_qlrl.metrics.rollouts import part_metrics, rollout_metrics
+from megatron_qlrl.metrics.rollouts import (
+    engine_metrics,
+    judge_metrics,
+    part_metrics,
+    rollout_metrics,
+)
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
 
 
@@ -75,3 +80,29 @@ def test_sources_apart() -> None:
         "source/math/batch/groups": 1.0,
     }
     assert part_metrics([], "source", lambda g: "x") == {}
+
+
+def test_metrics_are_summed_over_ranks_and_latency_is_a_mean() -> None:
+    names = ("asked", "cached", "yes", "failed", "replies", "latency_s")
+    one = dict(zip(names, (8, 2, 3, 1, 5, 2.0), strict=True))
+    two = dict(zip(names, (4, 0, 1, 0, 3, 0.4), strict=True))
+    assert judge_metrics([one, two]) == pytest.approx(
+        {
+            "reward/judge/asked": 12,
+            "reward/judge/cached": 2,
+            "reward/judge/yes": 4,
+            "reward/judge/failed": 1,
+            "reward/judge/latency_s": 0.3,
+        }
+    )
+    nothing = dict.fromkeys(names, 0.0)
+    assert judge_metrics([nothing])["reward/judge/latency_s"] == 0
+    assert judge_metrics([{}, {}]) == {}  # no judge
+
+
+def test_speed_of_an_engine_is_tokens_of_all_over_seconds_of_all() -> None:
+    one = {"prefill_tokens": 100.0, "prefill_s": 2.0, "decode_tokens": 30.0, "decode_s": 1.0}
+    two = {"prefill_tokens": 50.0, "prefill_s": 1.0, "decode_tokens": 0.0, "decode_s": 0.5}
+    speed = {"perf/prefill_tokens_per_s": 50.0, "perf/decode_tokens_per_s": 20.0}
+    assert engine_metrics([one, two]) == speed
+    assert engine_metrics([dict.fromkeys(one, 0.0)]) == {}

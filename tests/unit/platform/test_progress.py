@@ -44,24 +44,31 @@ def test_the_inner_one_is_said_and_then_the_outer_one_again() -> None:
     assert lines[-1] == "still first step (0 s)"
 
 
-def test_the_first_step_alone_is_waited_for() -> None:
+def test_something_goes_on_during_the_first_step_alone() -> None:
     lines: list[str] = []
     progress = Progress(lines.append)
-    steps = progress.until_first(iter("abc"), "first step")
-    assert lines == []
-    assert list(steps) == ["a", "b", "c"]
-    assert list(progress.until_first([], "first step")) == []
-    assert lines == ["first step", "first step"]
+    seen = []
+    for step in progress.during_first("abc", "first step"):
+        seen.append((step, list(lines), len(progress._stack)))
+    assert seen == [
+        ("a", ["first step"], 1),
+        ("b", ["first step"], 0),
+        ("c", ["first step"], 0),
+    ]
+    assert list(progress.during_first([], "first step")) == []
+    assert lines == ["first step"]
 
 
-def test_an_error_of_the_first_step_passes_through() -> None:
-    def steps():
-        raise KeyError("x")
-        yield
-
+def test_an_error_during_the_first_step_ends_it() -> None:
     progress = Progress(lambda _: None)
+
+    def loop() -> None:
+        for _ in progress.during_first("ab", "first step"):
+            raise KeyError("x")
+
     with pytest.raises(KeyError):
-        next(progress.until_first(steps(), "first step"))
+        loop()
+    assert progress._stack == []
 
 
 def test_warnings_and_logs_of_others_go_to_the_file(

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from megatron_qlrl.config.schema import TeacherConfig
-from megatron_qlrl.distill import Teacher
+from megatron_qlrl.distill.teacher import Teacher
 from megatron_qlrl.reward import judge as judge_module
 from megatron_qlrl.reward.endpoint import Endpoint, EndpointFailure, open_session
 

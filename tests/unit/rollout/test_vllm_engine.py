@@ -72,12 +72,12 @@ def test_weights_that_do_not_fit(weights: list[tuple[str, torch.Tensor]], messag
         list(engine_with(FakeLLM())._checked(weights))
 
 
-def test_awake_loads_then_forgets_cached_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_awake_loads_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "has_gpu", lambda: False)
     llm = FakeLLM()
     with engine_with(llm).awake([("a", A), ("b", B)]):
-        assert llm.calls == [("reload", ["a", "b"]), "reset"]
-    assert llm.calls == [("reload", ["a", "b"]), "reset"]
+        assert llm.calls == [("reload", ["a", "b"])]
+    assert llm.calls == [("reload", ["a", "b"])]
 
 
 def test_on_a_gpu_the_cache_wakes_after_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,6 @@ def test_on_a_gpu_the_cache_wakes_after_the_weights(monkeypatch: pytest.MonkeyPa
         ("wake", ["weights"]),
         ("reload", ["a", "b"]),
         ("wake", ["kv_cache"]),
-        "reset",
         ("sleep", 2),
     ]
 
@@ -185,15 +184,18 @@ def test_completion_takes_the_sampled_tokens_logprob(reason: str, finished: bool
 
 
 class FakeEngine:
-    """Request k takes k + 1 steps; the calls are recorded."""
+    """Request k takes k + 1 steps, of which the first reads its prompt; the calls are recorded."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
         self.waiting: dict[str, int] = {}
+        self.scheduler = SimpleNamespace(running=[], waiting=[])
+        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=self.scheduler))
 
     def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
         self.calls.append((request_id, prompt, params["seed"], params["output_kind"]))
         self.waiting[request_id] = int(request_id) + 1
+        self.scheduler.waiting.append(request_id)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.waiting)
@@ -203,13 +205,17 @@ class FakeEngine:
 
     def step(self) -> list[Any]:
         self.calls.append("step")
+        self.scheduler.waiting.clear()
         self.waiting = {name: left - 1 for name, left in self.waiting.items()}
         ended = [name for name, left in self.waiting.items() if left == 0]
         for name in ended:
             del self.waiting[name]
         token = {7: SimpleNamespace(logprob=-0.5)}
         output = SimpleNamespace(token_ids=[7], logprobs=[token], finish_reason="stop")
-        return [SimpleNamespace(request_id=name, outputs=[output]) for name in ended]
+        return [
+            SimpleNamespace(request_id=name, outputs=[output], num_cached_tokens=1)
+            for name in ended
+        ]
 
 
 @pytest.fixture
@@ -224,8 +230,13 @@ def generating(monkeypatch: pytest.MonkeyPatch, lone_group: Any) -> VllmEngine:
     for module in (fake, inputs, params):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     engine = engine_with(FakeLLM())
-    engine._llm = SimpleNamespace(llm_engine=FakeEngine())  # pyright: ignore
+    fake_engine = FakeEngine()
+    engine._llm = SimpleNamespace(  # pyright: ignore
+        llm_engine=fake_engine, reset_prefix_cache=lambda: fake_engine.calls.append("reset")
+    )
     engine._progress = False
+    engine.leads = True
+    engine._counts = dict(vllm_engine._NO_COUNTS)
     engine._ranks = lone_group
     engine._give_up = lambda: ""
     return engine
@@ -238,21 +249,32 @@ def requests(num: int) -> list[Request]:
 def test_each_response_is_handed_out_while_others_go_on(generating: VllmEngine) -> None:
     """What scoring stands on: nothing waits for the last response of a batch."""
     calls = generating._llm.llm_engine.calls  # pyright: ignore
-    generating._generate(
-        requests(3), Sampling(1.0, 1.0, 4), lambda number, done: calls.append((number, done))
-    )
-    added, rest = calls[:3], calls[3:]
+    for number, done in generating._generate(requests(3), Sampling(1.0, 1.0, 4, 1)):
+        calls.append((number, done))
+    assert calls[0] == "reset"
+    added, rest = calls[1:4], calls[4:]
     assert added == [(str(n), (n, n + 1), 10 + n, "final only") for n in range(3)]
     assert rest[0::2] == ["step"] * 3
     assert [number for number, _ in rest[1::2]] == [0, 1, 2]
     assert [done.token_ids.tolist() for _, done in rest[1::2]] == [[7]] * 3
 
 
+def test_prompts_are_counted_without_what_the_cache_held(generating: VllmEngine) -> None:
+    list(generating._generate(requests(3), Sampling(1.0, 1.0, 4, 1)))
+    counts = generating.take_counts()
+    assert (counts["prefill_tokens"], counts["decode_tokens"]) == (3, 3)  # one of two was cached
+    assert counts["prefill_s"] > 0 and counts["decode_s"] > 0
+    assert set(generating.take_counts().values()) == {0.0}
+    generating.leads = False
+    list(generating._generate(requests(1), Sampling(1.0, 1.0, 4, 1)))
+    assert set(generating.take_counts().values()) == {0.0}
+
+
 def test_generation_is_given_up_soon(generating: VllmEngine) -> None:
     done: list[int] = []
     generating._give_up = lambda: "asked" if len(done) > 1 else ""
     with pytest.raises(StopRequested, match="asked"):
-        generating._generate(requests(40), Sampling(1.0, 1.0, 4), lambda n, _: done.append(n))
+        done += (n for n, _ in generating._generate(requests(40), Sampling(1.0, 1.0, 4, 1)))
     assert done == list(range(vllm_engine.STOP_EVERY))
     calls = generating._llm.llm_engine.calls  # pyright: ignore
     assert calls[-1] == ("abort", sorted(str(n) for n in range(vllm_engine.STOP_EVERY, 40)))

@@ -1,0 +1,423 @@
+"""The composition root: makes the parts of a run from the whole config, as frozen bundles.
+
+Job         model shape, process groups, tokenizer: what every command needs before weights
+Model       policy and engine
+Run         what RL and SFT share
+RLParts     what the RL loop needs beside it
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_qlrl import __version__
+from megatron_qlrl.advantage.filters import has_spread
+from megatron_qlrl.advantage.groups import with_advantages
+from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.shape import ModelShape, hf_shapes, read_shape
+from megatron_qlrl.curriculum.curriculum import Curriculum
+from megatron_qlrl.curriculum.sampler import Sampler
+from megatron_qlrl.data.template import response_decoder
+from megatron_qlrl.data.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
+from megatron_qlrl.errors import RewardError, StabilityError, StopRequested
+from megatron_qlrl.evaluate.benchmarks import read_benchmarks
+from megatron_qlrl.evaluate.evaluation import Evaluation
+from megatron_qlrl.metrics.monitor import Monitor
+from megatron_qlrl.packing.shard import shard_row
+from megatron_qlrl.parallel.collectives import on_all_ranks
+from megatron_qlrl.parallel.context import ParallelContext, init_parallel
+from megatron_qlrl.platform.device import weight_dtype
+from megatron_qlrl.platform.env import set_engine_env
+from megatron_qlrl.platform.progress import Progress
+from megatron_qlrl.platform.stop import StopSignals
+from megatron_qlrl.platform.watchdog import watch_steps
+from megatron_qlrl.policy.loss import PolicyLoss, sft_loss
+from megatron_qlrl.policy.policy import Policy
+from megatron_qlrl.reward.score import Scorer
+from megatron_qlrl.rl import RLParts
+from megatron_qlrl.rollout.collect import Collector
+from megatron_qlrl.rollout.vllm_engine import Sampling, VllmEngine
+from megatron_qlrl.train.fingerprint import check_resume, fingerprint
+from megatron_qlrl.train.phases import Phase
+from megatron_qlrl.train.recorder import Recorder
+from megatron_qlrl.train.run import Run
+from megatron_qlrl.train.run_log import RunLog
+from megatron_qlrl.train.trainer import Trainer
+from megatron_qlrl.types import Prompt
+from megatron_qlrl.weights.checkpoint import CheckpointStore
+from megatron_qlrl.weights.checkpoint_folder import read_state, taking_up
+from megatron_qlrl.weights.release import base_name
+from megatron_qlrl.weights.stream import WeightStream, load_hf, untied
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command in this process.
+
+    Attributes:
+        config: the config of the phases that run in this process.
+        whole: the config of the whole run.
+    """
+
+    config: Config
+    whole: Config
+    shape: ModelShape
+    context: ParallelContext
+    tokenizer: Any
+    progress: Progress
+
+    @property
+    def leads(self) -> bool:
+        return self.context.rank == 0
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.dir)
+
+    def warn(self, message: str) -> None:
+        """One line on the console, from rank 0 (not collective)."""
+        if self.leads:
+            print(f"qlrl: warning: {message}", flush=True)
+
+
+def make_job(config: Config, whole: Config | None = None) -> Job:
+    """Inside a process group; collective.
+
+    Raises:
+        ConfigError: the model's folder or tokenizer cannot be used.
+    """
+    set_engine_env(cpu_kv_cache_gib=config.rollout.cpu_kv_cache_gib)
+    shape = read_shape(config.model.path, rope_scaling=config.model.rope_scaling)
+    context = make_context(config)
+    progress = Progress.of_rank(context.rank)
+    tokenizer = load_tokenizer(Path(config.model.path))
+    check_vocabulary(tokenizer, shape.vocab_size)
+    return Job(config, whole or config, shape, context, tokenizer, progress)
+
+
+def make_context(config: Config) -> ParallelContext:
+    layout = config.policy
+    return init_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, seed=config.run.seed)
+
+
+def make_store(config: Config) -> CheckpointStore:
+    """The run's checkpoints; needs the process group."""
+    return CheckpointStore(
+        Path(config.run.dir) / "checkpoints",
+        keep=config.checkpoint.keep,
+        warn=print if dist.get_rank() == 0 else lambda _: None,
+    )
+
+
+def make_policy(
+    config: Config,
+    shape: ModelShape,
+    context: ParallelContext,
+    *,
+    temperature: float,
+    weights: Path,
+) -> Policy:
+    """A policy with the weights of a Hugging Face folder."""
+    layout = config.policy
+    return Policy(
+        shape,
+        config=layout,
+        optimizer_config=config.optimizer,
+        dtype=getattr(torch, weight_dtype(config.model.dtype)),
+        temperature=temperature,
+        context=context,
+        shard=partial(
+            shard_row,
+            cp_size=context.cp.size,
+            cp_rank=context.cp.rank,
+            multiple_of=layout.tokens_multiple,
+        ),
+        load=lambda model: load_hf(weights, model, shape=shape, context=context),
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """Policy and engine, joined by the stream of weights."""
+
+    policy: Policy
+    stream: WeightStream
+    collector: Collector
+
+
+@contextmanager
+def open_model(
+    job: Job,
+    *,
+    temperature: float,
+    weights: Path | None = None,
+    give_up: Callable[[], str] = lambda: "",
+) -> Iterator[Model]:
+    """Loads the policy; the engine starts at its first use.
+
+    Args:
+        temperature: at which the policy's log-probs are taken.
+        weights: Hugging Face folder that the policy starts from, by default model.path.
+        give_up: asked while responses are generated; returns this rank's reason to stop, or "".
+    """
+    config, folder = job.config, weights or Path(job.config.model.path)
+    with closing(on_all_ranks(lambda: Scorer.of(config.reward))) as scorer:
+        with job.progress.doing(f"loading the weights of {folder}"):
+            policy = make_policy(
+                config, job.shape, job.context, temperature=temperature, weights=folder
+            )
+        stream = WeightStream(
+            policy.model,
+            shape=job.shape,
+            context=job.context,
+            bucket_bytes=config.rollout.sync_bucket_mib * 2**20,
+        )
+        engines: list[VllmEngine] = []
+
+        @cache
+        def engine() -> VllmEngine:
+            with job.progress.doing("starting the vLLM engine"):
+                engines.append(_make_engine(job, give_up))
+            return engines[0]
+
+        def present_weights() -> tuple[Iterator[tuple[str, torch.Tensor]], int]:
+            policy.free_gradients()  # the engine gets as much memory as there can be
+            return untied(stream), policy.version
+
+        collector = Collector(
+            engine=engine,
+            weights=present_weights,
+            decode=response_decoder(job.tokenizer),
+            scorer=scorer,
+            run_seed=config.run.seed,
+            max_masked_share=config.reward.max_masked_share,
+        )
+        try:
+            yield Model(policy, stream, collector)
+        finally:
+            for started in engines:
+                started.close()
+
+
+def _make_engine(job: Job, give_up: Callable[[], str]) -> VllmEngine:
+    config, folder = job.config, Path(job.config.model.path)
+    return VllmEngine(
+        folder,
+        tp=config.rollout.tp,
+        rank=job.context.rank,
+        world_size=job.context.world_size,
+        dtype=weight_dtype(config.model.dtype),
+        max_model_len=min(config.longest_generation, job.shape.max_positions),
+        stop_token_ids=stop_tokens(folder, job.tokenizer),
+        manifest=hf_shapes(job.shape.untied),
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        positions=job.shape.position_fields(),
+        seed=config.run.seed,
+        give_up=give_up,
+    )
+
+
+def read_held_out(job: Job) -> dict[str, list[Prompt]]:
+    """The evaluation files, read and checked before weights are loaded, for that takes minutes."""
+    read = partial(
+        read_benchmarks, job.config, job.tokenizer, max_positions=job.shape.max_positions
+    )
+    with job.progress.doing("reading the evaluation files"):
+        return on_all_ranks(read)
+
+
+def make_evaluation(
+    job: Job, collector: Collector, benchmarks: Mapping[str, Sequence[Prompt]], log: RunLog
+) -> Evaluation:
+    return Evaluation(
+        job.config.evaluation,
+        benchmarks,
+        collector=collector,
+        max_response_tokens=job.config.rollout.max_response_tokens,
+        folder=job.folder / "eval",
+        write=log.write,
+        warn=job.warn,
+        progress=job.progress,
+    )
+
+
+@contextmanager
+def open_run(
+    job: Job,
+    command: str,
+    *,
+    newest: Path | None,
+    rows: str,
+    stop: StopSignals,
+    total_steps: int,
+    temperature: float,
+    weights: Path | None = None,
+    fresh_steps: frozenset[int] = frozenset(),
+) -> Iterator[tuple[Model, Run]]:
+    """The parts that RL and SFT share. A run that is asked to stop, or that stops itself, is saved
+    as the last step left it.
+
+    Args:
+        command: the qlrl command that goes on with this run's checkpoints.
+        newest: the checkpoint that the run goes on from; `Recorder.start` loads it.
+        rows: digest of the training data.
+        total_steps: of the whole run.
+        temperature, weights: as in `open_model`.
+        fresh_steps: steps at which a phase begins with a new optimizer state.
+
+    Raises:
+        CheckpointError: the run cannot go on from `newest`, which is another run's (every rank).
+    """
+    config = job.config
+    print_of_run = on_all_ranks(partial(_fingerprint, job, command, newest, rows))
+    log = RunLog(job.whole, is_writer=job.leads)
+    log.record_start(world_size=job.context.world_size)
+    benchmarks = read_held_out(job)
+    monitor = Monitor(config.stability, warn=job.warn)
+    with (
+        open_model(
+            job, temperature=temperature, weights=weights, give_up=stop.within_step
+        ) as model,
+        closing(make_store(config)) as store,
+        closing(log),
+    ):
+        evaluation = make_evaluation(job, model.collector, benchmarks, log)
+        recorder = Recorder(
+            policy=model.policy,
+            stream=model.stream,
+            store=store,
+            log=log,
+            evaluation=evaluation,
+            monitor=monitor,
+            model=config.model,
+            dtype=weight_dtype(config.model.dtype),
+            facts=run_facts(config),
+            identity={"command": command, "fingerprint": print_of_run},
+            rollouts_per_step=config.logging.rollouts_per_step,
+            fresh_steps=fresh_steps,
+            warn=job.warn,
+        )
+
+        def watch(steps: Iterable[tuple[Phase, int]]) -> Iterator[tuple[Phase, int]]:
+            return watch_steps(
+                job.progress.during_first(steps, "working on the first step"),
+                stacks=job.folder / "stacks" / f"rank_{job.context.rank}.txt",
+                floor_s=config.run.hang_after_s,
+            )
+
+        run = Run(
+            recorder=recorder,
+            evaluation=evaluation,
+            monitor=monitor,
+            stop=stop,
+            watch=watch,
+            total_steps=total_steps,
+            save_every=config.checkpoint.every_steps,
+        )
+        try:
+            yield model, run
+        except (StopRequested, RewardError, StabilityError):  # raised on every rank
+            recorder.save()
+            recorder.finish()
+            raise
+        recorder.finish()
+
+
+def _fingerprint(job: Job, command: str, newest: Path | None, rows: str) -> dict[str, Any]:
+    """The run's fingerprint, compared with that of the checkpoint; {} on ranks other than 0, which
+    write no state."""
+    if not job.leads:
+        return {}
+    today = fingerprint(job.whole, command, tokenizer=job.tokenizer, rows=rows)
+    if newest is not None:
+        with taking_up(newest):
+            line = check_resume(newest, read_state(newest), today)
+        if line:
+            print(f"qlrl: {line}", flush=True)
+    return today
+
+
+def make_sampler(job: Job, prompts: Sequence[Prompt]) -> Sampler:
+    """
+    Raises:
+        DataError: a phase has no prompt.
+    """
+    config, whole = job.config, job.whole
+    curriculum = Curriculum(
+        prompts,
+        limits=[phase.max_input_tokens for phase in whole.phases],
+        seed=whole.run.seed,
+        config=config.curriculum,
+    )
+    return Sampler(
+        curriculum,
+        config=config.algorithm,
+        prompts_per_step=config.rollout.prompts_per_step,
+        carried_share=config.curriculum.carried_share,
+        keep=has_spread if config.algorithm.filter_groups else lambda rewards: True,
+        warn=job.warn,
+    )
+
+
+def make_rl_parts(job: Job, model: Model, run: Run, sampler: Sampler) -> RLParts:
+    """The policy has the weights of its reference still, if it has one."""
+    algorithm, rollout = job.config.algorithm, job.config.rollout
+    if algorithm.reference:
+        model.policy.keep_reference()
+    return RLParts(
+        run=run,
+        sampler=sampler,
+        collector=model.collector,
+        sampling=Sampling(
+            rollout.temperature, rollout.top_p, rollout.max_response_tokens, rollout.group_size
+        ),
+        advantages=partial(
+            with_advantages,
+            kind=algorithm.advantage,
+            max_tokens=rollout.max_response_tokens,
+            buffer_tokens=algorithm.overlong_buffer_tokens,
+        ),
+        trainer=Trainer(
+            model.policy,
+            config=job.config.policy,
+            optimizer_config=job.config.optimizer,
+            loss=PolicyLoss(algorithm),
+            aggregation=algorithm.aggregation,
+            constant_tokens=rollout.max_response_tokens,
+            updates_per_step=algorithm.updates_per_step,
+            total_steps=run.total_steps,
+            use_reference=algorithm.reference,
+            permit=run.monitor.permit,
+        ),
+    )
+
+
+def make_sft_trainer(job: Job, model: Model, run: Run) -> Trainer:
+    return Trainer(
+        model.policy,
+        config=job.config.policy,
+        optimizer_config=job.config.optimizer,
+        loss=sft_loss,
+        aggregation=job.config.sft.aggregation,
+        constant_tokens=1,  # the aggregations of SFT do not read it
+        updates_per_step=1,
+        total_steps=run.total_steps,
+        use_reference=False,
+        permit=run.monitor.permit,
+    )
+
+
+def run_facts(config: Config) -> dict[str, Any]:
+    """What the model card says of the training."""
+    return {
+        "base model": config.model.name or base_name(Path(config.model.path)),
+        "software": f"megatron_qlrl {__version__}",
+        "phases": ", ".join(f"{p.name} (<= {p.max_input_tokens})" for p in config.phases) or "none",
+        "seed": config.run.seed,
+    }

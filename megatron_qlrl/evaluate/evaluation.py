@@ -1,0 +1,123 @@
+"""The held-out files of one run: when they are scored, and what is kept of it."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_qlrl.config.schema import EvaluationConfig
+from megatron_qlrl.evaluate.benchmarks import benchmark_scores
+from megatron_qlrl.metrics.meter import Meter
+from megatron_qlrl.metrics.rollouts import rollout_records
+from megatron_qlrl.metrics.sinks import Tracker
+from megatron_qlrl.platform.progress import Progress
+from megatron_qlrl.reward.diagnose import diagnosis
+from megatron_qlrl.rollout.collect import Collector
+from megatron_qlrl.rollout.seeds import EVALUATION_STEP
+from megatron_qlrl.rollout.vllm_engine import Sampling
+from megatron_qlrl.types import Prompt, ScoredGroup
+
+
+class Evaluation:
+    """Methods are collective, but for the state.
+
+    Attributes:
+        scores: scores at the start and at the ends of phases, not those in between, by
+            "<which>: <metric>"; for the model card.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        benchmarks: Mapping[str, Sequence[Prompt]],
+        *,
+        collector: Collector,
+        max_response_tokens: int,
+        folder: Path,
+        write: Callable[[Callable[[Tracker], None]], object],
+        warn: Callable[[str], None],
+        progress: Progress,
+    ) -> None:
+        """`write` runs what it is given on rank 0, with the run's tracker; answers go into
+        `folder`."""
+        self.scores: dict[str, float] = {}
+        self._steps_done: int | None = None  # at the newest evaluation
+        self._config, self._benchmarks = config, benchmarks
+        self._collector = collector
+        self._sampling = evaluation_sampling(config, max_response_tokens)
+        self._folder, self._write, self._warn = folder, write, warn
+        self._progress = progress
+
+    def before_training(self) -> None:
+        """Scores the model that a fresh run starts from, if the config asks for it."""
+        if self._config.before_training:
+            self.score("start", 0)
+
+    def after(self, steps_done: int, phase: str, *, last: bool) -> None:
+        """Scores after a step of the phase (its last one?) if the config asks for it. A run that
+        resumes asks again, because it may have ended in this evaluation."""
+        every = self._config.every_steps
+        if self._steps_done == steps_done:
+            return
+        if last and self._config.at_phase_end:
+            self.score(phase, steps_done)
+        elif every is not None and steps_done % every == 0:
+            self._score(f"step_{steps_done}", steps_done)
+
+    def score(self, name: str, steps_done: int) -> dict[str, float]:
+        """Scores the held-out files and keeps the result in `scores`."""
+        metrics = self._score(name, steps_done)
+        self.scores |= {f"{name}: {k}": v for k, v in metrics.items() if k.endswith("/score")}
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": dict(self.scores), "steps_done": self._steps_done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.scores, self._steps_done = dict(state["scores"]), state["steps_done"]
+
+    def _score(self, name: str, steps_done: int) -> dict[str, float]:
+        """Writes <folder>/<name>.json and, in .jsonl, the answers."""
+        if not self._benchmarks:
+            return {}
+        meter, answering = Meter(), Meter()
+        with (
+            meter.timed("testing"),
+            self._collector.awake(self._sampling, step=EVALUATION_STEP, meter=answering) as collect,
+        ):
+            answers = {}
+            for benchmark, prompts in self._benchmarks.items():
+                with self._progress.doing(f"answering {len(prompts)} prompts of {benchmark}"):
+                    answers[benchmark] = collect(prompts)
+        metrics = benchmark_scores(answers) | {
+            f"val/{key}": value
+            for key, value in answering.summary().items()
+            if key.startswith("reward/judge/")
+        }
+        groups = [group for answered in answers.values() for group in answered]
+
+        def write(tracker: Tracker) -> None:
+            tracker.log(max(steps_done - 1, 0), metrics | meter.summary())  # steps count from 0
+            self._write_answers(name, metrics, groups)
+
+        self._write(write)
+        if problem := diagnosis(groups):
+            self._warn(f"evaluation {name!r}: {problem}")
+        self._steps_done = steps_done
+        return metrics
+
+    def _write_answers(
+        self, name: str, metrics: Mapping[str, float], answers: Sequence[ScoredGroup]
+    ) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / f"{name}.json").write_text(json.dumps(metrics, indent=1))
+        rollouts = (r for g in answers for r in g.rollouts)
+        with (self._folder / f"{name}.jsonl").open("w") as out:
+            for record, rollout in zip(rollout_records(answers), rollouts, strict=True):
+                record["token_ids"] = rollout.token_ids.tolist()
+                record["logprobs"] = rollout.engine_logprobs.tolist()
+                out.write(json.dumps(record) + "\n")
+
+
+def evaluation_sampling(config: EvaluationConfig, max_response_tokens: int) -> Sampling:
+    return Sampling(config.temperature, config.top_p, max_response_tokens, config.samples)

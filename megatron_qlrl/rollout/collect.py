@@ -1,0 +1,167 @@
+"""Prompts -> scored groups. Each engine samples and scores its share; every rank gets all groups.
+
+awake: weights streamed into the engine
+  prompts -> share of this engine -> requests -> completions, scored as they end
+  groups of all engines, in the order of the prompts
+asleep
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megatron_qlrl.errors import RewardError, StopRequested
+from megatron_qlrl.metrics.meter import Meter
+from megatron_qlrl.metrics.rollouts import engine_metrics, judge_metrics
+from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
+from megatron_qlrl.rollout.seeds import share_prompts, token_seed
+from megatron_qlrl.rollout.vllm_engine import Generate, Request, Sampling, VllmEngine
+from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
+
+# Scored groups of the prompts, in their order, the same on every rank.
+Collect = Callable[[Sequence[Prompt]], list[ScoredGroup]]
+
+
+class Scorer(Protocol):
+    """What `reward.score.Scorer` offers."""
+
+    @property
+    def last_failure(self) -> str: ...
+    def score(self, prompt: Prompt, response: str) -> Future[Score]: ...
+    def take_counts(self) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Collector:
+    """What `collect_groups` needs beside the prompts. Methods are collective.
+
+    Attributes:
+        engine: this rank's engine, started at the first call: Megatron's part is made before it,
+            which is the order that is tested.
+        weights: the policy's present weights as a stream of Hugging Face tensors with the LM head
+            by name, and their version.
+        decode: token ids of a response -> text.
+        scorer: the rewards.
+        run_seed: part of every response's seed.
+        max_masked_share: a batch stops the run when more of its responses have no verdict.
+    """
+
+    engine: Callable[[], VllmEngine]
+    weights: Callable[[], tuple[Iterable[tuple[str, torch.Tensor]], int]]
+    decode: Callable[[Sequence[int]], str]
+    scorer: Scorer
+    run_seed: int
+    max_masked_share: float
+
+    @contextmanager
+    def awake(self, sampling: Sampling, *, step: int, meter: Meter) -> Iterator[Collect]:
+        """Yields `collect`. Its first call wakes the engine with the present weights; at the end
+        the engine sleeps, and the meter gets what engine and judge did."""
+        with ExitStack() as stack:
+            running: list[tuple[Generate, int]] = []
+
+            def collect(prompts: Sequence[Prompt]) -> list[ScoredGroup]:
+                if not running:
+                    with meter.timed("update_weights"):
+                        stream, version = self.weights()
+                        generate = stack.enter_context(self.engine().awake(stream))
+                    running.append((generate, version))
+                return collect_groups(self, prompts, *running[0], sampling, step, meter)
+
+            yield collect
+            if not running:
+                return
+            with meter.timed("update_weights"):
+                stack.close()
+            counts = gather_objects((self.engine().take_counts(), self.scorer.take_counts()))
+            meter.update(engine_metrics([engine for engine, _ in counts]))
+            meter.update(judge_metrics([judge for _, judge in counts]))
+
+
+def collect_groups(
+    collector: Collector,
+    prompts: Sequence[Prompt],
+    generate: Generate,
+    version: int,
+    sampling: Sampling,
+    step: int,
+    meter: Meter,
+) -> list[ScoredGroup]:
+    """The prompts' groups by engines that are awake (`generate`) with weights of `version`.
+
+    Raises:
+        RewardError: too many responses have no verdict.
+        StopRequested: some engine was asked to stop (raised on every rank).
+    """
+    engine, scorer = collector.engine(), collector.scorer
+    rollouts: dict[tuple[int, int], Rollout] = {}
+    scores: dict[tuple[int, int], Future[Score]] = {}
+    stopped = ""
+    with meter.timed("gen"):
+        mine = share_prompts(prompts, engine.num_engines)[engine.engine_index]
+        keys = [(index, sample) for index in mine for sample in range(sampling.n)]
+        requests = [
+            Request(prompts[i].token_ids, token_seed(collector.run_seed, step, prompts[i].uid, k))
+            for i, k in keys
+        ]
+        try:
+            for number, completion in generate(requests, sampling):
+                index, sample = keys[number]
+                rollout = rollouts[index, sample] = Rollout(
+                    prompt_uid=prompts[index].uid,
+                    sample=sample,
+                    token_ids=completion.token_ids,
+                    engine_logprobs=completion.logprobs,
+                    text=collector.decode(completion.token_ids.tolist()),
+                    finished=completion.finished,
+                    weight_version=version,
+                )
+                if engine.leads:
+                    scores[index, sample] = scorer.score(prompts[index], rollout.text)
+        except StopRequested as request:
+            stopped = str(request)
+        # Every rank waits here for the engine with the longest responses.
+        if reasons := [reason for reason in gather_objects(stopped) if reason]:
+            raise StopRequested(reasons[0])
+
+    def groups_of_this_engine() -> dict[int, ScoredGroup]:
+        if not engine.leads:
+            return {}
+        wait(scores.values())  # one awakening in place of one for each
+        samples = range(sampling.n)
+        return {
+            i: ScoredGroup(
+                prompts[i],
+                tuple(rollouts[i, sample] for sample in samples),
+                tuple(scores[i, sample].result() for sample in samples),
+            )
+            for i in mine
+        }
+
+    with meter.timed("reward"):
+        parts = gather_objects((on_all_ranks(groups_of_this_engine), scorer.last_failure))
+        by_index = {index: group for groups, _ in parts for index, group in groups.items()}
+        groups = [by_index[i] for i in range(len(prompts))]
+        failure = next((failure for _, failure in parts if failure), "")
+        check_masked(groups, max_share=collector.max_masked_share, reason=failure)
+    return groups
+
+
+def check_masked(groups: Sequence[ScoredGroup], *, max_share: float, reason: str) -> None:
+    """Stops a batch whose rewards are no longer those of the task.
+
+    Raises:
+        RewardError: more than `max_share` of the responses have no verdict; `reason` says why.
+    """
+    values = [s.value for g in groups for s in g.scores]
+    masked = values.count(None)
+    if masked > max_share * len(values):
+        raise RewardError(
+            f"the judge gave no verdict on {masked} of {len(values)} responses, more than "
+            f"reward.max_masked_share={max_share:g} ({reason}). Bring the judge back and start "
+            "again: the run resumes"
+        )

@@ -1,0 +1,221 @@
+"""Seeds, the share of each engine, and the groups made of an engine's answers."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_qlrl.errors import RewardError, StopRequested
+from megatron_qlrl.metrics.meter import Meter
+from megatron_qlrl.rollout.collect import Collector, check_masked
+from megatron_qlrl.rollout.seeds import share_prompts, token_seed
+from megatron_qlrl.rollout.vllm_engine import Completion, Request, Sampling
+from megatron_qlrl.types import Prompt, Score, ScoredGroup
+
+pytestmark = pytest.mark.usefixtures("lone_group")
+
+
+def prompt(uid: str, num_tokens: int = 3) -> Prompt:
+    return Prompt(uid, np.arange(num_tokens, dtype=np.int32), "docqa", "?", "!")
+
+
+def test_seed_never_changes() -> None:
+    """Pinned: another value would make resumed and repeated runs draw other tokens."""
+    seed = token_seed(run_seed=0, step=3, prompt_uid="train:17", sample=5)
+    assert seed == 9194752490659632861
+    again = token_seed(run_seed=0, step=3, prompt_uid="train:17", sample=5)
+    assert again == seed
+
+
+def test_seeds_are_distinct_and_fit_the_engine() -> None:
+    seeds = {
+        token_seed(run_seed=run, step=step, prompt_uid=uid, sample=sample)
+        for run in (0, 1)
+        for step in (-1, 0, 1, 11)
+        for uid in ("a:1", "a:11", "b:1", "a:1/1")
+        for sample in (0, 1, 11)
+    }
+    assert len(seeds) == 2 * 4 * 4 * 3
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_longest_prompt_first_to_the_least_loaded_engine() -> None:
+    # 9 | 7, 6 to the second (13), 5 to the first (14), 2 to the second (15)
+    prompts = [prompt("a", 2), prompt("b", 9), prompt("c", 6), prompt("d", 7), prompt("e", 5)]
+    assert share_prompts(prompts, 2) == [[1, 4], [0, 2, 3]]
+    assert share_prompts(prompts[:1], 3) == [[0], [], []]
+    assert share_prompts([], 2) == [[], []]
+
+
+@given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 6))
+def test_shares_cover_every_prompt_once_and_are_balanced(lengths: list[int], engines: int) -> None:
+    prompts = [prompt(str(i), n) for i, n in enumerate(lengths)]
+    shares = share_prompts(prompts, engines)
+    assert len(shares) == engines
+    assert sorted(sum(shares, [])) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(lengths[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+class FakeEngine:
+    """Answer n is n + 1 tokens, each of them n; the even ones ended by themselves. They end in
+    another order than they were asked for."""
+
+    num_engines, engine_index, leads = 1, 0, True
+    stops = False
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    @contextmanager
+    def awake(self, weights: Iterable[Any]) -> Iterator[Any]:
+        self.calls.append(("awake", list(weights)))
+        try:
+            yield self.generate
+        finally:
+            self.calls.append("asleep")
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling
+    ) -> Iterator[tuple[int, Completion]]:
+        self.calls.append((requests, sampling))
+        for n in sorted(range(len(requests)), key=lambda n: (n % 2 == 0, -n)):
+            ids, logprobs = np.full(n + 1, n, np.int32), np.full(n + 1, -0.5 * n, np.float32)
+            yield n, Completion(ids, logprobs, n % 2 == 0)
+            if self.stops:
+                raise StopRequested("asked")
+
+    def take_counts(self) -> dict[str, float]:
+        return {"prefill_tokens": 8.0, "prefill_s": 2.0, "decode_tokens": 0.0, "decode_s": 0.0}
+
+
+class FakeScorer:
+    """Pays for even responses; a response is its tokens with points between."""
+
+    last_failure = "no verdict on 3"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def score(self, prompt: Prompt, response: str) -> Future[Score]:
+        self.asked.append((prompt.uid, response))
+        value = float(int(response.split(".", maxsplit=1)[0]) % 2 == 0)
+        done: Future[Score] = Future()
+        done.set_result(Score(value, value))
+        return done
+
+    def take_counts(self) -> dict[str, float]:
+        return {}
+
+
+PROMPTS = [prompt("a:0", 2), prompt("a:1", 4)]
+SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=8, n=3)
+
+
+@pytest.fixture
+def made() -> tuple[Collector, FakeEngine, FakeScorer]:
+    engine, scorer = FakeEngine(), FakeScorer()
+    collector = Collector(
+        engine=lambda: engine,  # pyright: ignore[reportArgumentType]
+        weights=lambda: (iter(["weights"]), 12),  # pyright: ignore[reportArgumentType]
+        decode=lambda ids: ".".join(map(str, ids)),
+        scorer=scorer,
+        run_seed=4,
+        max_masked_share=0.0,
+    )
+    return collector, engine, scorer
+
+
+def test_groups_of_an_engines_answers(made: tuple[Collector, FakeEngine, FakeScorer]) -> None:
+    collector, engine, scorer = made
+    with collector.awake(SAMPLING, step=9, meter=Meter()) as collect:
+        groups = collect(PROMPTS)
+    (_, (requests, how), _) = engine.calls  # one call: the engine batches
+    assert how is SAMPLING
+    assert [len(r.prompt_ids) for r in requests] == [2, 2, 2, 4, 4, 4]
+    want = [
+        token_seed(run_seed=4, step=9, prompt_uid=p.uid, sample=s)
+        for p in PROMPTS
+        for s in range(3)
+    ]
+    assert [r.seed for r in requests] == want
+    assert [g.prompt.uid for g in groups] == ["a:0", "a:1"]
+    flat = [r for group in groups for r in group.rollouts]
+    assert [(r.prompt_uid, r.sample) for r in flat] == [
+        (uid, sample) for uid in ("a:0", "a:1") for sample in range(3)
+    ]
+    assert [r.text for r in flat[:3]] == ["0", "1.1", "2.2.2"]
+    assert [r.token_ids.tolist() for r in flat[3:5]] == [[3] * 4, [4] * 5]
+    assert [r.engine_logprobs.tolist() for r in flat[:2]] == [[0.0], [-0.5, -0.5]]
+    assert [r.finished for r in flat] == [True, False] * 3
+    assert {r.weight_version for r in flat} == {12}
+    assert [g.rewards.tolist() for g in groups] == [[1, 0, 1], [0, 1, 0]]
+    # each was scored as it ended, with its own prompt
+    ended = [("a:1", 5), ("a:1", 3), ("a:0", 1), ("a:1", 4), ("a:0", 2), ("a:0", 0)]
+    assert scorer.asked == [(uid, ".".join([str(n)] * (n + 1))) for uid, n in ended]
+
+
+def test_engine_wakes_once_at_the_first_call_and_sleeps_at_the_end(
+    made: tuple[Collector, FakeEngine, FakeScorer],
+) -> None:
+    collector, engine, _ = made
+    meter = Meter()
+    with collector.awake(SAMPLING, step=0, meter=meter) as collect:
+        assert engine.calls == []
+        collect(PROMPTS)
+        collect(PROMPTS[:1])
+    assert engine.calls[0] == ("awake", ["weights"])
+    assert engine.calls[-1] == "asleep"
+    assert len(engine.calls) == 4
+    metrics = meter.summary()
+    assert metrics.pop("perf/prefill_tokens_per_s") == 4
+    assert metrics.keys() == {f"timing_s/{name}" for name in ("update_weights", "gen", "reward")}
+
+    with collector.awake(SAMPLING, step=0, meter=Meter()):
+        pass
+    assert len(engine.calls) == 4  # nothing was asked for
+
+
+def test_a_stop_puts_the_engine_to_sleep(made: tuple[Collector, FakeEngine, FakeScorer]) -> None:
+    collector, engine, _ = made
+    engine.stops = True
+    with (
+        pytest.raises(StopRequested, match="asked"),
+        collector.awake(SAMPLING, step=0, meter=Meter()) as collect,
+    ):
+        collect(PROMPTS)
+    assert engine.calls[-1] == "asleep"
+
+
+def test_engine_without_prompts_makes_no_groups(
+    made: tuple[Collector, FakeEngine, FakeScorer],
+) -> None:
+    with made[0].awake(SAMPLING, step=0, meter=Meter()) as collect:
+        assert collect([]) == []
+
+
+def group(*values: float | None) -> ScoredGroup:
+    prompt = Prompt("f:0", np.zeros(1, np.int32), "musique", "?", "!")
+    return ScoredGroup(prompt, (), tuple(Score(v, v or 0.0) for v in values))
+
+
+@pytest.mark.parametrize(
+    ("share", "stops"), [(0.0, True), (0.24, True), (0.25, False), (1.0, False)]
+)
+def test_a_share_above_the_limit_stops(share: float, stops: bool) -> None:
+    groups = [group(1.0, None, 0.0, 0.0), group(1.0, None, 1.0, 0.0)]
+    if not stops:
+        check_masked(groups, max_share=share, reason="")
+        return
+    with pytest.raises(RewardError, match=r"2 of 8 responses.*\(http://j: gone\).*resumes"):
+        check_masked(groups, max_share=share, reason="http://j: gone")
+
+
+def test_without_masked_samples_nothing_stops() -> None:
+    check_masked([group(0.0, 0.0)], max_share=0.0, reason="")
