@@ -1,4 +1,5 @@
-"""Scores files of responses offline, row by row: {data_source, question, ground_truth, response}.
+"""Scores files of responses offline, one row {data_source, question, ground_truth, response} at a
+time.
 
 rows (streamed) -> the scorer of training -> rows with their score, in order -> counts by source
 """
@@ -18,18 +19,17 @@ from megatron_qlrl.types import Score
 
 FIELDS = ("data_source", "question", "ground_truth", "response")
 REASONING = "reasoning"
-"""Optional field: "required" where the prompt had opened `<think>`, else "optional"."""
+"""Optional field: "required" if the prompt had opened `<think>`, else "optional"."""
 _BATCH_ROWS = 1024
 _MAX_WAITING = 4096
-"""Rows in memory at once."""
+"""The largest number of rows in memory at one time."""
 
 Row = dict[str, Any]
 
 
 @dataclass
 class Tally:
-    """Counts of one data source. Agreement of rule and judge is known where both spoke: the
-    judge is asked only about a rule's 0."""
+    """Counts of one data source. The judge is asked only about responses that the rule gave 0."""
 
     rows: int = 0
     rule: int = 0
@@ -49,14 +49,15 @@ class Tally:
 
 @dataclass
 class Audit:
-    """What an audit found; `bad` holds one line for each row that could not be scored."""
+    """The result of an audit; `bad` holds one line for each row that could not be scored."""
 
     sources: dict[str, Tally] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
 
     def table(self) -> str:
-        """Counts by source and in all: `rule` and `judge` are answers that either accepted,
-        `both` the share of 1s of max(rule, judge) over the rows with a verdict."""
+        """Returns a table of the counts by source and in total. `rule` and `judge` count the
+        answers that each accepted; `both` is the mean of max(rule, judge) over the rows with a
+        verdict."""
         total = Tally(
             **{
                 f.name: sum(getattr(t, f.name) for t in self.sources.values())
@@ -78,25 +79,25 @@ class Audit:
 def audit(
     file: Path, scorer: Scorer, write: Callable[[Row], None], *, reasoning_open: bool | None
 ) -> Audit:
-    """Scores every row that can be read; `write` gets them in order, with `rule`, `judge`,
-    `score`, `matched` and `masked` added.
+    """Scores every row that can be read. `write` gets them in order, with `rule`, `judge`, `score`,
+    `matched` and `masked` added.
 
     Args:
         reasoning_open: whether the prompts of rows without the field `reasoning` had opened
-            `<think>`; None where nobody said so.
+            `<think>`; None if that is not known.
 
     Raises:
         DataError: the file is neither JSONL nor parquet, cannot be opened, or holds no row that
             can be scored.
-        ConfigError: the score of a row depends on `reasoning_open`, and nobody said it.
+        ConfigError: a row's score depends on `reasoning_open`, which is None.
     """
-    found = Audit()
+    result = Audit()
     waiting: deque[tuple[Row, Future[Score]]] = deque()
 
     def finish() -> None:
         row, future = waiting.popleft()
         score = future.result()
-        found.sources.setdefault(row["data_source"], Tally()).add(score)
+        result.sources.setdefault(row["data_source"], Tally()).add(score)
         write(
             row
             | {"rule": score.rule, "judge": score.judge, "score": score.value}
@@ -109,7 +110,7 @@ def audit(
             texts = {name: _text(row, name) for name in FIELDS}
             opened = _reasoning_open(row, default=reasoning_open)
         except DataError as error:
-            found.bad.append(f"{where}: {error}")
+            result.bad.append(f"{where}: {error}")
             continue
         if opened is None:
             raise ConfigError(
@@ -121,21 +122,21 @@ def audit(
         try:
             future = scorer.submit(**texts, reasoning_open=opened)
         except DataError as error:
-            found.bad.append(f"{where}: {error}")
+            result.bad.append(f"{where}: {error}")
             continue
         waiting.append((row, future))
         if len(waiting) >= _MAX_WAITING:
             finish()
     while waiting:
         finish()
-    if not found.sources:
-        raise DataError("\n  ".join([f"{file} holds no row that can be scored", *found.bad[:5]]))
-    return found
+    if not result.sources:
+        raise DataError("\n  ".join([f"{file} holds no row that can be scored", *result.bad[:5]]))
+    return result
 
 
 def _reasoning_open(row: Row, *, default: bool | None) -> bool | None:
-    """As the row says, else the default. Where the response has tags of its own its score is the
-    same in either case."""
+    """Returns what the row says, or else the default. A response with tags of its own scores the
+    same either way, so an unknown default is then False."""
     said = row.get(REASONING)
     if said is None:
         tagged = final_text(row["response"], reasoning_open=False) != row["response"]
@@ -159,7 +160,8 @@ def _text(row: Row, name: str) -> str:
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """Where each row stands, and a call that reads it or raises DataError."""
+    """Yields each row's place in the file, and a function that returns the row or raises
+    DataError."""
     readers = {".parquet": _parquet_rows, ".jsonl": _json_rows}
     if not file.is_file():
         raise DataError(f"{file} does not exist")

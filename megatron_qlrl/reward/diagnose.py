@@ -1,18 +1,18 @@
-"""Says at once that a run learns nothing: no answer can be read, all responses are cut, or all are
-wrong. Such a run looks healthy in every other metric and goes on for days.
+"""Warns early that a run learns nothing because almost all responses are cut, have no readable
+answer, or are wrong. Such a run looks healthy in every other metric and would go on for days.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from megatron_qlrl.reward.extract import final_text
 from megatron_qlrl.reward.rules import RuleName, rule_of
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
 
 MAX_SHARE = 0.9
-"""A larger share of responses with one and the same problem is said."""
+"""A problem is reported if a larger share of the responses has it."""
 WINDOW = 5
-"""Batches that are looked at together, after the first one alone."""
+"""After the first batch, which is judged alone, this many batches are judged together."""
 _SHOWN_CHARS = 240
 
 _LOOKED_FOR: dict[RuleName, str] = {
@@ -21,7 +21,7 @@ _LOOKED_FOR: dict[RuleName, str] = {
     "choice": 'a letter after the last "the correct answer is", or in a \\boxed{}',
     "exact": 'the words after the last "the answer is", or a \\boxed{}',
 }
-# In the order of cause and effect: what is cut has no answer, and what has no answer scores 0.
+# Causes come before effects: a response that is cut has no answer, and without one it scores 0.
 _PROBLEMS = {
     "cut": "are cut at rollout.max_response_tokens",
     "open": "never close their reasoning",
@@ -40,8 +40,8 @@ _CURES = {
 
 
 class BatchWatch:
-    """Warns once about each problem that most responses of the first batch, or of the last
-    `WINDOW` batches together, have; again only after it was gone."""
+    """Warns when almost all responses, of the first batch or of the last `WINDOW` batches, have the
+    same problem. It warns again about the same problem only after a batch without it."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
@@ -50,7 +50,7 @@ class BatchWatch:
         self._told = ""
 
     def observe(self, step: int, groups: Sequence[ScoredGroup]) -> None:
-        """Takes the groups that step `step` generated; a step without any changes nothing."""
+        """Records the groups that were generated in a step; a step without any is left out."""
         if not groups:
             return
         self._counts.append(_count(groups))
@@ -65,10 +65,16 @@ class BatchWatch:
 
 
 def diagnosis(groups: Sequence[ScoredGroup]) -> str:
-    """What is wrong with most of these responses and what to change; "" where nothing is."""
+    """Returns what is wrong with most of these responses and how to mend it; "" if nothing is."""
     counts = _count(groups)
     problem = _main_problem(counts)
     return _message(problem, counts, groups) if problem else ""
+
+
+def _responses(groups: Sequence[ScoredGroup]) -> Iterator[tuple[Prompt, Rollout, Score]]:
+    for group in groups:
+        for rollout, score in zip(group.rollouts, group.scores, strict=True):
+            yield group.prompt, rollout, score
 
 
 def _problems(prompt: Prompt, rollout: Rollout, score: Score) -> set[str]:
@@ -85,10 +91,8 @@ def _problems(prompt: Prompt, rollout: Rollout, score: Score) -> set[str]:
 
 def _count(groups: Sequence[ScoredGroup]) -> Counter[str]:
     counts = Counter[str]()
-    for group in groups:
-        for rollout, score in zip(group.rollouts, group.scores, strict=True):
-            counts.update(_problems(group.prompt, rollout, score))
-            counts["all"] += 1
+    for response in _responses(groups):
+        counts.update([*_problems(*response), "all"])
     return counts
 
 
@@ -97,14 +101,9 @@ def _main_problem(counts: Counter[str]) -> str:
 
 
 def _message(problem: str, counts: Counter[str], groups: Sequence[ScoredGroup]) -> str:
-    """The problem of `counts`, an example out of `groups`, the rule's pattern, and the cure."""
-    responses = [
-        (group.prompt, rollout, score)
-        for group in groups
-        for rollout, score in zip(group.rollouts, group.scores, strict=True)
-    ]
-    having = (response for response in responses if problem in _problems(*response))
-    prompt, rollout, score = next(having, responses[0])
+    """Returns the problem, what the rule looks for, an example from `groups`, and the cure."""
+    having = (response for response in _responses(groups) if problem in _problems(*response))
+    prompt, rollout, score = next(having, next(_responses(groups)))
     looked_for = _LOOKED_FOR[rule_of(prompt.data_source).rule]
     where = " after </think>" if prompt.reasoning_open else ""
     read = f"read {score.prediction!r}, the gold is {prompt.ground_truth!r}"
@@ -118,7 +117,7 @@ def _message(problem: str, counts: Counter[str], groups: Sequence[ScoredGroup]) 
 
 
 def shortened(text: str, limit: int = _SHOWN_CHARS) -> str:
-    """The beginning and the end of a long text, at most `limit` characters of it."""
+    """Returns a text, or about `limit` characters from the beginning and end of a longer one."""
     if len(text) <= limit:
         return text
     return f"{text[: limit // 3]} [...] {text[len(text) - (limit - limit // 3) :]}"

@@ -1,18 +1,18 @@
-r"""Whether the words around a stated answer leave it standing.
+r"""Decides whether the words around a stated answer deny, hedge or retract it.
 
-A careful grader gives nothing for an answer that is denied, hedged or taken back, so such words
-never leave the answer to stand alone: the rule and the judge read them with it, or read nothing.
-What is listed here decides; where a word is ambiguous, the answer counts as doubted. An
-explanation may negate something else: "(Paris). The treaty was not signed in London." stands.
+A careful grader gives nothing for such an answer, so the rule and the judge read these words with
+it, or read no answer. The lists here decide; an ambiguous word counts as doubt. Explanations that
+negate something else leave the answer standing: "(Paris). The treaty was not signed in London."
 """
 
 import re
 
 _MAX_BEFORE_CHARS = 300
 _MAX_BEHIND_CHARS = 2000
-"""Read at each end of a longer text: words that take an answer back stand near it or at the end."""
+"""Of a longer text only this many characters at each end are read: words that retract an answer
+stand near it or at the end."""
 
-# "n't" of any verb; "may" in small letters, for May is a month. "No doubt" is none.
+# "n't" of any verb; "may" only in small letters, because May is a month.
 _DENIALS = re.compile(
     r"\b(?:not|never|no|nobody|none|nor|neither|cannot|without|hardly|scarcely|except|false|wrong"
     r"|untrue|incorrect|mistake|mistaken|error|deny|denies|denied|rejects?|rejected|refuse|refutes?|contradicts?|disputes?|questions"
@@ -24,7 +24,7 @@ _DENIALS = re.compile(
     re.IGNORECASE,
 )
 _NO_DOUBT = re.compile(r"\b(?:no|without(?:\s+(?:a|any))?)\s+doubt\b", re.IGNORECASE)
-# Where a new thought begins. "that" goes on with the one before.
+# What ends a sentence, what ends a clause, and where a new thought begins.
 _SENTENCE = re.compile(r"[.!?;][*_\"'”’)\]]*\s|\n\s*\n")
 _CLAUSE = re.compile(
     r"[.!?;:,][*_\"'”’)\]]*\s|\n\s*\n|\b(?:and|so|but|therefore|thus|hence|then)\b", re.I
@@ -35,8 +35,8 @@ _NEW_SUBJECT = re.compile(
     re.IGNORECASE,
 )
 
-# What others say, and what is supposed or called a tale, is not stated: "some say that the answer
-# is", "let us say", "it is a myth that". Every other that-clause is: "it can be inferred that".
+# A response does not state what others say or what it supposes: "some say that the answer is", "let
+# us say", "it is a myth that". It states every other that-clause: "it can be inferred that".
 _ATTRIBUTED = re.compile(
     r"(?:\b(?:says?|said|thinks?|thought|believes?|believed|claims?|claimed|argues?|argued|imagine|hears?"
     r"|heard|holds?|told|alleged|reported|rumou?red|supposedly|(?:myth|lie|joke|rumou?r|hoax|fiction"
@@ -51,13 +51,13 @@ _OWN_WORD = re.compile(
     re.IGNORECASE,
 )
 _PLAIN_LEADS = frozenset(("", "Therefore", "So", "Thus", "Hence"))
-# These concern the whole sentence: "I am not sure, but the answer is".
+# These words concern the whole sentence: "I am not sure, but the answer is".
 _UNCERTAIN = re.compile(
     r"\b(?:maybe|perhaps|possibly|probably|guess|guessing|unsure|no\s+idea)\b"
     r"|(?:\bnot|n['’]t)\s+(?:\w+\s+){0,2}(?:sure|certain|confident|know)\b",
     re.IGNORECASE,
 )
-# Behind these words a box is no answer: "any city but", "next to", "London and".
+# A box after these words is no answer: "any city but", "next to", "London and".
 _AWAY = re.compile(
     r"\b(?:but|from|near|unlike|excluding|outside|beside|against|and|or|minus|negative|opposite\sof"
     r"|(?:next|close|compared|contrary|prior)\sto"
@@ -73,11 +73,11 @@ _OPENINGS = re.compile(
     r"|actually(?=[\s*_\"]*,|\s+(?:it|that|this|the|no|not|i)\b|\s+[^\w\s]*(?-i:[A-Z]))|hold\son|hang\son|scratch"
     r"|strike\sthat|never\s?mind|on\s(?:second\sthoughts?|reflection)|or\srather|probably"
     r"|just\skidding|no(?=\s*(?:[,.!:;—–]|$)|\s+(?:wait|sorry|it|that|i)\b))\b"
-    # of a sentence, or right behind the answer: "(Paris). But it was London."
+    # of a sentence, or right after the answer: "(Paris). But it was London."
     rf"|(?:{_START}|^[\s,;]*)(?:or|nor|but|however|rather|instead|otherwise|either(?!\s+way)|not"
     r"|(?:edit|update)(?=\s*[:—–-])"
     r"|unless|if\snot|then\sagain)\b"
-    # "That is wrong." Within a sentence it may concern another candidate.
+    # "That is wrong." Inside a sentence it may concern another candidate.
     rf"|(?:{_START}|^[\s,;]*)(?:this|that|it|which|(?:the\s)?above)(?:\s+is|\s+was|['’]s)\s+"
     r"(?:\w+\s+){0,2}(?:wrong|incorrect|mistaken|inaccurate|untrue|a\slie|a\sjoke|a\smistake"
     r"|an\serror)\b",
@@ -127,14 +127,14 @@ _MARKS = " \t\r\n*_`\"'“”‘’«»()[]$.,;:!"
 
 
 def denied_before(before: str, *, starts_sentence: bool) -> bool:
-    """True when the words that lead to "the answer is" deny or doubt it: "it is false that", "I do
+    """Returns whether the words before "the answer is" deny or doubt it: "it is false that", "I do
     not think", "maybe".
 
-    A clause that ended concerns something else ("It was not London, so the answer is"), but not
-    where "that" goes on with it. With `starts_sentence` ("The answer is") a line break ends it too.
+    A clause that has ended concerns something else ("It was not London, so the answer is"), unless
+    "that" continues it. With `starts_sentence` ("The answer is") a line break ends it, too.
     """
     before = before[-_MAX_BEFORE_CHARS:]
-    if before.strip(_MARKS) in _PLAIN_LEADS:  # most answers; saves half of the rule's time
+    if before.strip(_MARKS) in _PLAIN_LEADS:  # the usual case; saves half of the rule's time
         return False
     clause, sentence = _last(_CLAUSE, before), _last(_SENTENCE, before)
     if clause.strip(_MARKS).lower().startswith("that"):
@@ -148,23 +148,23 @@ def denied_before(before: str, *, starts_sentence: bool) -> bool:
 
 
 def thought_before(before: str) -> str:
-    """The end of `before` that belongs to the same thought as what follows it."""
+    """Returns the end of `before` that belongs to the same thought as what follows it."""
     return _last(_NEW_SUBJECT, before[-_MAX_BEFORE_CHARS:])
 
 
 def leads_away(thought: str) -> bool:
-    """True when the words right before a box deny or bound it, or name something beside it."""
+    """Returns whether the words before a box deny or bound it, or name something beside it."""
     return denies(thought) or _AWAY.search(thought) is not None
 
 
 def denies(text: str) -> bool:
-    """True when words that deny, doubt or bound stand in `text`."""
+    """Returns whether `text` has words that deny, doubt or bound; "no doubt" is not one of them."""
     return bool(_DENIALS.search(_NO_DOUBT.sub("", text)))
 
 
 def taken_back(behind: str, stated: str) -> bool:
-    """True when the text behind the answer `stated` takes it back, hedges it, denies it by its own
-    words, or names another answer."""
+    """Returns whether the text after the answer `stated` retracts it, hedges it, denies it by its
+    own words, or names another answer."""
     if len(behind) > 2 * _MAX_BEHIND_CHARS:
         behind = behind[:_MAX_BEHIND_CHARS] + "\n" + behind[-_MAX_BEHIND_CHARS:]
     if not behind.strip(_MARKS):
@@ -179,11 +179,10 @@ def taken_back(behind: str, stated: str) -> bool:
 
 
 def is_hedged(prediction: str, gold: str) -> bool:
-    """True when an answer asks ("Paris?") or does not commit itself ("Paris, maybe"), and the gold
-    does not do the same."""
+    """Returns whether an answer asks ("Paris?") or hedges ("Paris, maybe") unlike the gold."""
     if "?" in prediction and "?" not in gold:
         return True
-    # The mark in front: "Not disclosed" and "No, they are" open an answer, they take none back.
+    # The mark in front keeps "Not disclosed" and "No, they are" from counting as retractions.
     hedged = _OPENINGS.search("= " + prediction) or _HEDGES.search(prediction)
     return hedged is not None and not (_HEDGES.search(gold) or denies(gold))
 
@@ -200,8 +199,8 @@ def _last(boundary: re.Pattern[str], text: str) -> str:
 
 
 def _is_denied(stated: str, behind: str) -> bool:
-    """The answer's own words stand behind a negation or before a denial: "It is not Paris", "(A) is
-    wrong". In "Paris, not London" they do neither."""
+    """Returns whether the answer's own words follow a negation or precede a denial: "It is not
+    Paris", "(A) is wrong". In "Paris, not London" they do neither."""
     if not stated or stated not in behind:
         return False
     words = rf"(?<!\w){re.escape(stated)}(?!\w)"
@@ -219,7 +218,8 @@ def _is_denied(stated: str, behind: str) -> bool:
 
 
 def _is_replaced(stated: str, behind: str) -> bool:
-    """ "Final answer: London", "(C) is correct" or a line with another letter alone."""
+    """Returns whether `behind` names another answer: "Final answer: London", "(C) is correct", or a
+    line with another letter alone."""
     wanted = stated.casefold()
     for named in _NAMED.finditer(behind):
         if named[1].strip(_MARKS).casefold() not in (wanted, ""):

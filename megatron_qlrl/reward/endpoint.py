@@ -1,8 +1,8 @@
-"""One judge server over HTTP, and the choice among several.
+"""Talks to judge servers over HTTP, and chooses among several.
 
-aiohttp and not the openai client: on one core of the machine it was measured on, with 64
-requests in flight, openai gave 430 verdicts/s at 2.2 ms of CPU each, httpx less, and aiohttp
-1,160 at 0.17 ms; those milliseconds are taken from the rollout engine's Python thread.
+It uses aiohttp instead of the openai client, because the CPU time is taken from the rollout
+engine's Python thread: measured on one core with 64 requests in flight, openai gave 430 verdicts/s
+at 2.2 ms of CPU each, httpx fewer, and aiohttp 1,160 at 0.17 ms.
 """
 
 import time
@@ -14,20 +14,20 @@ import aiohttp
 
 from megatron_qlrl.reward.verdict import NoVerdict
 
-# The request itself was refused; another server or another try would refuse it too.
+# The request itself was refused, and another server or another attempt would refuse it, too.
 _REQUEST_FAULTS = (400, 413, 422)
 _MAX_SHOWN_CHARS = 200
 
 
 class EndpointFailure(Exception):
-    """This server did not answer as a server in order does; another, or later, it may."""
+    """A server did not answer as it should; another server or a later attempt may succeed."""
 
 
 class Endpoint:
     """One server. `in_flight` and `resting_until` belong to `Endpoints`."""
 
     def __init__(self, url: str, *, key: str | None, timeout_s: float, max_bytes: int) -> None:
-        """`timeout_s` and `max_bytes` bound a whole reply, however it comes."""
+        """`timeout_s` and `max_bytes` limit a whole reply."""
         self.url = url
         self.in_flight = 0
         self.resting_until = 0.0
@@ -37,15 +37,15 @@ class Endpoint:
         self._max_bytes = max_bytes
 
     async def chat(self, session: aiohttp.ClientSession, request: dict[str, Any]) -> bytes:
-        """Body of the reply to a chat completion."""
+        """Returns the body of the reply to a chat completion; raises as `_send`."""
         return await self._send(session, "POST", "/chat/completions", request)
 
     async def models(self, session: aiohttp.ClientSession) -> bytes:
-        """Body of the list of models."""
+        """Returns the body of the list of models; raises as `_send`."""
         return await self._send(session, "GET", "/models", None)
 
     def shown(self, text: str) -> str:
-        """Foreign text for a message: one line, bounded, without the key that servers echo."""
+        """Returns foreign text for a message: one short line, without an echoed key."""
         if self._key:
             text = text.replace(self._key, "***")
         return " ".join(text.split())[:_MAX_SHOWN_CHARS]
@@ -53,11 +53,11 @@ class Endpoint:
     async def _send(
         self, session: aiohttp.ClientSession, method: str, path: str, request: Any
     ) -> bytes:
-        """
+        """Returns the body of the reply.
+
         Raises:
             NoVerdict: the server refused this request.
-            EndpointFailure: no reply in time, one that is too long, or one that says nothing of
-                the request.
+            EndpointFailure: the reply is late, too long, or another error.
         """
         try:
             async with session.request(
@@ -83,14 +83,14 @@ class Endpoint:
         async for chunk in reply.content.iter_any():
             body += chunk
             if len(body) > self._max_bytes:
-                reply.close()  # else the rest would be read to use the connection again
+                reply.close()  # else aiohttp reads the rest to reuse the connection
                 raise EndpointFailure(f"{self.url}: a reply of more than {self._max_bytes} bytes")
         return bytes(body)
 
 
 def open_session(connections: int) -> aiohttp.ClientSession:
-    """For the requests of one event loop. Replies are not unpacked: a few bytes of gzip can hold
-    gigabytes, and nothing packed is asked for."""
+    """Returns a session for one event loop. It asks for uncompressed replies and decompresses none,
+    because a few bytes of gzip can hold gigabytes."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=connections),
         headers={"Accept-Encoding": "identity"},
@@ -99,7 +99,7 @@ def open_session(connections: int) -> aiohttp.ClientSession:
 
 
 class Endpoints:
-    """Least requests in flight first; a server that failed rests for `cooldown_s`."""
+    """Chooses the server with the fewest requests in flight; one that failed rests `cooldown_s`."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Endpoints:
 
     @contextmanager
     def use(self) -> Iterator[Endpoint]:
-        """The server for one request; when all rest, the one that rests longest already."""
+        """Yields the server for one request. If all rest, it is the one whose rest ends first."""
         now = self._clock()
         awake = [e for e in self._all if e.resting_until <= now]
         chosen = (

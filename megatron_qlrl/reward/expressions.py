@@ -1,8 +1,8 @@
-r"""Reads expressions such as `\frac{3}{4}` or `3 \times 10^6` with math-verify, in a child.
+r"""Reads expressions such as `\frac{3}{4}` or `3 \times 10^6` with math-verify, in a child process.
 
-math-verify stands on sympy, which may take forever or all memory on unlucky input. So the input
-is checked first (a short alphabet, small exponents, bounded nesting) and read by a child process
-that ends itself when a time limit or a memory limit is passed.
+math-verify uses sympy, which may take forever or all memory on unlucky input. So the input is
+checked first (a short alphabet, small exponents, bounded nesting), and the child ends itself at a
+time limit and a memory limit.
 """
 
 import functools
@@ -24,13 +24,13 @@ _ALPHABET = re.compile(r"(?:[-0-9.{}()^ ×·]|\\(?:[dt]?frac|sqrt|times|cdot)(?!
 _NOTATION = re.compile(r"[\\^×·]")
 _EXPONENT = re.compile(r"\^(?:\{(-?[0-9]{1,3})\}|(-?[0-9]{1,3})(?![0-9.]))")
 _TIMES = re.compile(r"(?<=[0-9])\s*x\s*(?=10\s*\^)")
-# A minus is a sign, never a difference: "5 - 6" may be a range.
+# A minus must be a sign and not a difference: "5 - 6" may be a range.
 _DIFFERENCE = re.compile(r"(?<![{(^])\s*-")
 _HUGE = re.compile(r"[0-9]{16}|[)}]\s*\^")
 
 
 def evaluate(text: str) -> float | None:
-    """The value of an expression; None when it is none, or is not read within the limits.
+    """Returns the value of an expression, or None if the text is none or exceeds the limits.
 
     Only products, fractions, roots and powers of written numbers are expressions here.
 
@@ -44,7 +44,8 @@ def evaluate(text: str) -> float | None:
 
 
 def _checked(text: str) -> str | None:
-    """The expression as LaTeX with braces around its exponents; None when it is not safe."""
+    """Returns the expression as LaTeX with braces around its exponents, or None if it is not
+    safe."""
     if not _NOTATION.search(text) or not _ALPHABET.fullmatch(text):
         return None
     powers = _EXPONENT.sub("", text)
@@ -52,7 +53,7 @@ def _checked(text: str) -> str | None:
         return None
     if _DIFFERENCE.search(powers, 1) or _nesting(text) > _MAX_NESTING:
         return None
-    return _EXPONENT.sub(lambda found: f"^{{{found[1] or found[2]}}}", text)
+    return _EXPONENT.sub(lambda match: f"^{{{match[1] or match[2]}}}", text)
 
 
 def _nesting(text: str) -> int:
@@ -64,20 +65,20 @@ def _nesting(text: str) -> int:
 
 
 class ExpressionReader:
-    """One child process: started at the first expression, again after it ended, gone at exit.
+    """One child process: it is started at the first expression and restarted after it has ended.
 
-    A plain subprocess and not multiprocessing: it neither forks a process that holds Megatron's
-    and vLLM's threads, nor needs an importable main module, and daemons may have one.
+    It is a plain subprocess, because multiprocessing forks a process that holds the threads of
+    Megatron and vLLM, or needs an importable main module, and daemons may not use it.
     """
 
     def __init__(self, child: Path = _CHILD, *, time_limit_s: int = 10) -> None:
-        # -P: the folder of the child shadows no module of the standard library.
+        # With -P the child's folder cannot shadow modules of the standard library.
         self._command = [sys.executable, "-P", str(child), str(time_limit_s)]
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def read(self, expression: str) -> float | None:
-        """The value; None when math-verify finds none or the child passed a limit.
+        """Returns the value, or None if math-verify finds none or the child exceeded a limit.
 
         Raises:
             RewardError: the child cannot be started.
@@ -108,7 +109,7 @@ class ExpressionReader:
 
 
 def _ask(process: subprocess.Popen[bytes], expression: str) -> bytes:
-    """One line for one line; b"" when the child has ended, which is then cleared away."""
+    """Sends one line and returns the reply, or b"" if the child has ended."""
     assert process.stdin and process.stdout
     try:
         process.stdin.write(expression.encode() + b"\n")
@@ -130,5 +131,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @functools.cache
 def _reader(_pid: int) -> ExpressionReader:
-    """One reader a process: a fork must not talk into its parent's pipe."""
+    """Returns this process' reader; a forked process must not write into its parent's pipe."""
     return ExpressionReader()

@@ -1,7 +1,7 @@
-"""The child of `expressions.py`: a line with an expression in, a line with its value out.
+"""The child process of `expressions.py`: reads one expression per line, writes its value.
 
-Run as a script; the argument is the time limit of one expression in seconds. The alarm's default
-action ends the process even inside C code, also when the parent is gone by then.
+It runs as a script whose argument is the time limit of one expression in seconds. The alarm's
+default action ends the process even inside C code, and also if the parent has ended.
 """
 
 import logging
@@ -19,8 +19,8 @@ def main(time_limit_s: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     signal.alarm(START_LIMIT_S)
-    logging.disable(logging.WARNING)  # "timeout is disabled": the alarm is the timeout
-    value(r"\frac{1}{2}")  # loads what is loaded late
+    logging.disable(logging.WARNING)  # math-verify warns that its timeout is off; the alarm is ours
+    value(r"\frac{1}{2}")  # imports everything before the time limits apply
     print("ready", flush=True)
     signal.alarm(0)
     for line in sys.stdin:
@@ -30,17 +30,17 @@ def main(time_limit_s: int) -> None:
 
 
 def value(expression: str) -> float | str:
-    """The finite real value of a LaTeX expression, or "none"."""
+    """Returns the finite real value of a LaTeX expression, or "none"."""
     from math_verify import LatexExtractionConfig, parse
 
-    found = parse(
+    expressions = parse(
         f"${expression}$",
         extraction_config=[LatexExtractionConfig()],
         fallback_mode="no_fallback",
         parsing_timeout=0,
     )
     try:
-        number = float(found[0].evalf()) if len(found) == 1 else math.inf
+        number = float(expressions[0].evalf()) if len(expressions) == 1 else math.inf
     except (AttributeError, TypeError, ValueError, OverflowError):
         return "none"
     return number if math.isfinite(number) else "none"

@@ -1,4 +1,4 @@
-r"""Reads the final answer out of a response: text in, the answer as written out.
+r"""Reads the final answer of a response, as the model wrote it.
 
 Nothing here evaluates what the model wrote. Every function accepts any text and runs in time
 linear in its length.
@@ -39,24 +39,27 @@ _PAUSES = frozenset(",;:—–")
 _MAX_NESTING = 8
 
 MAX_ANSWER_CHARS = 1000
-"""A longer statement is no answer: it is logged, and no rule accepts it."""
+"""A longer statement is logged, but no rule accepts it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The final answer as written, wrappers taken off, and the notation it was read from."""
+    """The final answer as written, without wrappers, and the notation in which it was found."""
 
     text: str
     notation: str
 
 
 def final_text(response: str, *, reasoning_open: bool) -> str | None:
-    """The part of a response that may hold the final answer; None while its reasoning is open.
+    """Returns the part of a response that may hold the final answer, or None if its reasoning is
+    not closed.
 
-    Reasoning that was opened, by the prompt (`reasoning_open`: the rendered chat template ends in
-    `<think>`) or by the response itself, must be closed, and what follows the last `</think>` is
-    the final text. A response without any reasoning is final as a whole: ordinary instruct models
-    and Qwen3 with thinking off write no tags.
+    Reasoning that the response or its prompt has opened must be closed, and the final text follows
+    the last `</think>`. A response without any reasoning is final as a whole: ordinary instruct
+    models and Qwen3 with thinking off write no tags.
+
+    Args:
+        reasoning_open: whether the prompt had opened `<think>`.
     """
     end = response.rfind(_CLOSE)
     if end < 0:
@@ -67,12 +70,12 @@ def final_text(response: str, *, reasoning_open: bool) -> str | None:
 
 
 def find_answer(final: str) -> Answer | None:
-    r"""The answer after the last "the answer is", or else in the last `\boxed{}`.
+    r"""Returns the answer after the last "the answer is", or else in the last `\boxed{}`, or None.
 
-    After the phrase a `\boxed{}` wins over the words around it. "I do not think the answer is X"
-    states nothing. An answer that the words around it deny, change or take back is returned with
-    these words ("not Paris", "5 million", "Paris. Wait, no"), so that neither the rule nor the
-    judge reads it without them.
+    After the phrase a `\boxed{}` takes precedence over the words around it. "I do not think the
+    answer is X" states no answer. If the words around an answer deny, change or retract it, they
+    are returned with it ("not Paris", "5 million", "Paris. Wait, no"), so that neither the rule nor
+    the judge reads it without them.
     """
     final = strip_invisible(final.strip())
     phrase = _PHRASE.match(final)
@@ -98,11 +101,11 @@ def find_answer(final: str) -> Answer | None:
 
 
 def unwrap(text: str) -> str:
-    """Takes off quotes, Markdown, LaTeX and brackets around the whole, and the final stop.
+    """Removes quotes, Markdown, LaTeX and brackets around the whole text, and the final stop.
 
-    Of "(Paris). The text says so." the brackets' inside is left. Round brackets come off once: the
-    answer sentence itself asks for them. A second pair is the model's own and may mean something
-    (accounting writes -5 as (5)).
+    "(Paris). The text says so." becomes "Paris". Round brackets are removed once, because prompts
+    ask for them; a second pair is the model's own and may mean something (accounting writes -5 as
+    (5)).
     """
     has_round = False
     for _ in range(_MAX_NESTING):
@@ -117,8 +120,8 @@ def unwrap(text: str) -> str:
 
 
 def _statement(tail: str) -> tuple[str, str]:
-    """The first paragraph, up to a line that ends its sentence, and what follows: candidates in a
-    column are one statement and no answer."""
+    """Splits a text after the line that ends its first sentence or paragraph. Candidates in a
+    column thus stay together, and are no answer."""
     tail = tail.strip()
     if "\n" not in tail:
         return tail, ""
@@ -132,7 +135,7 @@ def _statement(tail: str) -> tuple[str, str]:
     return tail[:end].rstrip("\n"), tail[end:]
 
 
-# What a box may follow: a word, a colon, one equals sign, a macro that is only layout. Behind
+# What a box may follow: a word, a colon, one equals sign, a macro that is only layout. After
 # anything else ("-", ">", "\neq", "\sqrt{", another number) its inside is not the whole answer.
 _FREE_BEFORE = re.compile(
     r"(?:^|[.!?;,:]|(?<![<>!=/~+*^-])=|[≈→⇒]|(?<![\\A-Za-z])[^\W\d_]+|\\text\w*\s*\{[^{}]*\}"
@@ -145,7 +148,7 @@ _SMALL_LEAD = re.compile(
     r"|number|amount|total)\b)+[\s:,]*)$",
     re.IGNORECASE,
 )
-# What may follow it in its sentence: nothing, a reason, a clause behind a comma.
+# What may follow a box in its sentence: nothing, a reason, a clause after a comma.
 _FREE_BEHIND = re.compile(
     r"$|[.!](?!\w)|\n\s*$|(?:because|since|which|according to|based on)\b|[,;:—–]\s*[a-z]"
 )
@@ -154,11 +157,11 @@ _BEFORE_BOX, _BEHIND_BOX = " \t\r\n*_`\"'“”‘’#$([{\\", " \t*_`\"'“”�
 
 
 def _boxed(tail: str, opening: re.Match[str], end: int, *, has_phrase: bool) -> tuple[str, str]:
-    """The inside of the box from `opening` to `end`, and the text behind its sentence.
+    """Returns the answer in the box from `opening` to `end`, and the text after its sentence.
 
-    Where the sentence denies or changes it, or holds another box, the answer is the sentence: "not
-    Paris", "- 5", "5 million", "A or B". Right behind the phrase only small words may stand before
-    the box: in "the answer is London, [box]" it is the second of two.
+    The answer is the box's inside, or the whole sentence if that denies or changes it or holds
+    another box: "not Paris", "- 5", "5 million", "A or B". Between "the answer is" and the box only
+    small words may stand: in "the answer is London, [box]" the box is the second of two answers.
     """
     inside, before, after = tail[opening.end() : end], tail[: opening.end(1)], tail[end + 1 :]
     stop = _BOX_END.search(after)
@@ -181,7 +184,7 @@ def _boxed(tail: str, opening: re.Match[str], end: int, *, has_phrase: bool) -> 
 
 
 def _leading_group(text: str) -> str | None:
-    """The inside of a wrapper that opens `text` and ends its sentence or line; else None."""
+    """Returns the inside of a wrapper that opens `text` and ends its sentence or line, or None."""
     macro = _MACRO.match(text) if text.startswith("\\") else None
     pairs = ((macro.group(), "}"),) if macro else _WRAPPERS.get(text[:1], ())
     for opening, closing in pairs:
@@ -198,8 +201,8 @@ def _leading_group(text: str) -> str | None:
 
 
 def _stands_alone(rest: str, opening: str, inside: str) -> bool:
-    """What follows a wrapper leaves it alone: "(Paris). The text says so." is one answer,
-    "(A). (B)", "(Paris). London" and "(A)" above "(B)" are not."""
+    """Returns whether a wrapper is the whole answer, given the text after it. It is in "(Paris).
+    The text says so.", and is not in "(A). (B)", "(Paris). London" and "(A)" above "(B)"."""
     if rest[:1] in (".", "!"):
         line = rest[1:].partition("\n")[0].strip(_MARKS)
         if line and (not _is_prose(line) or opening in line):
@@ -210,12 +213,12 @@ def _stands_alone(rest: str, opening: str, inside: str) -> bool:
 
 
 def _is_prose(line: str) -> bool:
-    """Two words or more begin with a small letter: no row of names or numbers."""
+    """Returns whether at least two words begin with a small letter, unlike in a row of names."""
     return sum(word[0].islower() for word in line.split()) >= 2
 
 
 def _closing_index(text: str, start: int, closing: str) -> int:
-    """Where the bracket that was opened before `start` closes; -1 when it does not."""
+    """Returns where the bracket that was opened before `start` is closed, or -1."""
     opening = _OPENING_OF.get(closing)
     first = text.find(closing, start)
     if opening is None or text.find(opening, start, first) < 0:
@@ -233,10 +236,10 @@ _CHOICE = re.compile(
     r"(?:[(\[]([A-Za-z])[)\]]"
     r"|([A-Z])(?=[ \t]*(?:$|[).:,;\n]|[-–—]\s|(?:because|since)\b))|([a-z])$)"
 )
-# Half a pair is enough: "B) or (A". A letter right behind a word or a number is none: "3(a)".
+# Half a pair is enough: "B) or (A". A letter right after a word or a number is no choice: "3(a)".
 _BRACKETED = re.compile(r"(?<!\w)(?<![0-9] )[(\[]([A-Za-z])(?!\w)|(?<![\w(\[])([A-Za-z])[)\]]")
-# A letter on its own that punctuation or a linking word joins to the first: "B - A", "B; d",
-# "(B) as well as D". In an option's own text it stands behind a name: "Exhibit A", "John F.".
+# A single letter that punctuation or a linking word joins to the first: "B - A", "B; d", "(B) as
+# well as D". In an option's own text a single letter follows a name: "Exhibit A", "John F.".
 _ANOTHER = re.compile(
     r"(?:^|[^\w\s'’.(\[]|\.\s|\b(?:or|and|not|nor|no|maybe|perhaps|possibly|then|but|also|is|be|option"
     r"|choice|answer|letter|than|as|to|with|plus|think|say|both|even)\b)[\s(\[]*"
@@ -244,7 +247,7 @@ _ANOTHER = re.compile(
 )
 _CAPITALS = re.compile(r"\b[A-Z]\b")
 _HEDGE = re.compile(r"\s*(?:[,;]|(?:and|or|but)\b)")
-# Behind the letter these words are no option's text. "(B) Not disclosed" is one.
+# An option's own text may begin with these words: "(B) Not disclosed".
 _NEGATIVE_OPTION = re.compile(r"[)\]]?[.:]?\s+(?=(?:No|Not|None|Never|Neither|Either)\b)")
 _DENIAL = re.compile(
     r"\s*(?:(?:is|are|was|were|do|does|did|has|had|would|wo|ca|could|should|must|might|can|cannot)"
@@ -253,8 +256,8 @@ _DENIAL = re.compile(
 )
 
 
-# An option's own text: on other options ("(D) Both A and B"), or words that go on right behind the
-# brackets ("(B) The author could not be sure"), up to the end of their sentence.
+# An option's own text either names other options ("(D) Both A and B"), or is the rest of the
+# sentence right after the brackets ("(B) The author could not be sure").
 _ON_LETTERS = re.compile(
     r"\s+(?:Both|All\s+of|Neither|Either|Only)\s+\(?([A-Z])\)?(?:,\s*\(?([A-Z])\)?)?,?\s+"
     r"(?:and|or|nor|&)\s+\(?([A-Z])\)?\.?\s*"
@@ -266,30 +269,29 @@ _OPTION_TEXT = re.compile(
 
 
 def parse_choice(text: str) -> str | None:
-    """The one letter (upper case) that an answer such as "(B)", "B. Paris" or "option B" picks.
-
-    None when there is no letter or more than one, or when what follows denies or hedges it.
-    """
+    """Returns the one letter (upper case) that an answer such as "(B)", "B. Paris" or "option B"
+    picks, or None if it picks none or several, or if what follows denies or hedges the letter."""
     text = text.strip()
-    found = _CHOICE.match(text)
-    if not found:
+    choice = _CHOICE.match(text)
+    if not choice:
         return None
-    letter = (found[1] or found[2] or found[3]).upper()
-    rest = text[found.end() :]
+    letter = (choice[1] or choice[2] or choice[3]).upper()
+    rest = text[choice.end() :]
     if not rest:
         return letter
-    on_letters = _ON_LETTERS.fullmatch(rest) if found[1] else None
+    in_brackets = choice[1] is not None
+    on_letters = _ON_LETTERS.fullmatch(rest) if in_brackets else None
     if on_letters and letter not in on_letters.groups():
         return letter
     others = {(other[1] or other[2]).upper() for other in _BRACKETED.finditer(rest.lstrip(")]"))}
     others |= {other[1].upper() for other in _ANOTHER.finditer(rest)}
-    # Behind a comma or a linking word every other letter is a choice: "A, I think B".
+    # After a comma or a linking word every other letter is a choice: "A, I think B".
     if _HEDGE.match(rest):
         others |= set(_CAPITALS.findall(rest)) - {"I"}
     # "(B) Not disclosed" is an option, "(B). Not that." is a denial.
-    is_option = not (found[1] and rest[0] == ".") and _NEGATIVE_OPTION.match(rest)
+    is_option = not (in_brackets and rest[0] == ".") and _NEGATIVE_OPTION.match(rest)
     behind = "= " + rest[is_option.end() :] if is_option else rest
-    own = _OPTION_TEXT.match(rest) if found[1] else None
+    own = _OPTION_TEXT.match(rest) if in_brackets else None
     if own and not re.search(r"\b(?:option|choice|answer)\b", own[0], re.IGNORECASE):
         behind = rest[own.end() :]
     if others - {letter} or _DENIAL.match(rest) or taken_back(behind, letter):

@@ -1,4 +1,4 @@
-"""The LLM judge: OpenAI-compatible servers that say whether a final answer equals the gold.
+"""Asks the LLM judge, on OpenAI-compatible servers, whether a final answer equals the gold.
 
 claim -> cache -> slot -> least busy server -> strict parser -> True, False or no verdict
                             ^        |
@@ -25,24 +25,25 @@ from megatron_qlrl.reward.verdict import Claim, NoVerdict, judge_request, parse_
 
 CACHE_SIZE = 2**17
 MAX_REPLY_BYTES = 2**20
-"""A verdict has a few hundred bytes, a server's list of models a few thousand."""
+"""The limit of a reply: a verdict has a few hundred bytes, a list of models a few thousand."""
 LOST_AFTER = 64
-"""So many claims in a row without an answering server: the judge is lost, and no claim waits
-through all its tries and time limits any more until a cool-down has passed."""
+"""After this many claims in a row that no server answered, the judge is lost: until a cool-down has
+passed, further claims get no verdict at once instead of waiting through all attempts."""
 _PROBE = Claim("Which city is the capital of France?", "Paris", "The city of Paris.")
 
 
 class Judge:
-    """Asks for verdicts; lives in one event loop. A failure costs its own claim the verdict and
-    nothing else.
+    """Asks for verdicts, in one event loop. A failure leaves its own claim without a verdict and
+    affects no other.
 
-    `counts`: asked (verdicts wanted), cached (of them without a request of their own), yes,
-    failed, replies (that held a verdict) and latency_s (their total time).
+    Attributes:
+        counts: asked (claims), cached (claims that needed no request), yes, failed (claims without
+            a verdict), replies (requests that gave a verdict) and latency_s (their total time).
+        last_failure: why there was no verdict, the last time.
     """
 
     def __init__(self, config: JudgeConfig, *, key: str | None, pause_s: float = 0.5) -> None:
-        """`pause_s`: the first pause before another try is at most so long, each further one
-        twice that."""
+        """`pause_s` limits the first pause before another attempt; the limit doubles each time."""
         self.counts = no_counts()
         self.last_failure = ""
         self._config = config
@@ -67,19 +68,19 @@ class Judge:
         self._lost_until = 0.0
 
     async def verdict(self, claim: Claim) -> bool | None:
-        """Whether the prediction is equivalent to the gold; None: no verdict to be had."""
+        """Returns whether the prediction is equivalent to the gold, or None without a verdict."""
         key = claim.key(self._config.model)
         self.counts["asked"] += 1
         self.counts["cached"] += key in self._known or key in self._pending
-        found = self._known.get(key)
-        if found is None:
+        verdict = self._known.get(key)
+        if verdict is None:
             task = self._pending.get(key)
             if task is None:
                 task = self._pending[key] = asyncio.create_task(self._ask(key, claim))
-            found = await task
-        self.counts["failed"] += found is None
-        self.counts["yes"] += found is True
-        return found
+            verdict = await task
+        self.counts["failed"] += verdict is None
+        self.counts["yes"] += verdict is True
+        return verdict
 
     async def close(self) -> None:
         if self._session is not None:
@@ -87,31 +88,31 @@ class Judge:
             self._session = None
 
     async def check(self) -> list[str]:
-        """What is wrong with the servers, one line each: does it answer, does it have the
-        model, does it give a verdict?"""
+        """Returns one line for each server that does not answer, lacks the model, or gives no
+        verdict."""
         try:
-            found = [await self._problem(endpoint) for endpoint in self._endpoints]
+            problems = [await self._problem(endpoint) for endpoint in self._endpoints]
         finally:
             await self.close()
-        return [problem for problem in found if problem]
+        return [problem for problem in problems if problem]
 
     async def _ask(self, key: bytes, claim: Claim) -> bool | None:
-        found = None
+        verdict = None
         async with self._slots:
             if time.monotonic() >= self._lost_until:
-                found = await self._try(claim)
+                verdict = await self._try(claim)
         del self._pending[key]
-        if found is not None:
-            self._known[key] = found
+        if verdict is not None:
+            self._known[key] = verdict
             if len(self._known) > CACHE_SIZE:
                 del self._known[next(iter(self._known))]
-        return found
+        return verdict
 
     async def _try(self, claim: Claim) -> bool | None:
         request = judge_request(claim, model=self._config.model, max_tokens=self._config.max_tokens)
         try:
-            # `wraps` copies: a retrying object holds the state of one call.
-            found = await self._retrying.wraps(self._post)(request)
+            # `wraps` copies the retrying object, which holds the state of one call.
+            verdict = await self._retrying.wraps(self._post)(request)
         except NoVerdict as error:
             self.last_failure = str(error)
             return None
@@ -122,7 +123,7 @@ class Judge:
                 self._lost_until = time.monotonic() + self._config.cooldown_s
             return None
         self._failed_in_row = 0
-        return found
+        return verdict
 
     async def _post(self, request: Mapping[str, object]) -> bool:
         with self._endpoints.use() as endpoint:
@@ -166,10 +167,10 @@ def no_counts() -> dict[str, float]:
 
 
 def check_judge(config: JudgeConfig, *, key: str | None) -> None:
-    """Asks every server one question, before expensive work.
+    """Asks every server one question, before expensive work starts.
 
     Raises:
-        RewardError: naming each server that is not ready, and why.
+        RewardError: a server is not ready. The message names each, and why.
     """
 
     async def probe() -> list[str]:
@@ -184,7 +185,7 @@ def check_judge(config: JudgeConfig, *, key: str | None) -> None:
 
 
 def _model_names(body: bytes) -> set[str]:
-    """Names in a list of models; empty when the server gives no such list."""
+    """Returns the names in a list of models, or none if the reply is no such list."""
     try:
         return {str(model["id"]) for model in json.loads(body)["data"]}
     except (ValueError, KeyError, TypeError, RecursionError):

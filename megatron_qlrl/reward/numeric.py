@@ -10,8 +10,8 @@ from megatron_qlrl.reward.extract import unwrap
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number with its scale word applied; `percent` when it was written as a percentage
-    (then `value` is the number before the sign)."""
+    """A number with its scale word applied. If it was written as a percentage, `percent` is set and
+    `value` is the number before the sign."""
 
     value: float
     percent: bool = False
@@ -20,7 +20,7 @@ class Number:
 # The most frequent forms, six times as fast as the whole notation.
 _PLAIN = re.compile(r"-?\$?(?:[0-9]{1,15}|[0-9]{1,3}(?:,[0-9]{3}){1,4})(?:\.[0-9]{1,15})?")
 _SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-# Only of an amount of money: "1.5 m" without a currency may be metres.
+# These count only with a currency: "1.5 m" without one may be metres.
 _MONEY_SCALES = {"k": 1e3} | dict.fromkeys(("m", "mm", "mn", "mln"), 1e6)
 _MONEY_SCALES |= dict.fromkeys(("b", "bn"), 1e9) | dict.fromkeys(("t", "tn"), 1e12)
 _SAME_CHARS = str.maketrans({"−": "-", "–": "-", "‐": "-"})
@@ -48,8 +48,8 @@ _CURRENCIES = frozenset(
     "dollar dollars usd us euro euros eur pound pounds gbp sterling yen jpy yuan rmb franc francs "
     "chf rupees inr won pesos".split()
 )
-# The words that may follow a number: none changes its value, its sign or its truth. Every other
-# word may ("5 dozens", "5 losses", "5 at most"), so the judge decides, who sees the question.
+# These words may follow a number without changing its value, its sign or its truth. Any other word
+# may change it ("5 dozens", "5 losses", "5 at most"), so the judge decides, who sees the question.
 _UNITS = _CURRENCIES | frozenset(
     "of per in for the a an each total net annual annually year years yr yrs months "
     "weeks days hours minutes seconds share shares common stock stocks options units unit people "
@@ -60,45 +60,45 @@ _UNITS = _CURRENCIES | frozenset(
     "kilometres acres barrels gallons tons tonnes megawatts kilograms grams children games "
     "goals students countries companies states cities books films episodes seasons".split()
 )
-_LINKS = frozenset("of per in for the a an".split())  # they end no unit
+_LINKS = frozenset("of per in for the a an".split())  # no unit ends with these words
 _MAX_NUMBER_CHARS = 120
 
 
 def parse_number(text: str) -> Number | None:
-    """Reads one number and nothing but one number; None when the text is anything else.
+    """Returns the number if the text is one number and nothing else, or None.
 
-    Read are: a sign in front, a currency, thousands separators, decimals, an exponent, a simple
-    fraction, a percent sign or word, one scale word (thousand to trillion) or a money's letter
-    ($1.5M), a unit in words, LaTeX spacing, and the right side of an equation. Brackets never
-    negate: the answer sentence itself asks for them.
+    It reads a sign in front, a currency, thousands separators, decimals, an exponent, a simple
+    fraction, a percent sign or word, one scale word (thousand to trillion) or letter of money
+    ($1.5M), a unit in words, LaTeX spacing, and the right side of an equation. Brackets do not
+    negate, because prompts ask for them.
     """
     if _PLAIN.fullmatch(text):
         return Number(float(text.replace(",", "").replace("$", "")))
     if len(text) > _MAX_NUMBER_CHARS:
         return None
-    found = _NUMBER.fullmatch(text.lower()) or _NUMBER.fullmatch(bare_form(text))
-    if not found or (found["sign"] and found["inner_sign"]):
+    match = _NUMBER.fullmatch(text.lower()) or _NUMBER.fullmatch(bare_form(text))
+    if not match or (match["sign"] and match["inner_sign"]):
         return None
-    unit = found["unit"].split()
-    is_money = found["currency"] or (unit and unit[0] in _CURRENCIES)
+    unit = match["unit"].split()
+    is_money = match["currency"] or (unit and unit[0] in _CURRENCIES)
     if not _UNITS.issuperset(unit) or (unit and unit[-1] in _LINKS):
         return None
-    if found["letters"] and not is_money:
+    if match["letters"] and not is_money:
         return None
-    value = float(found["digits"].replace(",", "").replace(" ", "") + (found["exponent"] or ""))
-    if found["denominator"]:
-        denominator = float(found["denominator"].replace(",", ""))
+    value = float(match["digits"].replace(",", "").replace(" ", "") + (match["exponent"] or ""))
+    if match["denominator"]:
+        denominator = float(match["denominator"].replace(",", ""))
         value = value / denominator if denominator else math.inf
-    value *= _SCALES.get(found["scale"], 1.0) * _MONEY_SCALES.get(found["letters"], 1.0)
+    value *= _SCALES.get(match["scale"], 1.0) * _MONEY_SCALES.get(match["letters"], 1.0)
     if math.isinf(value):
         return None
-    negative = (found["sign"] or found["inner_sign"] or "")[:1] in ("-", "m", "n")
-    return Number(-value if value and negative else value, percent=bool(found["percent"]))
+    negative = (match["sign"] or match["inner_sign"] or "")[:1] in ("-", "m", "n")
+    return Number(-value if value and negative else value, percent=bool(match["percent"]))
 
 
 def bare_form(text: str) -> str:
-    """Lower case, LaTeX spacing and text macros resolved, the right side of an equation; ""
-    when the text states several things or denies the equation."""
+    """Returns the right side of an equation, or the whole text, in lower case and without LaTeX
+    spacing and text macros; "" if the text states several things or denies the equation."""
     text = _LATEX_THOUSANDS.sub(",", text.translate(_SAME_CHARS).lower())
     if "\\" in text or "~" in text:
         text = _LATEX_SPACE.sub(" ", _TEXT_MACRO.sub(r" \1", text))

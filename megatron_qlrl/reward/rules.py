@@ -1,7 +1,7 @@
-r"""The rule of each data source: does the final text of a response give the gold answer?
+r"""Decides by a rule for each data source whether a final answer gives the gold answer.
 
-Rules are strict on purpose: a wrong 1 is trained into the policy, while a wrong 0 is what a
-judge may mend (QwenLong-L1 section 3.4: the reward is the maximum of both).
+Rules are strict on purpose: a wrong 1 is trained into the policy, while a judge may correct a wrong
+0 (QwenLong-L1 section 3.4: the reward is the maximum of both).
 """
 
 import re
@@ -27,7 +27,7 @@ RuleName = Literal["qa", "numeric", "choice", "exact"]
 
 @dataclass(frozen=True)
 class SourceRule:
-    """How a data source is scored: its rule, and whether an LLM judge may mend the rule's 0."""
+    """How a data source is scored: its rule, and whether the LLM judge may correct the rule's 0."""
 
     rule: RuleName
     judged: bool
@@ -47,16 +47,16 @@ RULE_OF_SOURCE: dict[str, SourceRule] = {
     "long_toc_choices": SourceRule("choice", judged=False),
     "toy_docqa": SourceRule("exact", judged=False),
 }
-"""Substring of `data_source` (any case) -> how it is scored; the first that fits."""
+"""How a data source is scored, by a substring of its name in any case; the first match counts."""
 
 RELATIVE_TOLERANCE = 0.0015
-# Such a gold may be a year, where 0.15 % would be three years to each side: it must be met exactly.
+# A gold of this form may be a year, where 0.15 % would be three years, so it must be met exactly.
 _YEAR = re.compile(r"(?:1[5-9]|2[01])[0-9]{2}(?:\.0*)?")
 
 
 @lru_cache(maxsize=256)
 def rule_of(data_source: str) -> SourceRule:
-    """How a data source is scored.
+    """Returns how a data source is scored.
 
     Raises:
         DataError: no known name is part of `data_source`.
@@ -72,10 +72,10 @@ def rule_of(data_source: str) -> SourceRule:
 
 
 def check_gold(data_source: str, gold: str) -> None:
-    """Whether a data source and a gold answer can be scored.
+    """Checks that answers can be scored against this gold.
 
     Raises:
-        DataError: the source has no rule, or its rule wants a letter and the gold names none.
+        DataError: the source has no rule, or its rule needs a letter and the gold names none.
     """
     if rule_of(data_source).rule == "choice" and parse_choice(_stated(gold)) is None:
         raise DataError(
@@ -85,8 +85,8 @@ def check_gold(data_source: str, gold: str) -> None:
 
 
 def apply_rule(rule: RuleName, *, gold: str, answer: Answer) -> bool:
-    """True when `answer` gives `gold`. Any gold text is accepted, a whole sentence too. A question
-    ("Paris?") states nothing."""
+    """Returns whether `answer` gives `gold`, which may be any text, even a whole sentence. A
+    question ("Paris?") gives no answer."""
     if len(answer.text) > MAX_ANSWER_CHARS:
         return False
     gold = _stated(gold)
@@ -102,30 +102,30 @@ def _stated(gold: str) -> str:
     return unwrap(gold) or gold
 
 
-# What may stand before the gold without changing it, in this order.
+# These words may stand before the gold, in this order, without changing it.
 _LEAD = re.compile(r"(?:it (?:is|was) )?(?:(?:in|on|at) )?")
 _TITLE = (
     r"(?:(?:former )?(?:mr|mrs|ms|miss|dr|doctor|prof|professor|rev|reverend|sir|dame|president"
     r"|vice president|prime minister|senator|governor|mayor|king|queen|emperor|pope) )"
 )
 _TITLED_LEAD = re.compile(_LEAD.pattern + _TITLE + "?")
-# A gold keeps its own title where that is an office or part of a name ("President of France",
-# "King Kong Lives"): kings and popes are named with their number.
+# The gold's title may be left out unless it is an office or part of a name ("President of France",
+# "King Kong Lives"); kings and popes are recognised by their number.
 _OWN_TITLE = re.compile(
     r"(?!(?:king|queen|emperor|pope) (?!.* [ivx]+$))" + _TITLE + r"(?=\w+ )(?!(?:of|and|general)\b)"
 )
 
 
 def _qa(prediction: str, gold: str) -> bool:
-    """The normal forms are the same, but for a short lead ("it was in") and one title that either
-    side puts before a name of two words or more ("President Barack Obama").
+    """Returns whether the normal forms are the same, apart from a short lead ("it was in") and one
+    title that either side puts before a name of at least two words ("President Barack Obama").
 
-    No other word is let through, another title neither ("Mrs. John Smith" is not Mr. John Smith).
-    Containment cannot tell "Paris, France" from the bare row of candidates "Paris, London", and the
-    second is what RL learns where it pays; so both are left to the judge, who sees the question.
+    No other word is allowed, nor another title ("Mrs. John Smith" is not Mr. John Smith). A test
+    for containment could not tell "Paris, France" from a list of candidates "Paris, London", which
+    RL learns where it pays; so both are left to the judge, who sees the question.
     """
     wanted, given = normalize(gold), normalize(prediction)
-    if not wanted:  # "?" and the like normalise to nothing
+    if not wanted:  # "?" and similar texts have an empty normal form
         return bool(gold.strip()) and gold.strip() == prediction.strip()
     if given == wanted or gold.casefold() == prediction.casefold():
         return True
@@ -142,8 +142,8 @@ def _has_lead(given: str, wanted: str, lead: re.Pattern[str]) -> bool:
 
 
 def _numeric(prediction: str, gold: str) -> bool:
-    """Equal within 0.15 % of the gold, exactly for a gold that may be a year; the sign counts. A
-    gold without a number must be met word by word."""
+    """Returns whether the numbers are equal within 0.15 % of the gold, or exactly if the gold may
+    be a year. The sign counts. A gold without a number must be met word by word."""
     wanted = _number(gold)
     if wanted is None:
         return _exact(prediction, gold)
@@ -157,7 +157,7 @@ def _numeric(prediction: str, gold: str) -> bool:
 
 
 def _number(text: str) -> Number | None:
-    """The plain notations; math-verify only where they do not fit."""
+    """Returns the number in a plain notation, or else as math-verify reads it."""
     number = parse_number(text)
     if number is None:
         value = evaluate(text)
@@ -166,17 +166,17 @@ def _number(text: str) -> Number | None:
 
 
 def _readings(number: Number) -> tuple[float, ...]:
-    """Golds write 5 % as 5 and as 0.05; a written percent sign allows both, and only that."""
+    """Returns 5 and 0.05 for 5 %, because golds write it both ways, or else the one value."""
     return (number.value, number.value / 100) if number.percent else (number.value,)
 
 
 def _close(given: float, wanted: float, tolerance: float) -> bool:
-    # The last factor keeps a value exactly on the bound inside, whatever the rounding.
+    # The last factor keeps a value exactly on the bound inside, despite rounding.
     return abs(given - wanted) <= tolerance * abs(wanted) * (1 + 1e-9)
 
 
 def _choice(prediction: str, gold: str) -> bool:
-    """The same letter. A gold without a letter must be met word by word."""
+    """Returns whether both name the same letter. A gold without one must be met word by word."""
     wanted = parse_choice(gold)
     if wanted is None:
         return _exact(prediction, gold)
@@ -184,8 +184,8 @@ def _choice(prediction: str, gold: str) -> bool:
 
 
 def _exact(prediction: str, gold: str) -> bool:
-    """The normal forms are the same. For one-word golds: RL on the toy task found containment's
-    loophole within 15 steps ("lemonade. in the cocoa" names two drinks, one of them right)."""
+    """Returns whether the normal forms are the same. A test for containment would not do: RL on the
+    toy task found its loophole within 15 steps ("lemonade. in the cocoa" names two drinks)."""
     return normalize(prediction) == normalize(gold) != ""
 
 

@@ -1,4 +1,4 @@
-"""Responses -> rewards. The one scorer of training, of evaluation and of audits."""
+"""Scores responses, for training, evaluation and audits alike."""
 
 import asyncio
 import threading
@@ -23,12 +23,12 @@ _MAX_LOGGED_CHARS = 400
 def score_response(
     *, data_source: str, ground_truth: str, response_text: str, reasoning_open: bool
 ) -> Score:
-    """Score of one response by the rule of its source alone.
+    """Returns the score of one response by its source's rule, without a judge.
 
-    A response that leaves its reasoning open (see `final_text`), or states no answer, scores 0.
+    A response that leaves its reasoning open (see `final_text`) or states no answer scores 0.
 
     Raises:
-        DataError: the data source has no rule (`check_sources` finds it before training).
+        DataError: the data source has no rule (`check_sources` finds this before training).
     """
     final = final_text(response_text, reasoning_open=reasoning_open)
     score, _ = _by_rule(rule_of(data_source).rule, ground_truth, final)
@@ -36,7 +36,7 @@ def score_response(
 
 
 def _by_rule(rule: RuleName, gold: str, final: str | None) -> tuple[Score, str]:
-    """The score and the whole final answer, "" when none is stated."""
+    """Returns the score and the whole final answer, which is "" if none is stated."""
     answer = find_answer(final) if final is not None else None
     if answer is None:
         return Score(value=0.0, rule=0.0), ""
@@ -46,20 +46,19 @@ def _by_rule(rule: RuleName, gold: str, final: str | None) -> tuple[Score, str]:
 
 
 class Scorer:
-    """Binary outcome reward r = max(rule, judge), never a format reward (QwenLong-L1 section
-    3.4). Rules run in `submit`; the judge works in a thread of its own while others generate.
+    """Gives the binary outcome reward r = max(rule, judge), never a format reward (QwenLong-L1
+    section 3.4). Rules run in `submit`; the judge runs in a thread of its own during generation.
 
-    The score of a response depends on the response alone, not on the order or the number of
-    requests in flight.
+    A response's score depends on the response alone, not on the order or number of requests.
     """
 
     def __init__(self, judge: Judge | None) -> None:
-        """Without a judge the rules alone decide."""
+        """Without a judge, the rules decide alone."""
         self._judge = judge
 
     @classmethod
     def of(cls, config: RewardConfig) -> "Scorer":
-        """The scorer of a run; the judge's key comes from the environment."""
+        """Returns the scorer of a run; the judge's key comes from the environment."""
         judge = config.judge
         return cls(judge and Judge(judge, key=read_secret(judge.api_key_env)))
 
@@ -72,8 +71,9 @@ class Scorer:
         response: str,
         reasoning_open: bool,
     ) -> Future[Score]:
-        """The score to come; its value is None when the judge is needed and gives no verdict.
-        Its RewardError waits in it too: other ranks are in the middle of generation.
+        """Returns the future score, whose value is None if the judge is needed and gives no
+        verdict. A RewardError is raised by the future and not here, because other ranks are in the
+        middle of generation.
 
         Raises:
             DataError: the data source has no rule.
@@ -96,7 +96,7 @@ class Scorer:
         return done
 
     def score(self, prompt: Prompt, response: str) -> Future[Score]:
-        """`submit` for a response to `prompt`."""
+        """Submits a response to `prompt`; returns and raises as `submit`."""
         return self.submit(
             data_source=prompt.data_source,
             question=prompt.question,
@@ -107,19 +107,19 @@ class Scorer:
 
     @property
     def last_failure(self) -> str:
-        """Why there was no verdict, the last time."""
+        """The reason why there was no verdict, the last time."""
         return self._judge.last_failure if self._judge else ""
 
     def take_counts(self) -> dict[str, float]:
-        """`Judge.counts` since the last call, or nothing without a judge. Call it when no score is
-        outstanding."""
+        """Returns `Judge.counts` since the last call, or {} without a judge. Call it when no score
+        is outstanding."""
         if self._judge is None:
             return {}
         taken, self._judge.counts = self._judge.counts, no_counts()
         return taken
 
     def close(self) -> None:
-        """Ends the background thread; scores that are outstanding are given up."""
+        """Ends the background thread and cancels outstanding scores."""
         loop = self.__dict__.pop("_loop", None)
         if self._judge is None or loop is None:
             return
@@ -154,10 +154,10 @@ async def _end(judge: Judge) -> None:
 
 
 def check_sources(prompts: Sequence[Prompt]) -> None:
-    """To be called before training: every data source must have a rule.
+    """Checks before training that every data source has a rule.
 
     Raises:
-        DataError: names all sources without one, with their number of rows.
+        DataError: some have none. The message names them all, with their number of rows.
     """
     counts = Counter(prompt.data_source for prompt in prompts)
     unknown = [f"{source!r} ({n} rows)" for source, n in counts.items() if not _has_rule(source)]

@@ -1,9 +1,9 @@
-"""Text as the rules read it: nothing invisible, one form for each character, one normal form."""
+"""Prepares text for the rules: removes invisible characters, unifies widths, and normalises."""
 
 import re
 import unicodedata
 
-# Controls that are no white space, soft hyphens, zero-width and direction marks, tags.
+# Control characters except white space, soft hyphens, zero-width and direction marks, tags.
 _INVISIBLE = re.compile(
     r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e"
     r"\u2060-\u206f\ufeff\U000e0000-\U000e007f]+"
@@ -12,13 +12,14 @@ _VALUE_CHANGING = ("<super>", "<sub>", "<fraction>", "<circle>")
 
 
 def strip_invisible(text: str) -> str:
-    """Takes out what a reader cannot see. Text order counts: direction marks reverse nothing."""
+    """Removes characters that a reader cannot see, without changing the order of the others."""
     return text if text.isprintable() else "".join(_INVISIBLE.split(text))
 
 
 def fold_width(text: str) -> str:
-    """NFKC (full-width forms, ligatures, no-break spaces), except where it changes what is
-    written: NFKC makes 52 of 5² and 10 of ⑩. Quadratic at worst: for bounded text only."""
+    """Applies NFKC (full-width forms, ligatures, no-break spaces), except to characters whose value
+    it would change: NFKC turns 5² into 52 and ⑩ into 10. For short text only: it may take time
+    quadratic in the length."""
     if text.isascii():
         return text
     folded = (
@@ -35,15 +36,15 @@ _DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−֊־᠆〜〰⸺⸻"
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _SPACED_THOUSANDS = re.compile(r"[0-9]{1,3}(?: [0-9]{3}){2,}")
 _BETWEEN_DIGITS = re.compile(r"(?<=[0-9])[^\w\s.<>~]+(?=[0-9])")
-# "- 5", "-$5" and "-(5)" are -5. Behind a digit or a letter a dash joins: "3 - 4", "COVID-19".
+# "- 5", "-$5" and "-(5)" are -5. After a digit or a letter a dash joins: "3 - 4", "COVID-19".
 _SIGN = re.compile(r"([0-9)%]\s*|[^\W\d])?-[\s$€£¥(+]*(?=\.?[0-9])")
 _SPACE_BEFORE_PERCENT = re.compile(r"(?<=[0-9])[\s\\]+(?=[%‰‱٪])")
 _SPACE_BEHIND_BOUND = re.compile(r"(?:(?<=[<>~=])|(?<=\s!)|(?<=^!))\s+")
-# Inside a text a capital A behind a word is a name's part: "Vitamin A deficiency". The mark stands
-# for it until the articles are gone.
+# Inside a text a capital A after a word is part of a name: "Vitamin A deficiency". The mark
+# replaces it until the articles are removed.
 _CAPITAL_A = re.compile(r"(?<=\w)\s+A(?![\w+#'’-])")
 _A_MARK = "\ue000"
-# Group 1 stays. Everything else that is punctuation goes.
+# Group 1 is kept; all other punctuation is removed.
 _PUNCTUATION = re.compile(
     r"((?<![\w)])-(?=\.?[0-9])"  # -3
     r"|(?<![a-z])\.(?=[0-9])"  # 1.5, .5
@@ -55,12 +56,12 @@ _PUNCTUATION = re.compile(
 
 
 def normalize(text: str) -> str:
-    """SQuAD's normal form: lower case, no punctuation, no articles, single spaces.
+    """Returns SQuAD's normal form: lower case, no punctuation, no articles, single spaces.
 
-    Unlike SQuAD's it never makes different values equal: a minus sign, a decimal point, a percent
-    sign, a bound, a negation in characters and a mark after a letter stay (-3, 1.5, 5%, <5, !=5,
-    C++, BBB-), and digits are not glued (3:2 is not 32); only thousands separators disappear
-    (1,234 and 1 234 567). An article stands before a word, so the last word is none (Vitamin A).
+    Unlike SQuAD's it never makes different values equal. It keeps a minus sign, a decimal point, a
+    percent sign, a bound, a negation sign and a mark after a letter (-3, 1.5, 5%, <5, !=5, C++,
+    BBB-), and does not join digits (3:2 is not 32). It removes only thousands separators (1,234 and
+    1 234 567). The last word is never taken for an article (Vitamin A).
     """
     if " A" in text:
         text = _CAPITAL_A.sub(" " + _A_MARK, text)

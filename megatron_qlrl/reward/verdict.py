@@ -1,7 +1,7 @@
-"""What the judge is asked and how its reply is read: pure functions, no network.
+"""Writes the judge's requests and reads its replies: pure functions, no network.
 
-The judge never sees the document, nor anything of the response but its final answer. Question,
-reference and candidate travel as JSON strings, so that none of them can end its field.
+The judge sees only the question, the reference and the final answer, never the document or the rest
+of the response. They are sent as JSON strings, so that none of them can end its field.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from megatron_qlrl.reward.extract import MAX_ANSWER_CHARS
 from megatron_qlrl.reward.text import normalize
 
 MAX_QUESTION_CHARS = 2000
-"""Of a longer text the end is kept: prompt templates put the question after the document."""
+"""A longer question is cut to its end: prompt templates put the question after the document."""
 MAX_GOLD_CHARS = 2000
 
 _SYSTEM = (
@@ -45,9 +45,9 @@ _RESPONSE_FORMAT = {
 _VERDICT = re.compile(r'[ \t\r\n]*\{[ \t\r\n]*"equivalent"[ \t\r\n]*:[ \t\r\n]*(true|false)'
                       r"[ \t\r\n]*\}[ \t\r\n]*")  # fmt: skip
 
-# Words that answer no question: claims of being right and openings of a reasoning, with the small
-# words between them. Judges are known to pass a candidate made of these alone (arXiv 2507.08794,
-# "One Token to Fool LLM-as-a-Judge").
+# Words that answer no question: claims of being right, openings of a reasoning, and small words.
+# Judges are known to accept a candidate made of these alone (arXiv 2507.08794, "One Token to Fool
+# LLM-as-a-Judge").
 _SMALL_WORDS = frozenset(
     "a an the it its is are be i we my your us let lets this that here heres so as and in of to "
     "by with therefore thus hence now ok okay sure".split()
@@ -61,7 +61,7 @@ _EMPTY_WORDS = _SMALL_WORDS | frozenset(
 
 
 class NoVerdict(Exception):
-    """There is no verdict on this claim; the message says why, without any key."""
+    """There is no verdict on a claim. The message says why and never holds a key."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,18 @@ class Claim:
     prediction: str
 
     def key(self, model: str) -> bytes:
-        """Identity of the question put to `model`, for the cache."""
+        """Returns the cache key of this claim for `model`."""
         fields = json.dumps([model, self.question, self.gold, self.prediction])
         return hashlib.blake2b(fields.encode(), digest_size=16).digest()
 
 
 def make_claim(*, question: str, gold: str, prediction: str) -> Claim | None:
-    """The claim in bounded length; None when there is nothing that a judge may be asked about.
+    """Returns the claim, cut to bounded length, or None if the judge must not be asked.
 
-    Never asked about: an answer without words or digits (":"), one made only of words that
-    answer nothing ("YES YES", "Thought process:") and none of them in the gold, one that hedges or
-    takes itself back where the gold does not, and one longer than `MAX_ANSWER_CHARS`: what would
-    be cut off could take back or widen what is left.
+    The judge is not asked about an answer without words or digits (":"); one made only of words
+    that answer nothing ("YES YES", "Thought process:") and that are not in the gold; one that
+    hedges or retracts itself unless the gold does; and one longer than `MAX_ANSWER_CHARS`, because
+    the part that would be cut off could retract or widen the rest.
     """
     if len(prediction) > MAX_ANSWER_CHARS or is_hedged(prediction, gold):
         return None
@@ -97,14 +97,14 @@ def make_claim(*, question: str, gold: str, prediction: str) -> Claim | None:
 
 
 def judge_request(claim: Claim, *, model: str, max_tokens: int) -> dict[str, Any]:
-    """Body of a chat completion whose reply the server forces into the verdict's JSON schema."""
+    """Returns the body of a chat completion whose reply must follow the verdict's JSON schema."""
     fields = {
         "question": claim.question,
         "reference": claim.gold,
         "candidate": claim.prediction,
     }
-    # Tokenizers read "<|im_end|>" in a message as the control token; JSON can write "<" without
-    # it. Lone surrogates, which JSON files may hold, are no UTF-8.
+    # Tokenizers read "<|im_end|>" in a message as the control token, so "<" is escaped. Lone
+    # surrogates, which JSON files may hold, cannot be sent as UTF-8 and are replaced.
     text = json.dumps(fields, ensure_ascii=False).replace("<", "\\u003c")
     text = text.encode("utf-8", "replace").decode()
     return {
@@ -134,11 +134,11 @@ class _Reply(_Closed):
 
 
 def parse_verdict(body: bytes) -> bool:
-    """The verdict in a chat completion.
+    """Returns the verdict in the body of a chat completion.
 
     Raises:
-        NoVerdict: anything but one complete choice that is exactly the schema; a reply cut at
-            max_tokens is none, whatever it holds.
+        NoVerdict: the reply is not exactly one choice that follows the schema and is complete. One
+            that was cut at max_tokens is not complete.
     """
     try:
         reply = _Reply.model_validate_json(body)
@@ -147,7 +147,7 @@ def parse_verdict(body: bytes) -> bool:
         where = ".".join(map(str, problem["loc"])) or "body"
         raise NoVerdict(f"not a finished chat completion ({where}: {problem['msg']})") from None
     content = reply.choices[0].message.content
-    found = _VERDICT.fullmatch(content)
-    if not found:
+    match = _VERDICT.fullmatch(content)
+    if not match:
         raise NoVerdict(f"not a verdict: {content[:80]!r}")
-    return found[1] == "true"
+    return match[1] == "true"
