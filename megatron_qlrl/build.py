@@ -6,10 +6,10 @@ Run         what RL and SFT share
 RLParts     what the RL loop needs beside it
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from megatron_qlrl.platform.device import weight_dtype
 from megatron_qlrl.platform.env import set_engine_env
 from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.platform.stop import StopSignals
-from megatron_qlrl.platform.watchdog import watch_steps
 from megatron_qlrl.policy.loss import PolicyLoss, sft_loss
 from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.reward.score import Scorer
@@ -44,7 +43,6 @@ from megatron_qlrl.rl import RLParts
 from megatron_qlrl.rollout.collect import Collector
 from megatron_qlrl.rollout.vllm_engine import Sampling, VllmEngine
 from megatron_qlrl.train.fingerprint import check_resume, fingerprint
-from megatron_qlrl.train.phases import Phase
 from megatron_qlrl.train.recorder import Recorder
 from megatron_qlrl.train.run import Run
 from megatron_qlrl.train.run_log import RunLog
@@ -180,10 +178,10 @@ def open_model(
         )
         engines: list[VllmEngine] = []
 
-        @cache
         def engine() -> VllmEngine:
-            with job.progress.doing("starting the vLLM engine"):
-                engines.append(_make_engine(job, give_up))
+            if not engines:
+                with job.progress.doing("starting the vLLM engine"):
+                    engines.append(_make_engine(job, give_up))
             return engines[0]
 
         def present_weights() -> tuple[Iterator[tuple[str, torch.Tensor]], int]:
@@ -303,22 +301,16 @@ def open_run(
             fresh_steps=fresh_steps,
             warn=job.warn,
         )
-
-        def watch(steps: Iterable[tuple[Phase, int]]) -> Iterator[tuple[Phase, int]]:
-            return watch_steps(
-                job.progress.during_first(steps, "working on the first step"),
-                stacks=job.folder / "stacks" / f"rank_{job.context.rank}.txt",
-                floor_s=config.run.hang_after_s,
-            )
-
         run = Run(
             recorder=recorder,
             evaluation=evaluation,
             monitor=monitor,
             stop=stop,
-            watch=watch,
+            progress=job.progress,
             total_steps=total_steps,
             save_every=config.checkpoint.every_steps,
+            hang_after_s=config.run.hang_after_s,
+            stacks=job.folder / "stacks" / f"rank_{job.context.rank}.txt",
         )
         try:
             yield model, run

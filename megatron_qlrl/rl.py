@@ -75,8 +75,10 @@ def batch_metrics(batch: Batch, sampler: Sampler, phase: int) -> dict[str, float
     groups, curriculum = batch.generated, sampler.curriculum
     return (
         rollout_metrics(groups)
-        | part_metrics(groups, "source", lambda g: g.prompt.data_source)
-        | part_metrics(groups, "curriculum", lambda g: curriculum.source(phase, g.prompt.uid))
+        | part_metrics(groups, "source", [g.prompt.data_source for g in groups])
+        | part_metrics(
+            groups, "curriculum", [curriculum.source(phase, g.prompt.uid) for g in groups]
+        )
         | batch.metrics
         | curriculum.metrics(phase)
     )

@@ -14,23 +14,20 @@ def with_advantages(
 ) -> list[TrainGroup]:
     """Groups with the advantages of their rewards, which are shaped by length if there is a
     buffer (`shaped_rewards`). Responses without a verdict are left out."""
-    return [_with_advantages(group, kind, max_tokens, buffer_tokens) for group in groups]
-
-
-def _with_advantages(
-    group: ScoredGroup, kind: Kind, max_tokens: int, buffer_tokens: int | None
-) -> TrainGroup:
-    rewards = group.rewards
-    if buffer_tokens is not None:
-        lengths = np.array([len(r.token_ids) for r in group.rollouts])
-        rewards = shaped_rewards(
-            rewards, lengths, max_tokens=max_tokens, buffer_tokens=buffer_tokens
+    train_groups = []
+    for group in groups:
+        rewards = group.rewards
+        if buffer_tokens is not None:
+            lengths = np.array([len(r.token_ids) for r in group.rollouts])
+            rewards = shaped_rewards(
+                rewards, lengths, max_tokens=max_tokens, buffer_tokens=buffer_tokens
+            )
+        old = group.old_logprobs or [None] * len(group.rollouts)
+        parts = zip(group.rollouts, group_advantages(rewards, kind), old, group.scores, strict=True)
+        responses = tuple(
+            TrainResponse(rollout.token_ids, float(advantage), rollout.engine_logprobs, logprobs)
+            for rollout, advantage, logprobs, score in parts
+            if score.value is not None
         )
-    old = group.old_logprobs or [None] * len(group.rollouts)
-    parts = zip(group.rollouts, group_advantages(rewards, kind), old, group.scores, strict=True)
-    responses = tuple(
-        TrainResponse(rollout.token_ids, float(advantage), rollout.engine_logprobs, logprobs)
-        for rollout, advantage, logprobs, score in parts
-        if score.value is not None
-    )
-    return TrainGroup(group.prompt.token_ids, responses)
+        train_groups.append(TrainGroup(group.prompt.token_ids, responses))
+    return train_groups

@@ -1,7 +1,7 @@
 """What a step's rollouts look like: rewards and lengths, over all and by source; what engine and
 judge did; and the records of the rollout log."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,13 +46,14 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
 
 
 def part_metrics(
-    groups: Sequence[ScoredGroup], prefix: str, part: Callable[[ScoredGroup], str]
+    groups: Sequence[ScoredGroup], prefix: str, parts: Sequence[str]
 ) -> dict[str, float]:
-    """`PART_METRICS` of each part's groups, as `<prefix>/<part>/<name>`. The user names the data
-    sources, so every other division needs a prefix of its own."""
+    """`PART_METRICS` of each part's groups, as `<prefix>/<part>/<name>`; `parts` names the part of
+    each group. The user names the data sources, so every other division needs a prefix of its
+    own."""
     metrics: dict[str, float] = {}
-    for name in sorted({part(g) for g in groups}):
-        own = rollout_metrics([g for g in groups if part(g) == name])
+    for name in sorted(set(parts)):
+        own = rollout_metrics([g for g, part in zip(groups, parts, strict=True) if part == name])
         metrics |= {f"{prefix}/{name}/{key}": own[key] for key in PART_METRICS}
     return metrics
 

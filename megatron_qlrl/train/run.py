@@ -1,13 +1,16 @@
 """A run between its steps: where it begins, and what is decided after each step."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_qlrl.errors import StabilityError, StopRequested
 from megatron_qlrl.evaluate.evaluation import Evaluation
 from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.parallel.collectives import gather_objects
+from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.platform.stop import StopSignals
+from megatron_qlrl.platform.watchdog import watch_steps
 from megatron_qlrl.train.phases import Phase
 from megatron_qlrl.train.recorder import Recorder
 
@@ -17,26 +20,31 @@ class Run:
     """The parts that RL and SFT share. Methods are collective.
 
     Attributes:
-        watch: passes (phase, step) pairs on and ends this process when a step hangs.
         total_steps: of the whole run.
-        save_every: a checkpoint is saved after so many steps, and at the end of a phase.
+        save_every: steps from one checkpoint to the next; one more is saved at a phase's end.
+        hang_after_s, stacks: as in `watch_steps`.
     """
 
     recorder: Recorder
     evaluation: Evaluation
     monitor: Monitor
     stop: StopSignals
-    watch: Callable[[Iterable[tuple[Phase, int]]], Iterator[tuple[Phase, int]]]
+    progress: Progress
     total_steps: int
     save_every: int
+    hang_after_s: float
+    stacks: Path
 
     def steps(self, phases: Sequence[Phase], first_step: int) -> Iterator[tuple[Phase, int]]:
-        """The steps from `first_step` on, each with its phase."""
-        return self.watch(
+        """The steps from `first_step` on, each with its phase. A step that hangs ends this
+        process."""
+        steps = (
             (phase, step)
             for phase in phases
             for step in range(max(phase.first_step, first_step), phase.end_step)
         )
+        told = self.progress.during_first(steps, "working on the first step")
+        return watch_steps(told, stacks=self.stacks, floor_s=self.hang_after_s)
 
     def begin(self, phases: Sequence[Phase], steps_done: int) -> None:
         """Before the first step: evaluates the model that the run starts from or, after a resume,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.curriculum.sampler import Sampler
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.metrics.monitor import Monitor
+from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.rl import RLParts, train_rl
 from megatron_qlrl.rollout.vllm_engine import Sampling
 from megatron_qlrl.train.phases import Phase
@@ -108,8 +110,9 @@ class FakeRun:
 
     def steps(self, phases: Sequence[Phase], first_step: int) -> Iterator[tuple[Phase, int]]:
         same: Any = self
-        watch: Any = iter
-        return Run(same, same, same, same, watch, 5, 1).steps(phases, first_step)
+        quiet = Progress(lambda _: None)
+        run = Run(same, same, same, same, quiet, 5, 1, 3600.0, Path("unused"))
+        return run.steps(phases, first_step)
 
     @property
     def recorder(self) -> "FakeRun":
