@@ -1,16 +1,18 @@
-"""Kills, stops and damages a real run at random points, again and again, and verifies its end.
+"""Kills, stops and damages real runs at random points, and checks that they end like an undisturbed
+one.
 
     python tools/chaos.py /tmp/chaos --blows 50 --processes 2 --json chaos.json
 
-One reference run of the toy task is left alone. Others take a blow in every start, go on from what
-is left, and must end with the same weights, metrics and rollouts, bit for bit. The blows:
+One reference run of the toy task is left alone. In the others, every start takes a blow; they
+resume from what is left, and must end with the same weights, metrics and rollouts, bit for bit. The
+blows:
 
     kill_all    kill -9 of the launcher and all ranks
     kill_rank   kill -9 of one rank: the launcher must end the others with a message
-    stop_rank   one rank frozen for a moment: the run must go on as if nothing had been
-    ask         SIGUSR1: the run must save, and end with the code for it
-    flip        kill_all, then one bit of the newest checkpoint turned: it must not be chosen
-    cut         kill_all, then a file of the newest checkpoint cut short: it must not be chosen
+    stop_rank   one rank is frozen for a moment: the run must continue as if nothing had happened
+    ask         SIGUSR1: the run must save, and end with the exit code for it
+    flip        kill_all, then one bit of the newest checkpoint is flipped: it must not be chosen
+    cut         kill_all, then a file of the newest checkpoint is cut: it must not be chosen
 """
 
 import argparse
@@ -39,12 +41,12 @@ LIMIT_S = 900
 
 
 class Failed(Exception):
-    """A run that did not behave."""
+    """A run did not behave as it must."""
 
 
 @dataclass
 class Chain:
-    """One run with a blow in every start, until it has finished."""
+    """One run that takes a blow in every start until it has finished."""
 
     folder: Path
     config: Path
@@ -59,7 +61,7 @@ class Chain:
         return self.folder / "run"
 
     def until_finished(self, most_blows: int) -> None:
-        """Starts the run until it ends; `most_blows` of the starts at most are disturbed."""
+        """Starts the run again and again until it ends; at most `most_blows` starts take a blow."""
         while True:
             blow = self.rng.choice(BLOWS) if len(self.blows) < most_blows else None
             before, spoiled = newest(self.run), self._spoiled()
@@ -71,7 +73,7 @@ class Chain:
             code = process.wait(timeout=LIMIT_S)
             text = (self.folder / "log.txt").read_text()[mark:]
             resumed = re.search(r"resuming from \S+/step_0*(\d+)", text)
-            if resumed or code == 0:  # it came so far
+            if resumed or code == 0:  # the start got as far as choosing a checkpoint
                 check_start(int(resumed[1]) if resumed else None, before, spoiled)
             if code == 0:
                 return
@@ -79,7 +81,8 @@ class Chain:
                 raise Failed(f"an undisturbed start ended with {code}: {self.folder}/log.txt")
 
     def _wait_for_the_moment(self, process: subprocess.Popen[bytes]) -> bool:
-        """A random moment: in the start, or up to some steps after it; False if the run is over."""
+        """Waits for a random moment, during the start or some steps after it. Returns whether the
+        run still runs."""
         lines = self.run / "metrics.jsonl"
         size = lines.stat().st_size if lines.is_file() else 0
         if self.rng.random() < 0.8:
@@ -127,7 +130,7 @@ class Chain:
         return record
 
     def _spoiled(self) -> int | None:
-        """Step of the checkpoint that was damaged, unless it was written anew."""
+        """Returns the step of the damaged checkpoint, unless it was written again since."""
         from megatron_qlrl.weights.checkpoint_folder import step_of
 
         if self.damaged is None:
@@ -139,9 +142,9 @@ class Chain:
 
 
 def check_start(resumed: int | None, whole: int | None, spoiled: int | None) -> None:
-    """A run goes on from its newest checkpoint that is whole, and never from one we damaged.
+    """Checks that a run resumed from its newest whole checkpoint, and not from a damaged one.
 
-    Args: steps; None where there is no such checkpoint (a start from the beginning).
+    All arguments are steps, or None if there is no such checkpoint.
     """
     if resumed is not None and resumed == spoiled:
         raise Failed(f"resumed at {resumed}, a checkpoint that was damaged")
@@ -150,7 +153,7 @@ def check_start(resumed: int | None, whole: int | None, spoiled: int | None) -> 
 
 
 def damage(folder: Path, blow: str, rng: random.Random) -> Path:
-    """Flips one bit of a random file in `folder`, or cuts the file short; which it was."""
+    """Flips one bit of a random file in `folder`, or cuts the file. Returns the file."""
     files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.stat().st_size]
     file = rng.choice(files)
     data = bytearray(file.read_bytes())
@@ -163,7 +166,7 @@ def damage(folder: Path, blow: str, rng: random.Random) -> Path:
 
 
 def start(config: Path, processes: int, log: Path) -> subprocess.Popen[bytes]:
-    """`qlrl rl` in a session of its own."""
+    """Starts `qlrl rl` in a session of its own."""
     command = [sys.executable, "-m", "megatron_qlrl", "rl", str(config)]
     with log.open("ab") as out:
         return subprocess.Popen(
@@ -182,7 +185,7 @@ def children(pid: int) -> list[int]:
 
 
 def newest(run: Path) -> int | None:
-    """Step of the newest checkpoint that is whole, by its checksums."""
+    """Returns the step of the newest checkpoint that is whole by its checksums."""
     from megatron_qlrl.weights.checkpoint_folder import step_of, torn
 
     folders = sorted((run / "checkpoints").glob("step_????????"), reverse=True)
@@ -214,7 +217,7 @@ def write_config(folder: Path, data: Path) -> Path:
 
 
 def differences(run: Path, reference: Path) -> list[str]:
-    """Names of what is not equal bit for bit (times left out)."""
+    """Returns the names of files that differ by a bit; timings in the record are ignored."""
 
     def record(folder: Path) -> list[dict[str, Any]]:
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -223,8 +226,8 @@ def differences(run: Path, reference: Path) -> list[str]:
 
     files = [f.relative_to(reference) for f in sorted((reference / "rollouts").iterdir())]
     files.append(Path("hf/model.safetensors"))
-    found = [str(f) for f in files if (run / f).read_bytes() != (reference / f).read_bytes()]
-    return found + (["metrics.jsonl"] if record(run) != record(reference) else [])
+    differing = [str(f) for f in files if (run / f).read_bytes() != (reference / f).read_bytes()]
+    return differing + (["metrics.jsonl"] if record(run) != record(reference) else [])
 
 
 def main() -> None:
@@ -233,7 +236,7 @@ def main() -> None:
     parser.add_argument("--blows", type=int, default=50)
     parser.add_argument("--processes", type=int, default=2, help="a multiple of 2")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where the result goes, too")
+    parser.add_argument("--json", type=Path, help="file for the result with every blow")
     args = parser.parse_args()
 
     rng = random.Random(args.seed)

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""One GPU, checked and measured in one go: attention kernels and log-probs against float64, shared
-rows against separate rows layer by layer, `qlrl bench logprob` and `update` at 7B widths, and
-Transformer Engine's layers, in bfloat16 and in FP8, against Megatron's own.
+"""Checks and measures one GPU: attention kernels and log-probs against float64, shared rows against
+separate rows layer by layer, `qlrl bench logprob` and `update` at 7B widths, and Transformer
+Engine's layers, in bfloat16 and in FP8, against Megatron's own.
 
     python tools/gpu_check.py --out gpu.json [--site FOLDER]
 
-Needs torch with triton and transformers; megatron-core and pydantic may lie in FOLDER:
+It needs torch with triton and transformers; megatron-core and pydantic may be in FOLDER:
 
     pip install --no-deps --target FOLDER megatron-core==0.16.1 \
         pydantic pydantic-core annotated-types typing-inspection typing-extensions
 
-A part that fails is recorded with its traceback, and the others go on; exit code 1 then. On a
-machine without a GPU it runs the same parts in small sizes, without Transformer Engine. Not run on
+A part that fails is recorded with its traceback, the others still run, and the exit code is 1.
+Without a GPU the same parts run in small sizes, without Transformer Engine. It has not been run on
 a GPU yet.
 """
 
@@ -49,18 +49,18 @@ def main() -> int:
         "engine_tensorwise": lambda: check_engine(gpu, fp8="hybrid", fp8_recipe="tensorwise"),
         "engine_blockwise": lambda: check_engine(gpu, fp8="e4m3", fp8_recipe="blockwise"),
     }
-    found: dict[str, Any] = {"machine": machine(), "command": " ".join(sys.argv)}
+    results: dict[str, Any] = {"machine": machine(), "command": " ".join(sys.argv)}
     for name, part in parts.items():
         started = time.perf_counter()
         try:
-            found[name] = part()
-        except Exception:  # one broken part must not hide what the others say
-            found[name] = {"failed": traceback.format_exc()}
-        found[name]["seconds"] = round(time.perf_counter() - started, 2)
-        print(f"{name}: {'FAILED' if 'failed' in found[name] else 'ok'}", flush=True)
-        # After every part, so that a run that is cut off leaves what it has.
-        arguments.out.write_text(json.dumps(found, indent=1))
-    return int(any("failed" in value for value in found.values() if isinstance(value, dict)))
+            results[name] = part()
+        except Exception:  # one broken part must not hide the results of the others
+            results[name] = {"failed": traceback.format_exc()}
+        results[name]["seconds"] = round(time.perf_counter() - started, 2)
+        print(f"{name}: {'FAILED' if 'failed' in results[name] else 'ok'}", flush=True)
+        # Written after every part, so that an interrupted run leaves its results.
+        arguments.out.write_text(json.dumps(results, indent=1))
+    return int(any("failed" in value for value in results.values() if isinstance(value, dict)))
 
 
 def machine() -> dict[str, Any]:
@@ -81,8 +81,8 @@ def machine() -> dict[str, Any]:
 
 
 def check_attention() -> dict[str, Any]:
-    """Out and gradients of shared-prompt pieces for every kernel that loads here, relative to
-    dense attention in float64; allowed is half as much again as dense attention in the kernel's
+    """Compares output and gradients of shared-prompt pieces, for every kernel that loads here, with
+    dense attention in float64. Allowed is 1.5 times the error of dense attention in the kernel's
     type, and 8 units in the last place."""
     import torch
 
@@ -129,7 +129,7 @@ def check_attention() -> dict[str, Any]:
             for part, a, b in zip(("out", "dq", "dk", "dv"), ours, want, strict=True)
         }
 
-    found: dict[str, Any] = {"dense": errors(peer)}
+    relative: dict[str, Any] = {"dense": errors(peer)}
     for name in ["aten_cuda", "flash_attn"] if has_gpu() else ["aten_cpu"]:
         kernel = KERNELS[name]
         try:
@@ -141,26 +141,26 @@ def check_attention() -> dict[str, Any]:
                 g.to(device()),
             )
         except ImportError as error:
-            found[name] = f"absent: {error}"
+            relative[name] = f"absent: {error}"
             continue
-        found[name] = errors(ours)
-        for part, error in found[name].items():
-            assert error <= 1.5 * found["dense"][part] + 8 * torch.finfo(dtype).eps, found
-    return {"relative_error": found}
+        relative[name] = errors(ours)
+        for part, error in relative[name].items():
+            assert error <= 1.5 * relative["dense"][part] + 8 * torch.finfo(dtype).eps, relative
+    return {"relative_error": relative}
 
 
 def check_logprobs() -> dict[str, Any]:
-    """`qlrl bench logprob`'s errors at a size that takes no time."""
+    """Checks the errors of `qlrl bench logprob` at a small size."""
     from megatron_qlrl.bench.logprob import bench_logprob
 
-    found = bench_logprob(vocab=10_000, hidden=256, tokens=512, rounds=1)
-    # 64 units in the last place of 1 are 8 of the log-probs, about -log(10,000).
-    assert found["max_error"] <= 3 * found["full_logits_max_error"] + 64 * 2.0**-23, found
-    return {name: found[name] for name in ("max_error", "full_logits_max_error")}
+    figures = bench_logprob(vocab=10_000, hidden=256, tokens=512, rounds=1)
+    # 64 units in the last place of 1 are 8 units of the log-probs, which are about -log(10,000).
+    assert figures["max_error"] <= 3 * figures["full_logits_max_error"] + 64 * 2.0**-23, figures
+    return {name: figures[name] for name in ("max_error", "full_logits_max_error")}
 
 
 def check_sharing_by_layer() -> dict[str, Any]:
-    """The check that a run makes at its first batch."""
+    """Runs the check that a run makes at its first batch."""
     from megatron_qlrl.bench.policy import make_group, make_shape, random_policy
     from megatron_qlrl.packing.distribute import group_rows
     from megatron_qlrl.plan.flops import block_flops
@@ -200,17 +200,17 @@ def _bench_update(gpu: bool, *, prompt_tokens: int, rounds: int) -> dict[str, An
 
     response = 1000 if gpu else 16
     widths, shape = _shape(gpu, layers=2, positions=prompt_tokens + response)
-    found = bench_update(
+    figures = bench_update(
         shape, prompt_tokens=prompt_tokens, response_tokens=response, group=8, rounds=rounds
     )
-    return {"shape": widths | {"layers": 2, "prompt_tokens": prompt_tokens}, **found}
+    return {"shape": widths | {"layers": 2, "prompt_tokens": prompt_tokens}, **figures}
 
 
 def check_engine(gpu: bool, **fp8: str) -> dict[str, Any]:
-    """The same update by Megatron's own layers in bfloat16 and by Transformer Engine's in bfloat16
-    and FP8: log-probs and gradient norm against the first, time of FP8 against bfloat16.
+    """Compares an update by Transformer Engine's layers, in bfloat16 and in FP8, with one by
+    Megatron's own in bfloat16: log-probs, gradient norm, and time of FP8 against bfloat16.
 
-    The bounds are guesses: no figure of a GPU is known yet.
+    The bounds are guesses, because nothing was measured on a GPU yet.
     """
     import numpy as np
 
@@ -229,27 +229,27 @@ def check_engine(gpu: bool, **fp8: str) -> dict[str, Any]:
     tokens = prompt + 8 * response
     rows = group_rows(group, max_tokens=tokens, share_prompt=True, cost=partial(block_flops, shape))
     logprobs, norm, _ = _update_by(False, shape, rows, {})
-    found: dict[str, Any] = {"shape": widths | {"layers": 4, "tokens": tokens}, "fp8": fp8}
+    figures: dict[str, Any] = {"shape": widths | {"layers": 4, "tokens": tokens}, "fp8": fp8}
     for name, settings, allowed in (("bfloat16", {}, 0.02), ("float8", fp8, 0.1)):
         theirs, other, seconds = _update_by(True, shape, rows, settings)
         apart = np.abs(theirs - logprobs)
-        found[name] = {
+        figures[name] = {
             "logprob_max_difference": float(apart.max()),
             "logprob_mean_difference": float(apart.mean()),
             "grad_norm_ratio": other / norm,
             "tokens_per_s": tokens / seconds,
         }
-        assert apart.mean() < allowed, found
-        assert abs(other / norm - 1) < 2.5 * allowed, found
-    found["speedup"] = found["float8"]["tokens_per_s"] / found["bfloat16"]["tokens_per_s"]
-    return found
+        assert apart.mean() < allowed, figures
+        assert abs(other / norm - 1) < 2.5 * allowed, figures
+    figures["speedup"] = figures["float8"]["tokens_per_s"] / figures["bfloat16"]["tokens_per_s"]
+    return figures
 
 
 def _update_by(
     engine: bool, shape: Any, rows: list[Any], settings: dict[str, str]
 ) -> tuple[Any, float, float]:
-    """Log-probs, gradient norm and seconds of an update by layers of Transformer Engine or not.
-    One policy at a time: three of this size do not fit a GPU of 80 GB."""
+    """Returns log-probs, gradient norm and seconds of an update, with Transformer Engine's layers
+    or Megatron's. Only one policy exists at a time: three of this size do not fit into 80 GB."""
     from unittest.mock import patch
 
     import numpy as np
@@ -262,7 +262,7 @@ def _update_by(
         patch.object(model, "has_transformer_engine", lambda: engine),
         random_policy(shape, **settings) as policy,
     ):
-        # At a rate of 0 the weights stay.
+        # With a learning rate of 0 the weights do not change.
         update = partial(policy.update, rows, LOSS, lr=0.0)
         norm = update()["actor/grad_norm"]
         logprobs = [row.columns["now"] for row in policy.add_logprobs(rows, "now")]
@@ -271,7 +271,7 @@ def _update_by(
 
 
 def _shape(gpu: bool, *, layers: int, positions: int) -> tuple[dict[str, int], Any]:
-    """As wide as a 7B model, on a GPU."""
+    """Returns widths and a shape, on a GPU those of a 7B model."""
     from megatron_qlrl.bench.policy import make_shape
 
     if gpu:

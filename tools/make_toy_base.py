@@ -1,11 +1,11 @@
-"""Makes the toy base model that the quickstart ships: tokenizer, weights, one CPU thread.
+"""Makes the toy base model of the quickstart, tokenizer and weights, on one CPU thread.
 
     python tools/make_toy_base.py --out examples/quickstart/base --seed 0
 
 The model is a Qwen2 of about 0.2M parameters. Its "pre-training" is the toy look-up on tiny
-documents (2-4 facts, growing to --max-facts), cut off early; in a few last steps most responses
-stop before the closing sentence. So it knows the vocabulary and the categories, is weak at the
-task and seldom closes as the reward wants, which is what SFT is for. It never meets a long
+documents (2-4 facts, growing to --max-facts), stopped early; in the last steps most responses stop
+before the closing sentence. So it knows the vocabulary and the categories, but is weak at the task
+and seldom writes the sentence that the reward needs, which is left to SFT. It never sees a long
 document.
 """
 
@@ -40,9 +40,9 @@ CHAT_TEMPLATE = (
 )
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IGNORE = -100
-# After the look-up is learned, a few steps show the closing sentence that the reward reads in one
-# response of ten only: the base seldom writes it, and SFT has something to teach. (Leaving it out
-# from the start slows the look-up: repeating the item is a second signal for it.)
+# After the look-up is learned, a few steps show the closing sentence in only one response of ten,
+# so that the base seldom writes it and SFT has something to teach. Leaving it out from the start
+# would slow the look-up, because repeating the item is a second signal for it.
 PLAIN_STEPS = 50
 PLAIN_LR = 3e-4
 CLOSING_SHARE = 0.1
@@ -50,10 +50,10 @@ CLOSING_SHARE = 0.1
 
 @dataclass
 class Curriculum:
-    """Facts per document: grows when the item is found often enough in recent batches.
+    """Sets the number of facts per document, which grows when recent batches were mostly right.
 
-    Starting at full length the model stays on a plateau for a long time; with 2-4 facts the
-    answer is easy to guess at first, so the gradient shows where to look.
+    If it started at full length, the model would stay on a plateau for a long time; with 2-4 facts
+    the answer is easy to guess at first, so the gradient shows where to look.
     """
 
     max_facts: int
@@ -70,7 +70,7 @@ class Curriculum:
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which every name of the task is one token."""
+    """Returns a byte-level BPE in which every name of the task is one token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -81,7 +81,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(toy_corpus(seed, 2000), trainer)
-    # Not special: decoding must keep them, the reward reads what follows `</think>`.
+    # These are not special, because decoding must keep them: answers follow `</think>`.
     bpe.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>")])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -110,7 +110,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
-        # Small models learn slowly from the usual 0.02.
+        # With the usual 0.02 small models learn slowly.
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -123,7 +123,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 def encode(
     tokenizer: PreTrainedTokenizerFast, record: ToyRecord, closing: bool
 ) -> tuple[list[int], list[int]]:
-    """Prompt and response token ids; without `closing` the response ends with the reasoning."""
+    """Returns token ids of prompt and response, which without `closing` ends with the reasoning."""
     prompt = render(tokenizer, [{"role": "user", "content": record.message}], None).tolist()
     response = record.response if closing else record.response.split("\n</think>")[0]
     return prompt, tokenizer.encode(response + END)
@@ -132,7 +132,7 @@ def encode(
 def batch_of(
     tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator, facts: range, closing_share: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded token ids and labels [size, T]; labels are IGNORE outside the response."""
+    """Returns right-padded token ids and labels [32, T]; labels are IGNORE outside the response."""
     size = 32
     pairs = []
     for _ in range(size):
@@ -155,7 +155,7 @@ def update(
     ids: torch.Tensor,
     labels: torch.Tensor,
 ) -> tuple[float, torch.Tensor]:
-    """One step on the mean loss of the response tokens; returns it and which tokens were right."""
+    """Takes one step on the response tokens' mean loss; returns it and which tokens were right."""
     logits = model(input_ids=ids).logits[:, :-1]
     targets = labels[:, 1:]
     loss = torch.nn.functional.cross_entropy(
@@ -171,7 +171,7 @@ def update(
 def learn_look_up(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
 ) -> None:
-    """AdamW with warm-up, then constant, then linearly to zero over the last third."""
+    """Trains with AdamW; its rate warms up, stays, and falls linearly to zero in the last third."""
     rng = np.random.default_rng([args.seed, 1])
     optimizer = adamw(model, args.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -184,7 +184,7 @@ def learn_look_up(
         ids, labels = batch_of(tokenizer, rng, facts, 1.0)
         loss, right = update(model, optimizer, ids, labels)
         schedule.step()
-        # The first item of a response is the look-up; the second only repeats it.
+        # A response's first item is the look-up; the second only repeats it.
         rows = labels[:, 1:].tolist()
         first = [next(i for i, t in enumerate(row) if t in item_ids) for row in rows]
         accuracy = right[torch.arange(len(first)), torch.tensor(first)].float().mean().item()
@@ -216,13 +216,13 @@ def save(
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    # The name that transformers 4 and 5 both know.
+    # Transformers 4 and 5 both know this name.
     settings = out / "tokenizer_config.json"
     content = json.loads(settings.read_text())
     content["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.write_text(json.dumps(content, indent=2) + "\n")
     (out / "model.safetensors").chmod(0o644)
-    # AutoTokenizer puts the Qwen2 way of splitting words in place of ours: on this text they agree.
+    # AutoTokenizer splits words as Qwen2 does; on this text that must give the same tokens.
     loaded = AutoTokenizer.from_pretrained(out, local_files_only=True)
     texts = toy_corpus(1, 300)
     assert [loaded.encode(t) for t in texts] == [tokenizer.encode(t) for t in texts]
@@ -248,7 +248,7 @@ def main() -> None:
 
 
 def notes(args: argparse.Namespace, model: Qwen2ForCausalLM, cpu_s: float) -> str:
-    """The README of the folder: how it was made, so that it can be made again."""
+    """Returns the folder's README, which says how to make it again."""
     command = shlex.join(["python", "tools/make_toy_base.py", *sys.argv[1:]])
     return f"""# Toy base model
 

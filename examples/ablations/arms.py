@@ -1,5 +1,5 @@
-"""The arms of the ablations: {no SFT, SFT} x {single stage, phased, phased + retrospective} x
-{GRPO, DAPO}, and long SFT for the trade-off; every arm has the same budget of RL tokens."""
+"""Defines the arms of the ablations: {no SFT, SFT} x {single phase, phased, phased + retrospective}
+x {GRPO, DAPO}, and long SFT for the trade-off. Every arm has the same budget of RL tokens."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -22,16 +22,16 @@ ALGORITHMS: dict[Algorithm, tuple[str, ...]] = {
     "dapo": (
         "algorithm.aggregation=token_mean",
         "algorithm.clip_high=0.28",
-        # 32 groups are generated here too; at most 16 of those with spread are trained on.
+        # Here, too, 32 groups are generated; at most 16 of those with spread are trained on.
         "rollout.prompts_per_step=16",
         "algorithm.oversampling=2.0",
         "algorithm.overlong_buffer_tokens=8",
     ),
 }
 
-# Steps of the phases for equal budgets of 1.24M tokens, a prompt counted once: a step generates 32
-# groups, about 10.9K tokens of short documents, 15.8K of both, 20.6K of long ones. The table gives
-# the tokens that were really used.
+# Steps of each phase for equal budgets of 1.24M tokens, with each prompt counted once. A step
+# generates 32 groups: about 10.9K tokens with short documents, 15.8K with both, 20.6K with long
+# ones. The report's table shows the tokens that were really used.
 STEPS: dict[Curriculum, tuple[int, ...]] = {
     "single": (79,),
     "phased": (23, 48),
@@ -51,12 +51,12 @@ class Arm:
 
     @property
     def every_steps(self) -> int:
-        """Steps between evaluations: about five points on each curve."""
+        """Steps between evaluations, for about five points on each curve."""
         return sum(STEPS[self.curriculum]) // 5
 
     @property
     def settings(self) -> list[str]:
-        """Dotted settings for `qlrl rl`."""
+        """The arm's dotted settings for `qlrl rl`."""
         steps = STEPS[self.curriculum]
         limits = (SHORT, LONG) if len(steps) == 2 else (LONG,)
         phases = ", ".join(
@@ -78,5 +78,5 @@ MAIN = [
     for algorithm in ("grpo", "dapo")
 ]
 TRADE_OFF = Arm("long_sft", "retrospective", "grpo")
-"""Against the same arm after short SFT."""
+"""Compared with the same arm after short SFT."""
 ARMS = [*MAIN, TRADE_OFF]

@@ -1,4 +1,4 @@
-"""Table and curves of the ablations, from the records (metrics.jsonl) of the runs alone."""
+"""Writes the ablations' tables and curves from the records (metrics.jsonl) of the runs."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ CURVES = {
 COLORS = {"single": "tab:red", "phased": "tab:blue", "retrospective": "tab:green"}
 LINES = {"grpo": "-", "dapo": "--"}
 WINDOW = 5
-"""Steps that the curves of training metrics are averaged over."""
+"""The number of steps over which curves of training metrics are averaged."""
 
 Record = list[dict[str, Any]]
 
@@ -57,22 +57,22 @@ def read(folder: Path) -> Record:
 
 
 def summary(record: Record) -> dict[str, float]:
-    """What the table needs of one run; entropy and KL over its last WINDOW steps."""
+    """Returns a run's figures for the tables; entropy and KL are means of its last WINDOW steps."""
     steps = [line for line in record if "perf/total_num_tokens" in line]
     evals = [line for line in record if "val/eval_long/score" in line]
-    found = {"tokens": float(sum(line["perf/total_num_tokens"] for line in steps))}
+    figures = {"tokens": float(sum(line["perf/total_num_tokens"] for line in steps))}
     for size in SIZES:
-        found[f"start_{size}"] = evals[0][f"val/eval_{size}/score"]
-        found[size] = evals[-1][f"val/eval_{size}/score"]
+        figures[f"start_{size}"] = evals[0][f"val/eval_{size}/score"]
+        figures[size] = evals[-1][f"val/eval_{size}/score"]
     # A step without an update (no group with spread) has no entropy and no KL.
     updated = [line for line in steps if "actor/entropy" in line]
     for name, metric in (("entropy", "actor/entropy"), ("kl", "actor/kl_loss")):
-        found[name] = float(np.mean([line[metric] for line in updated[-WINDOW:]]))
-        found[f"{name}_max"] = max(line[metric] for line in updated)
-    found["entropy_min"] = min(line["actor/entropy"] for line in updated)
+        figures[name] = float(np.mean([line[metric] for line in updated[-WINDOW:]]))
+        figures[f"{name}_max"] = max(line[metric] for line in updated)
+    figures["entropy_min"] = min(line["actor/entropy"] for line in updated)
     carried = [line.get("curriculum/carried/drawn", 0.0) for line in steps]
     solved = [line.get("curriculum/carried/solved", 0.0) for line in steps]
-    return found | {"carried_drawn": sum(carried), "carried_solved": sum(solved)}
+    return figures | {"carried_drawn": sum(carried), "carried_solved": sum(solved)}
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
@@ -100,7 +100,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 
 def against_single(results: dict[str, list[dict[str, float]]]) -> str:
-    """Differences to the single stage, seed by seed: the same start, budget and evaluation."""
+    """Compares with the single phase, seed by seed: same start, budget and evaluation."""
     lines = [
         "| start | algorithm | against single | short, points | long, points | mean, points |",
         "|---|---|---|---|---|---|",
@@ -119,7 +119,7 @@ def against_single(results: dict[str, list[dict[str, float]]]) -> str:
 
 
 def trade_off(results: dict[str, list[dict[str, float]]]) -> str:
-    """Short against long SFT, and what RL adds to each."""
+    """Compares short and long SFT, and what RL adds to each."""
     lines = [
         "| SFT steps | short, % after SFT | after RL | long, % after SFT | after RL | gain of the "
         "mean |",
@@ -141,13 +141,13 @@ def percent(values: Sequence[float]) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and sample standard deviation."""
+    """Returns mean and sample standard deviation as text."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
     return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def draw(path: Path, records: dict[Arm, list[Record]]) -> None:
-    """Mean over the seeds, and their range, over tokens used."""
+    """Draws the mean and the range of the seeds over the tokens used."""
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     axes = figure.subplots(2, 3)
     for axis, (title, metric) in zip(axes.T.flat, CURVES.items(), strict=True):
@@ -167,7 +167,7 @@ def draw(path: Path, records: dict[Arm, list[Record]]) -> None:
 
 
 def curve(record: Record, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens used and the metric; training metrics as a running mean."""
+    """Returns tokens used and the metric's values; training metrics are running means."""
     used, x, y = 0.0, [], []
     for line in record:
         used += line.get("perf/total_num_tokens", 0.0)
@@ -176,7 +176,7 @@ def curve(record: Record, metric: str) -> tuple[np.ndarray, np.ndarray]:
             y.append(line[metric])
     values = np.array(y)
     if not metric.startswith("val/"):
-        # The window shrinks at the edges, so that both ends are where they belong.
+        # The window is shorter at the beginning, so that the curve starts at the first value.
         values = np.array([values[max(0, i - WINDOW + 1) : i + 1].mean() for i in range(len(y))])
     return np.array(x), values
 

@@ -1,10 +1,10 @@
-"""Runs every arm of arms.py with several seeds on the toy task, and reports.
+"""Runs every arm of arms.py with several seeds on the toy task, and writes a report.
 
     python examples/ablations/run.py runs/ablations --seeds 3 --jobs 2
 
-Each run is one `qlrl` process on one thread. What is finished is not run again and what was
-interrupted resumes: the same command goes on. Ends with results.json, table.md and the curves under
-OUT/report, made from the runs' own records (report.py).
+Each run is one `qlrl` process on one thread. The same command continues after an interruption:
+finished runs are skipped, others resume. At the end report.py writes results.json, table.md and the
+curves under OUT/report from the runs' records.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for start in SFT_STEPS:
             list(pool.map(lambda seed, start=start: train_sft(args.out, start, seed), seeds))
-        # Seed by seed, so that an early look compares whole sets of arms.
+        # Seed by seed, so that whole sets of arms can be compared early.
         list(
             pool.map(lambda pair: train_rl(args.out, *pair), [(a, s) for s in seeds for a in ARMS])
         )
@@ -80,7 +80,7 @@ def eval_files(out: Path) -> str:
 
 
 def train(folder: Path, command: str, *settings: str) -> None:
-    """One run, unless it is finished: the Hugging Face folder is the last thing a run writes."""
+    """Runs `qlrl` unless the run is finished; the Hugging Face folder is what a run writes last."""
     if (folder / "hf" / "README.md").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def qlrl(log: Path, *argv: object) -> None:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     if done.returncode:
-        sys.exit(f"ablations: {log} ends with an error; mend it and start again: it goes on")
+        sys.exit(f"ablations: {log} ends with an error; mend it, then the same command continues")
 
 
 if __name__ == "__main__":

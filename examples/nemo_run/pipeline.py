@@ -1,13 +1,13 @@
-"""The whole method as one NeMo-Run experiment: warm-up SFT -> RL -> evaluation -> export.
+"""Runs the whole method as one NeMo-Run experiment: warm-up SFT -> RL -> evaluation -> export.
 
-In NeMo-Run's own environment (see README.md), from the repository's root:
+Start it in NeMo-Run's own environment (see README.md), from the repository's root:
 
     python examples/nemo_run/pipeline.py local CONFIG OUT [KEY=VALUE ...]
     ACCOUNT=me NODES=4 python examples/nemo_run/pipeline.py slurm CONFIG OUT [KEY=VALUE ...]
 
-CONFIG lies in the repository; OUT is an absolute folder that all nodes see. On a cluster the four
-jobs are submitted at once and wait for each other; `dryrun` in place of `slurm` shows the batch
-scripts.
+CONFIG is a file in the repository; OUT is the absolute path of a folder that all nodes see. On a
+cluster the four jobs are submitted at once and wait for each other; `dryrun` instead of `slurm`
+shows the batch scripts.
 """
 
 import os
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def main(where: str, config: str, out: str, *settings: str) -> None:
     env = os.environ
-    set_nemorun_home(f"{out}/nemo_run")  # scripts, code and logs of the tasks: all nodes see it
+    set_nemorun_home(f"{out}/nemo_run")  # all nodes must see the tasks' scripts, code and logs
     container = env.get("CONTAINER")
     inside = "python" if container else str(ROOT / ".venv" / "bin" / "python")
     python = env.get("PYTHON", inside)

@@ -1,11 +1,12 @@
-"""Table of a quickstart run, and a check of its Hugging Face folder with transformers.
+"""Prints the table of a quickstart run, and checks its Hugging Face folder with transformers.
 
-The last line is JSON: accuracies; `greedy_match`, the share of held-out prompts for which
-transformers' greedy answer from the released folder is the one vLLM gave from the trainer's
-weights, or differs by a tie within rounding; `max_logprob_diff`, the largest difference between the
-log-probs that both give the tokens of those answers; `max_logprob_rounding`, the same between
-transformers in float32 and in float64, to judge it by; `train_logprob_diff`, trainer against engine
-over all sampled tokens.
+The last line is JSON:
+- accuracies;
+- `greedy_match`: the share of held-out prompts whose greedy answer by transformers, from the
+  released folder, equals vLLM's, from the trainer's weights, apart from ties within rounding;
+- `max_logprob_diff`: the largest difference between the log-probs that both give those answers;
+- `max_logprob_rounding`: the same between transformers in float32 and float64, for comparison;
+- `train_logprob_diff`: the difference between trainer and engine over all sampled tokens.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def compare_with_transformers(out: Path, folder: Path) -> dict[str, float]:
                 said = torch.tensor(answer["logprobs"])
                 difference = max(difference, float((said - own).abs().max()))
                 rounding = max(rounding, float((own - want).abs().max()))
-    # Both sides of a tie may be wrong by three times what float32 does to transformers.
+    # Both sides of a tie may each be wrong by three times the rounding of transformers in float32.
     matches = [same or gap <= 6 * rounding for same, gap in zip(equal, behind, strict=True)]
     return {
         "greedy_match": sum(matches) / len(matches),
@@ -106,20 +107,20 @@ def greedy(tokenizer, model, chats) -> list[str]:
 
 @torch.no_grad()
 def logprobs_of(tokenizer, model, chats, answers) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each answer (token ids) the log-probs of its tokens, and those of the best token in each
-    place. Sequences are padded on the right, where a causal model does not look."""
+    """Returns for each answer (token ids) the log-probs of its tokens, and those of the best token
+    in each place. Padding is on the right, where a causal model does not see it."""
     prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
     tokens = [
         torch.tensor([*prompt, *answer])
         for prompt, answer in zip(prompts["input_ids"], answers, strict=True)
     ]
     logits = model(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)).logits
-    found = []
+    pairs = []
     for row, ids, answer in zip(logits, tokens, answers, strict=True):
         num = len(answer)
         logprobs = row[len(ids) - num - 1 : len(ids) - 1].log_softmax(-1)
-        found.append((logprobs.gather(1, ids[-num:, None])[:, 0], logprobs.max(-1).values))
-    return found
+        pairs.append((logprobs.gather(1, ids[-num:, None])[:, 0], logprobs.max(-1).values))
+    return pairs
 
 
 if __name__ == "__main__":

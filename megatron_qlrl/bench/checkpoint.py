@@ -1,4 +1,4 @@
-"""What a checkpoint takes from training: waited for, or written by a thread beside updates."""
+"""Measures the time training loses to a checkpoint that a thread writes, and to one waited for."""
 
 import tempfile
 from collections.abc import Callable
@@ -22,11 +22,13 @@ from megatron_qlrl.weights.checkpoint import CheckpointStore
 def bench_checkpoint(
     shape: ModelShape, *, prompt_tokens: int, rounds: int, folder: Path | None
 ) -> dict[str, Any]:
-    """Medians of `rounds`: `waited_s`, a save that is waited for; `stall_s`, by how much a save
-    with updates beside it, until it is on disk, takes longer than the same updates alone;
-    `snapshot_s`, the part of it in which training stands still; `stall_ratio`, stall_s / waited_s.
+    """Returns medians of `rounds`, in seconds, and `stall_ratio` = stall_s / waited_s.
 
-    `folder`: on the disk in question; none: the system's temporary folder.
+    `waited_s` is the time of a save that is waited for. `stall_s` is the additional time of updates
+    during a save until it is on disk. `snapshot_s` is the part of it in which training stops.
+
+    Args:
+        folder: a folder on the disk to measure; by default the system's temporary folder.
     """
     made = make_group(
         vocab=shape.vocab_size, prompt_tokens=prompt_tokens, response_tokens=16, group=8
@@ -34,29 +36,29 @@ def bench_checkpoint(
     rows = group_rows(
         made, max_tokens=shape.max_positions, share_prompt=True, cost=partial(block_flops, shape)
     )
-    found: dict[str, list[float]] = {"waited_s": [], "stall_s": [], "snapshot_s": []}
+    times: dict[str, list[float]] = {"waited_s": [], "stall_s": [], "snapshot_s": []}
     with tempfile.TemporaryDirectory(dir=folder) as out, random_policy(shape) as policy:
-        torch.set_num_threads(1)  # as in the other benches; a core is left for the thread
+        torch.set_num_threads(1)  # as in the other benches; the writing thread has another core
         store = CheckpointStore(Path(out), keep=1, warn=print)
         save = partial(store.save, 1, model=policy.model, optimizer=policy.optimizer, state={})
         update = partial(policy.update, rows, LOSS, lr=1e-6)
         once = max(_seconds(update), _seconds(update))
         _seconds(save, store.wait)
         for _ in range(rounds):
-            found["waited_s"].append(_seconds(save, store.wait))
-            work = [update] * ceil(1.5 * found["waited_s"][-1] / once)
+            times["waited_s"].append(_seconds(save, store.wait))
+            work = [update] * ceil(1.5 * times["waited_s"][-1] / once)
             alone = _seconds(*work)
-            found["snapshot_s"].append(_seconds(save))
-            beside = found["snapshot_s"][-1] + _seconds(*work, store.wait)
-            found["stall_s"].append(beside - alone)
+            times["snapshot_s"].append(_seconds(save))
+            beside = times["snapshot_s"][-1] + _seconds(*work, store.wait)
+            times["stall_s"].append(beside - alone)
         size = sum(file.stat().st_size for file in Path(out).rglob("*") if file.is_file())
         store.close()
-    medians = {name: median(values) for name, values in found.items()}
+    medians = {name: median(values) for name, values in times.items()}
     return {
         "bench": "checkpoint",
         "stall_ratio": medians["stall_s"] / medians["waited_s"],
         **medians,
-        "rounds": found,
+        "rounds": times,
         "checkpoint_bytes": size,
         "machine": machine(),
     }

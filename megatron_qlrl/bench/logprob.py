@@ -1,5 +1,5 @@
-"""Log-prob and entropy of response tokens, forward and backward: ours in blocks against the full
-logits (matmul, log_softmax, gather, entropy, by autograd)."""
+"""Measures log-probs and entropies of response tokens, forward and backward, computed in blocks,
+against full logits (matmul, log_softmax, gather, entropy, by autograd)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,12 +20,13 @@ Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def bench_logprob(*, vocab: int, hidden: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """`added_peak_ratio`, `cpu_time_ratio` (ours over full logits), `max_error` (against full
-    logits in float64 on the first tokens: the largest difference of log-probs and entropies, and
-    of both gradients relative to their largest entry) with `full_logits_max_error` beside it, and
-    our added peak for other numbers of tokens, which should not grow.
+    """Returns memory, time and errors of both sides.
 
-    Added peak: memory beyond inputs and the two gradients, which both sides return.
+    `added_peak_ratio` and `cpu_time_ratio` are blocks over full logits; added peak is memory beyond
+    the inputs and the two gradients, which both sides return. `added_peak_bytes_by_tokens` shows
+    that the blocks' peak does not grow with the tokens. `max_error` and `full_logits_max_error`
+    compare each side with full logits in float64, on the first tokens: the largest difference of
+    log-probs and entropies, and of both gradients relative to their largest entry.
     """
     init_ranks()
     with process_group(rank=0, local_rank=0, world_size=1):
@@ -73,7 +74,7 @@ def _inputs(
         return values.to(dtype).requires_grad_()
 
     targets = torch.randint(0, vocab, (tokens,), generator=generator, device=device())
-    # Logits with a standard deviation of about 2, as a trained model's.
+    # The logits have a standard deviation of about 2, as those of a trained model do.
     return normal(tokens, hidden, std=1.0), normal(vocab, hidden, std=2 * hidden**-0.5), targets
 
 

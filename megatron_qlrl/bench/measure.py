@@ -1,6 +1,7 @@
-"""Two sides of a comparison in one process: interleaved rounds, medians, peak memory.
+"""Measures both sides of a comparison in one process: interleaved rounds, medians, peak memory.
 
-Machines are shared and noisy, so a figure stands only beside the other side's of the same run.
+Machines are shared and noisy, so a figure means something only beside the other side's figure of
+the same run.
 """
 
 import ctypes
@@ -20,8 +21,8 @@ from megatron_qlrl.platform.device import has_gpu
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call took. `peak_bytes` is the peak above what was in use before the call: of
-    this process' resident memory on CPU, of torch's allocations on a GPU."""
+    """The cost of one call. `peak_bytes` is by how much its peak exceeds the memory in use before
+    the call: of the process' resident memory on a CPU, of torch's allocations on a GPU."""
 
     cpu_s: float
     wall_s: float
@@ -29,14 +30,14 @@ class Cost:
 
     @property
     def work_s(self) -> float:
-        """CPU seconds of all threads on a CPU, where the clock measures the neighbours too;
-        seconds by the clock on a GPU."""
+        """Seconds by the clock on a GPU. On a CPU, the CPU seconds of all threads, because the
+        clock measures other processes, too."""
         return self.wall_s if has_gpu() else self.cpu_s
 
 
 def measure(call: Callable[[], Any]) -> Cost:
-    """Runs `call` once, on a CPU with one thread: threads that wait for each other spin, and their
-    CPU time then tells of the neighbours (seen: the same work at 6.6 and at 18 CPU seconds)."""
+    """Runs `call` once, on a CPU with one thread: threads that wait for each other use CPU time
+    that depends on other processes (the same work has taken 6.6 and 18 CPU seconds)."""
     if not has_gpu():
         torch.set_num_threads(1)
     before = _reset_peak()
@@ -49,18 +50,18 @@ def measure(call: Callable[[], Any]) -> Cost:
 
 
 def compare(sides: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, Cost]:
-    """Medians over `rounds` of each side; the sides take turns, after one warm-up round."""
-    found: dict[str, list[Cost]] = {name: [] for name in sides}
+    """Returns each side's medians over `rounds`; the sides take turns, after one warm-up round."""
+    costs: dict[str, list[Cost]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, call in sides.items():
             cost = measure(call)
             if number:
-                found[name].append(cost)
-    return {name: _median(costs) for name, costs in found.items()}
+                costs[name].append(cost)
+    return {name: _median(side) for name, side in costs.items()}
 
 
 def report(costs: Mapping[str, Cost]) -> dict[str, Any]:
-    """The sides and the machine, ready for JSON."""
+    """Returns the sides' costs and the machine, ready for JSON."""
     return {"sides": {name: asdict(cost) for name, cost in costs.items()}, "machine": machine()}
 
 
@@ -82,13 +83,13 @@ def _median(costs: list[Cost]) -> Cost:
 
 
 def _reset_peak() -> int:
-    """Bytes in use now; the peak starts from here."""
+    """Resets the peak and returns the bytes in use."""
     gc.collect()
     if has_gpu():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    # Freed pages that the allocator keeps would hide what the next call needs.
+    # Freed pages that the allocator still holds would hide what the next call needs.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
@@ -100,5 +101,4 @@ def _peak() -> int:
 
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    found = next(line for line in lines if line.startswith(name + ":"))
-    return int(found.split()[1]) * 1024
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))

@@ -1,5 +1,5 @@
-"""How evenly a batch of DocQA lengths falls on data-parallel ranks, and that no row breaks the
-cap. Nothing is computed but the plan, so the figures are exact and the same on every machine."""
+"""Measures how evenly batches with DocQA's lengths are spread over data-parallel ranks, and checks
+that no row exceeds the cap. Only rows are planned, so the figures are the same on every machine."""
 
 import time
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ _MAX_RESPONSE = 10_000
 def bench_pack(
     shape: ModelShape, *, prompts: int, ranks: int, group: int, mixes: int
 ) -> dict[str, Any]:
-    """`max_over_mean` FLOPs over the ranks (median and worst of 20 batches), and `cap_violations`
-    in `mixes` random small batches.
+    """Returns `max_over_mean` of the FLOPs over the ranks (median and worst of 20 batches), and
+    `cap_violations` in `mixes` random small batches.
 
     Lengths are log-normal with DocQA-RL-1.6K's mean of 11K and maximum of 60K tokens. One prompt
-    alone can cost more than a rank's share: `bound` is the lowest max over mean that any
+    alone can cost more than a rank's share, so `bound` is the lowest max over mean that any
     assignment of whole groups can reach.
     """
     rng = np.random.default_rng(0)
@@ -67,11 +67,11 @@ def bench_pack(
 def _docqa(rng: np.random.Generator, prompts: int, group: int) -> list[TrainGroup]:
     lengths = np.clip(np.exp(rng.normal(np.log(11_000) - 0.3, 0.8, prompts)), 500, _MAX_PROMPT)
     means = rng.uniform(200, 3000, prompts)
-    found = []
+    groups = []
     for length, mean in zip(lengths.astype(int), means, strict=True):
         responses = np.clip(rng.gamma(4, mean / 4, group), 1, _MAX_RESPONSE).astype(int)
-        found.append(_group(int(length), responses.tolist()))
-    return found
+        groups.append(_group(int(length), responses.tolist()))
+    return groups
 
 
 def _group(prompt: int, responses: Sequence[int]) -> TrainGroup:

@@ -1,4 +1,4 @@
-"""A policy with random weights: the real model, schedule and optimizer."""
+"""Makes policies with random weights: the real model, schedule and optimizer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ LOSS = PolicyLoss(AlgorithmConfig())  # pyright: ignore[reportCallIssue]
 def make_shape(
     *, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, positions: int
 ) -> ModelShape:
-    """A Qwen2-style shape: untied, biases on queries, keys and values.
+    """Returns the shape of a Qwen2: untied, with biases on queries, keys and values.
 
     Raises:
         ConfigError: heads do not divide hidden, or key/value heads do not divide heads.
@@ -56,10 +56,11 @@ def make_shape(
 def random_policy(
     shape: ModelShape, *, dtype: torch.dtype | None = None, **settings: Any
 ) -> Iterator[Policy]:
-    """A policy on the job's ranks; its process group ends with the context.
+    """Yields a policy on the job's ranks; its process group ends with the context.
 
-    `dtype`: by default float32 on CPU and bfloat16 on a GPU; `settings` are those of the config's
-    policy section.
+    Args:
+        dtype: by default float32 on a CPU and bfloat16 on a GPU.
+        settings: settings of the config's policy section.
     """
     ranks = init_ranks()
     config = PolicyConfig.model_validate({"distributed_optimizer": False} | settings)
@@ -68,7 +69,7 @@ def random_policy(
         yield Policy(
             shape,
             config=config,
-            # Gradients are compared after the step: it must not scale them down.
+            # The step must not clip the gradients, which are compared after it.
             optimizer_config=OptimizerConfig(clip_grad=1e9),  # pyright: ignore[reportCallIssue]
             dtype=dtype or (torch.bfloat16 if has_gpu() else torch.float32),
             temperature=0.7,
@@ -86,7 +87,7 @@ def random_policy(
 def make_group(
     *, vocab: int, prompt_tokens: int, response_tokens: int, group: int, seed: int = 0
 ) -> TrainGroup:
-    """A group of random tokens with advantages that sum to about zero."""
+    """Returns a group of random tokens with advantages whose mean is about zero."""
     rng = np.random.default_rng(seed)
 
     def tokens(num: int) -> np.ndarray:

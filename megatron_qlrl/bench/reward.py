@@ -1,7 +1,7 @@
-"""The scorer against a judge with a fixed latency, and the rules alone.
+"""Measures the scorer with a judge of fixed latency, and the rules alone.
 
-1,024 wrong answers -> the scorer of training -> HTTP -> a server of another process, which
-decides by the candidate's text after `latency_s`
+1,024 wrong answers -> the scorer of training -> HTTP -> a server in another process, which
+answers by the candidate's text after `latency_s`
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from megatron_qlrl.reward.score import Scorer, score_response
 from megatron_qlrl.types import Score
 
 _CONCURRENCIES = (1, 8, 64)
-# Source, gold, and final answers that are right and wrong, written as models write them.
+# Source, gold, and right and wrong final answers as models write them.
 _PLAIN = (
     ("musique", "Barack Obama", ("Barack Obama", "(George Bush)", "**barack obama**.")),
     ("docmath", "1234.5", ("1,234.5", "$1,234.50", "-1234.5", "(17%)")),
@@ -32,30 +32,32 @@ _PLAIN = (
 
 
 def bench_reward(*, samples: int, latency_s: float, in_flight: int, rounds: int) -> dict[str, Any]:
-    """`verdicts_per_s` with `in_flight` requests against `latency_s` (both sides of HTTP on this
-    machine, the best that is possible being in_flight / latency_s), the median of `rounds`;
-    `rule_answers_per_s` on one core, the best of short rounds: neighbours only slow it down;
-    `identical`, whether all scores are the same with 1, 8 and 64 in flight, and right.
+    """Returns `verdicts_per_s`, `rule_answers_per_s` and `identical`.
+
+    `verdicts_per_s` is the median of `rounds` with `in_flight` requests, both sides of HTTP on this
+    machine; at most in_flight / latency_s is possible. `rule_answers_per_s` on one core is the best
+    of short rounds, because other processes only slow it down. `identical` says whether all scores
+    are right and the same with 1, 8 and 64 requests in flight.
     """
     answers = [f"candidate {n}" for n in range(samples)]
     with _judge_server(latency_s) as url:
         rates = [_judged(url, answers, in_flight)[0] for _ in range(rounds)]
     with _judge_server(0.0) as url:
-        found = [_judged(url, answers, number)[1] for number in _CONCURRENCIES]
+        first, *others = (_judged(url, answers, number)[1] for number in _CONCURRENCIES)
     right = [float(_accepts(answer)) for answer in answers]
     return {
         "bench": "reward",
         "verdicts_per_s": median(rates),
         "rule_answers_per_s": max(_rule_rate() for _ in range(5 * rounds)),
-        "identical": all(scores == found[0] for scores in found)
-        and [score.value for score in found[0]] == right,
+        "identical": all(scores == first for scores in others)
+        and [score.value for score in first] == right,
         "shape": {"samples": samples, "latency_s": latency_s, "in_flight": in_flight},
         "machine": {"python": platform.python_version(), "device": "cpu"},
     }
 
 
 def _judged(url: str, answers: Sequence[str], in_flight: int) -> tuple[float, list[Score]]:
-    """Verdicts a second, and the scores."""
+    """Returns verdicts per second, and the scores."""
     config = JudgeConfig.model_validate({"urls": [url], "model": "bench", "concurrency": in_flight})
     with closing(Scorer(Judge(config, key=None))) as scorer:
         start = time.perf_counter()
@@ -69,14 +71,13 @@ def _judged(url: str, answers: Sequence[str], in_flight: int) -> tuple[float, li
             )
             for answer in answers
         ]
-        wait(futures)  # one awakening in place of one for each
+        wait(futures)  # this thread wakes once instead of once for each future
         scores = [future.result() for future in futures]
         return len(answers) / (time.perf_counter() - start), scores
 
 
 def _rule_rate(num: int = 20_000) -> float:
-    """Answers a second of CPU time by the rules on their plain paths: the clock would measure the
-    neighbours on a shared machine too."""
+    """Returns how many plain answers per second the rules score."""
     cases = [
         (source, gold, f"<think>hm</think>Therefore, the answer is {answer}")
         for source, gold, answers in _PLAIN
@@ -97,7 +98,7 @@ def _accepts(candidate: str) -> bool:
 
 @contextmanager
 def _judge_server(latency_s: float) -> Iterator[str]:
-    """Base URL of a server in a process of its own."""
+    """Yields the base URL of a server in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, latency_s), daemon=True)
@@ -121,7 +122,7 @@ def _serve(connection: Connection, latency_s: float) -> None:
 async def _answer(
     latency_s: float, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
-    """Chat completions over one HTTP/1.1 connection that stays open."""
+    """Answers chat completions over one HTTP/1.1 connection that stays open."""
     try:
         while True:
             head = (await reader.readuntil(b"\r\n\r\n")).lower()

@@ -1,4 +1,4 @@
-"""One long shared row through forward, backward and optimizer: does it fit, and what it costs."""
+"""Measures time and memory of one update on one long shared row."""
 
 import time
 from functools import partial
@@ -15,8 +15,8 @@ from megatron_qlrl.plan.flops import UPDATE_TO_FORWARD, block_flops, separate_fl
 def bench_row(
     shape: ModelShape, *, prompt_tokens: int, response_tokens: int, group: int, cp: int
 ) -> dict[str, Any]:
-    """Time and peak memory of every rank for one update on one row (no warm-up), with the model
-    FLOPs per second and what separate rows would have computed. The same on every rank."""
+    """Returns time and peak memory of every rank for one update on one row (without warm-up), model
+    FLOPs per second, and how many more FLOPs separate rows need. Every rank returns the same."""
     made = make_group(
         vocab=shape.vocab_size,
         prompt_tokens=prompt_tokens,
@@ -32,8 +32,8 @@ def bench_row(
             made, max_tokens=tokens, share_prompt=True, cost=partial(block_flops, shape)
         )
         assert [row.num_tokens for row in rows] == [tokens]
-        found: dict[str, float] = {}
-        cost = measure(lambda: found.update(policy.update(rows, LOSS, lr=1e-6)))
+        metrics: dict[str, float] = {}
+        cost = measure(lambda: metrics.update(policy.update(rows, LOSS, lr=1e-6)))
         costs = gather_objects(cost)
     flops = UPDATE_TO_FORWARD * block_flops(shape, prompt_tokens, lengths)
     return {
@@ -45,8 +45,8 @@ def bench_row(
         "model_flops": flops,
         "flops_per_s": flops / max(c.wall_s for c in costs),
         "flop_ratio": separate_flops(shape, prompt_tokens, lengths) * UPDATE_TO_FORWARD / flops,
-        "grad_norm": found["actor/grad_norm"],
-        "entropy": found["actor/entropy"],
+        "grad_norm": metrics["actor/grad_norm"],
+        "entropy": metrics["actor/entropy"],
         "build_s": built_s,
         **report({f"rank{i}": c for i, c in enumerate(costs)}),
     }

@@ -1,7 +1,7 @@
-"""One optimizer update: the prompt once for all responses against once for each.
+"""Measures one optimizer update with the prompt computed once, against once for each response.
 
-Both sides are the same code on the same tokens, and their gradients must agree. The separate
-side is our own packed path with its best micro-batch size.
+Both sides are the same code on the same tokens, and their gradients must agree. The separate side
+packs rows, too, with its best micro-batch size.
 """
 
 from collections.abc import Callable
@@ -26,10 +26,10 @@ def bench_update(
     group: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Medians of both sides, `speedup`, `flop_ratio`, `max_grad_rel_error`, `peak_memory_ratio`.
+    """Returns medians of both sides, `speedup`, `flop_ratio`, `peak_memory_ratio` and errors.
 
-    max_grad_rel_error is the largest norm of the difference over the norm of the gradient of
-    any parameter; grad_rel_error is that of all parameters together.
+    `grad_rel_error` is the norm of the gradients' difference over the norm of the gradient, of all
+    parameters together; `max_grad_rel_error` is the largest of any parameter.
     """
     made = make_group(
         vocab=shape.vocab_size,
@@ -42,7 +42,7 @@ def bench_update(
     shared = rows(max_tokens=each + response_tokens * (group - 1), share_prompt=True)
     separate = {n: rows(max_tokens=n * each, share_prompt=False) for n in (1, 2, 4) if n <= group}
     with random_policy(shape) as policy:
-        # At a rate of 0 the weights stay, and all rounds compute the same.
+        # With a learning rate of 0 the weights do not change, and all rounds compute the same.
         update = partial(policy.update, loss=LOSS, lr=0.0)
         measure(partial(update, shared))  # warm-up
         best = min(separate, key=lambda n: measure(partial(update, separate[n])).work_s)
@@ -70,8 +70,8 @@ def bench_update(
 def _difference(
     policy: Policy, left: Callable[[], Any], right: Callable[[], Any]
 ) -> tuple[float, float]:
-    """Relative difference of the gradients of two updates: of all together, and the largest of
-    any parameter."""
+    """Returns the relative difference of two updates' gradients: of all parameters together, and
+    the largest of any parameter."""
 
     def gradients(update: Callable[[], Any]) -> dict[str, torch.Tensor]:
         update()

@@ -1,8 +1,8 @@
-"""vLLM in the trainer's own process (`external_launcher`): the only importer of vllm.
+"""Runs vLLM in the trainer's own process (`external_launcher`); the only importer of vllm.
 
-World ranks [i * tp, (i + 1) * tp) form engine i. The engine starts with dummy weights and gets
-the trainer's through `awake`, which always puts it back to sleep, so that nothing can be
-generated with stale weights and the trainer finds its memory free again.
+World ranks [i * tp, (i + 1) * tp) form engine i. The engine starts with dummy weights and gets the
+trainer's through `awake`, which always puts it back to sleep, so that it never generates with stale
+weights and its memory is free for the trainer.
 
 The GPU part (sleep level 2, wake tags) has not been run on a GPU yet.
 """
@@ -44,19 +44,24 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """token_ids int32 [R] with the end token, logprobs float32 [R] after temperature (and,
-    with top_p < 1, renormalised over the nucleus), finished: ended by itself."""
+    """One sampled response.
+
+    Attributes:
+        token_ids: int32 [R], with the end token.
+        logprobs: float32 [R], at the temperature, and with top_p < 1 renormalised over the nucleus.
+        finished: whether the response ended by itself.
+    """
 
     token_ids: np.ndarray
     logprobs: np.ndarray
     finished: bool
 
 
-# Yields the number of a request and its response as soon as that one is complete.
 Generate = Callable[[Sequence[Request], Sampling], Iterator[tuple[int, Completion]]]
+"""Yields the number of a request and its response as soon as the response is complete."""
 STOP_EVERY = 16
-"""The engine asks whether to stop every so many steps. A step makes a token of each response, or
-reads some thousand tokens of prompts."""
+"""The number of engine steps after which the ranks ask each other whether to stop. A step samples
+one token of each response, or reads some thousand tokens of prompts."""
 _NO_COUNTS = {"prefill_tokens": 0.0, "prefill_s": 0.0, "decode_tokens": 0.0, "decode_s": 0.0}
 
 
@@ -79,12 +84,14 @@ class VllmEngine:
         seed: int,
         give_up: Callable[[], str],
     ) -> None:
-        """`manifest`: the Hugging Face tensors with shapes that every weight update must bring,
-        the LM head among them also where the model ties it to the embedding. `positions`: fields of
-        config.json that say how many there are and how RoPE is scaled, which win over the
-        folder's. `give_up`: asked while it generates; this rank's reason to stop, or "".
+        """`set_engine_env` must have run before the first engine of the process is made.
 
-        `set_engine_env` must have run before the first engine of the process is made.
+        Args:
+            manifest: names and shapes of the Hugging Face tensors that every weight update must
+                hold, including the LM head of a model that ties it to the embedding.
+            positions: fields of config.json on the number of positions and on RoPE scaling, which
+                replace the folder's.
+            give_up: returns this rank's reason to stop, or ""; called during generation.
         """
         from vllm import LLM
         from vllm.distributed import get_tp_group
@@ -125,8 +132,8 @@ class VllmEngine:
 
         Raises:
             SyncError: a tensor is missing, unknown, doubled or of another shape, or the engine
-                cannot load it. An engine that then fails to sleep, too, does not hide it.
-            StopRequested: (by `generate`) a rank of this engine had a reason to give up.
+                cannot load it. If the engine then also fails to sleep, this error is still raised.
+            StopRequested: (by `generate`) a rank of this engine has a reason to stop.
         """
         self._wake("weights")
         try:
@@ -137,13 +144,13 @@ class VllmEngine:
             try:
                 self._sleep()
             finally:
-                # Half awake it may fail to sleep: what went wrong first is what has to be known.
+                # A half awake engine may fail to sleep; the first error is the one to report.
                 raise first
         self._sleep()
 
     def close(self) -> None:
-        """Ends the engine. vLLM destroys every process group on the way, ours too, so this is
-        the last thing a run does; left to the interpreter's exit it fails with a stack trace."""
+        """Ends the engine. vLLM then destroys every process group, including the trainer's, so this
+        is the last thing a run does. Without it, the interpreter's exit shows a stack trace."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def _reload(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -161,8 +168,8 @@ class VllmEngine:
 
     def _wake(self, part: str) -> None:
         if has_gpu():
-            # torch keeps what the update and the stream have freed; the engine takes its memory
-            # from the device. Not run on a GPU yet.
+            # torch must return what the update and the stream have freed, because the engine takes
+            # its memory from the device. Not run on a GPU yet.
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=[part])
 
@@ -192,10 +199,10 @@ class VllmEngine:
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
-        # Cached prefixes may be of other weights; without them the responses depend on these
+        # Cached prefixes may come from other weights; without them the responses depend on these
         # requests alone.
         self._llm.reset_prefix_cache()
-        # The engine's own loop: `LLM.generate` hands out nothing before the last one is done.
+        # `LLM.generate` would return nothing before the last response is complete.
         engine = self._llm.llm_engine
         for number, request in enumerate(requests):
             engine.add_request(
@@ -214,7 +221,7 @@ class VllmEngine:
             )
         left = {str(number) for number in range(len(requests))}
         steps = itertools.count()
-        # Past what sends other packages' messages to a file.
+        # The original stderr, because messages of other packages are sent to a file.
         with tqdm(
             total=len(requests), desc="responses", disable=not self._progress, file=sys.__stderr__
         ) as bar:
@@ -234,7 +241,7 @@ class VllmEngine:
                     bar.update()
 
     def _step(self, engine: Any) -> list[Any]:
-        """One step of the engine, timed as prefill where a prompt is read in it."""
+        """Runs one step of the engine; its time counts as prefill if it reads a prompt."""
         scheduler = engine.engine_core.engine_core.scheduler
         reading = any(r.num_computed_tokens < r.num_prompt_tokens for r in scheduler.running)
         waiting = len(scheduler.waiting)
@@ -245,22 +252,22 @@ class VllmEngine:
         return outputs
 
     def take_counts(self) -> dict[str, float]:
-        """Tokens read (without those that the prefix cache held) and generated, and the seconds of
-        either, since the last call; all 0 on ranks that do not lead their engine."""
+        """Returns the tokens read (without those in the prefix cache) and generated, and the
+        seconds of both, since the last call; all are 0 on ranks that do not lead their engine."""
         taken, self._counts = self._counts, dict(_NO_COUNTS)
         return taken if self.leads else dict(_NO_COUNTS)
 
     def _reason_to_stop(self) -> str:
-        """That of any rank of this engine: they step together, so they stop together."""
-        told = gather_objects(self._give_up(), self._ranks)
-        return next(filter(None, told), "")
+        """Returns a reason of any rank of this engine, or "": all ranks stop at the same step."""
+        reasons = gather_objects(self._give_up(), self._ranks)
+        return next(filter(None, reasons), "")
 
 
 def _platform_settings(max_model_len: int) -> dict[str, Any]:
     if has_gpu():
         return {"enable_sleep_mode": True}
-    # A seeded request whose prefill is cut into chunks fails on CPU ("CPU Generator does not
-    # use offset"): every prompt is computed in one go.
+    # A seeded request whose prefill is split into chunks fails on CPU ("CPU Generator does not use
+    # offset"), so every prompt is computed in one step.
     return {
         "enforce_eager": True,
         "enable_chunked_prefill": False,
