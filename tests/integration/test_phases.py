@@ -57,6 +57,17 @@ def test_phases_see_their_lengths_layouts_and_settings(whole: Any, read_jsonl: A
     assert long["batch/expired_groups"] == short["batch/held_groups"]
 
 
+def test_parts_of_the_steps_sum_to_them(whole: Any, read_jsonl: Any) -> None:
+    """Within 2 %. Checkpoints and evaluations lie between steps."""
+    run, _ = whole
+    lines = [m for m in read_jsonl(run / "metrics.jsonl") if "timing_s/step" in m]
+    parts = ("update_weights", "gen", "reward", "adv", "ref", "old_log_prob", "update_actor")
+    known = {f"timing_s/{name}" for name in (*parts, "step", "save_checkpoint")}
+    assert {n for m in lines for n in m if n.startswith("timing_s/")} <= known
+    steps = sum(m["timing_s/step"] for m in lines)
+    assert 0.98 * steps < sum(m.get(f"timing_s/{p}", 0.0) for m in lines for p in parts) <= steps
+
+
 def test_prompts_beyond_the_last_phase_are_reported(whole: Any) -> None:
     _, done = whole
     report = "longer than every phase allows (500 tokens) and are left out (train: "
