@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_qlrl import __version__
+from megatron_qlrl.advantage.apply import with_advantages
 from megatron_qlrl.advantage.filters import has_spread
-from megatron_qlrl.advantage.groups import with_advantages
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.config.shape import ModelShape, hf_shapes, read_shape
 from megatron_qlrl.curriculum.curriculum import Curriculum

@@ -1,6 +1,6 @@
 """One frozen record per stage of the data flow.
 
-    Prompt -> Rollout -> ScoredGroup -> TrainGroup -> PackedRow -> MicroBatch -> StepReport
+    Prompt -> Rollout -> ScoredGroup -> TrainGroup -> PackedRow -> MicroBatch
 
 `[P]`, `[R]`, `[T]` stand for prompt, response and row tokens; `G` for the responses of one
 prompt. Token ids are numpy int32 (a list of Python ints costs nine times the memory).
@@ -233,11 +233,3 @@ class MicroBatch:
     target_ids: np.ndarray
     slots: np.ndarray
     columns: Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Metrics of one step by verl's names, the same on every rank."""
-
-    step: int
-    metrics: Mapping[str, float]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_policy import FakePolicy, make_trainer
 
-from megatron_qlrl.advantage.groups import with_advantages
+from megatron_qlrl.advantage.apply import with_advantages
 from megatron_qlrl.config.schema import AlgorithmConfig, CurriculumConfig, StabilityConfig
 from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.curriculum.sampler import Sampler

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_qlrl.advantage.groups import with_advantages
+from megatron_qlrl.advantage.apply import with_advantages
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
 
 
