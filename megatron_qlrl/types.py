@@ -110,7 +110,7 @@ class ScoredGroup:
 
     @property
     def weight_version(self) -> int:
-        """Of the weights that sampled the group; all its responses have the same."""
+        """Version of the weights that sampled the group, the same for all its responses."""
         return self.rollouts[0].weight_version
 
     @property

@@ -33,9 +33,9 @@ from megatron_qlrl.rollout.seeds import token_seed
 from megatron_qlrl.types import Prompt
 
 GIVE_UP_AFTER = 16
-"""So many samples failed in a row: the teacher is gone, and what there is stays in the journal."""
+"""When this many samples in a row have failed, the teacher is taken for gone."""
 
-# (row number, sample) -> the teacher's answer; None when it could not be had.
+# (row number, sample) -> the teacher's answer, or None where it gave none.
 Ask = Callable[[int, int], Awaitable[Sample | None]]
 
 
@@ -45,8 +45,8 @@ def output_files(out: Path) -> tuple[Path, Path, Path]:
 
 
 def run_distill(config: Config, out: Path) -> None:
-    """Writes the SFT parquet and the report, and prints the report; the journal is what a second
-    start goes on from.
+    """Writes the SFT parquet and the report, and prints the report. A second start continues from
+    the journal.
 
     Raises:
         DataError: rows cannot be used, the teacher is gone, or nothing was kept.
@@ -64,7 +64,7 @@ def run_distill(config: Config, out: Path) -> None:
         "teacher": settings.teacher.model,
         **settings.model_dump(include={"temperature", "top_p", "max_response_tokens"}),
     }
-    # More samples or another length limit may be asked for later of the same journal.
+    # Not in it: a later start may ask for more samples or another length limit.
     with (
         closing(take_lock(out.with_name(out.name + ".lock"), what=str(out))),
         closing(Journal(output_files(out)[1], identity)) as journal,
@@ -105,10 +105,7 @@ async def _collect(
 
         async def ask(number: int, sample: int) -> Sample | None:
             prompt = prompts[number]
-            seed = token_seed(
-                run_seed=config.run.seed, step=0, prompt_uid=prompt.uid, sample=sample
-            )
-            found = await teacher.answer(
+            answer = await teacher.answer(
                 session,
                 {
                     # The teacher's server makes the tokens.
@@ -119,12 +116,12 @@ async def _collect(
                     "temperature": settings.temperature,
                     "top_p": settings.top_p,
                     "max_tokens": settings.max_response_tokens,
-                    "seed": seed,
+                    "seed": token_seed(config.run.seed, 0, prompt.uid, sample),
                 },
             )
-            if found is None:
+            if answer is None:
                 return None
-            text, finished = found
+            text, finished = answer
             text = fit_reasoning(text, reasoning_open=prompt.reasoning_open)
             return Sample(prompt.uid, sample, text, finished)
 
@@ -169,9 +166,9 @@ async def collect(
     async def work() -> None:
         nonlocal failed, failed_in_row
         for number, sample in missing:  # shared: every worker takes the next one
-            found = await ask(number, sample)
-            if found is not None:
-                journal.add(found)
+            answer = await ask(number, sample)
+            if answer is not None:
+                journal.add(answer)
                 failed_in_row = 0
                 continue
             failed += 1
@@ -211,14 +208,14 @@ def select(
     seen: set[tuple[str, str]] = set()
     by_uid = {prompt.uid: number for number, prompt in enumerate(prompts)}
     order = sorted((by_uid[uid], sample) for uid, sample in journal.samples if uid in by_uid)
-    found = {key: journal.samples[prompts[key[0]].uid, key[1]] for key in order}
+    answers = {key: journal.samples[prompts[key[0]].uid, key[1]] for key in order}
     # All at once: the judge has many requests in flight.
     scores = {
         key: scorer.score(prompts[key[0]], sample.response)
-        for key, sample in found.items()
+        for key, sample in answers.items()
         if sample.finished
     }
-    for key, sample in found.items():
+    for key, sample in answers.items():
         prompt, row = prompts[key[0]], rows[key[0]]
         score = scores[key].result() if key in scores else None
         same = (json.dumps(row["prompt"], sort_keys=True), sample.response.strip())

@@ -43,8 +43,8 @@ class Teacher:
     async def answer(
         self, session: aiohttp.ClientSession, request: Mapping[str, Any]
     ) -> tuple[str, bool] | None:
-        """(the response after the generation prompt, whether it ended by itself); None when
-        there is none to be had."""
+        """Returns the response after the generation prompt and whether it ended by itself, or None
+        where no server gave one."""
         try:
             body = await self._retrying.wraps(self._post)(session, request)
             return read_answer(body)
@@ -58,8 +58,8 @@ class Teacher:
 
 
 def read_answer(body: bytes) -> tuple[str, bool]:
-    """Response and whether it is whole, of a chat completion. Servers that part the reasoning from
-    the content (`reasoning` or `reasoning_content`) get them joined by the closing tag.
+    """Returns the response of a chat completion and whether it is whole. Where the server separates
+    reasoning (`reasoning` or `reasoning_content`) from content, the closing tag joins them.
 
     Raises:
         NoVerdict: the body is no chat completion.
@@ -81,8 +81,8 @@ def read_answer(body: bytes) -> tuple[str, bool]:
 
 
 def fit_reasoning(response: str, *, reasoning_open: bool) -> str:
-    """A teacher's response as what follows the student's generation prompt: without `<think>` where
-    the prompt has opened it already, and with it where the response closes what nobody opened."""
+    """Returns a teacher's response as it follows the student's generation prompt: without `<think>`
+    where the prompt opens it, with `<think>` where the response closes what nobody opened."""
     if reasoning_open:
         return response.lstrip().removeprefix("<think>").lstrip("\n")
     closes = "</think>" in response and "<think>" not in response
