@@ -14,7 +14,7 @@ def with_advantages(
 ) -> list[TrainGroup]:
     """Groups with the advantages of their rewards, which are shaped by length if there is a
     buffer (`shaped_rewards`). Responses without a verdict are left out."""
-    train_groups = []
+    train_groups: list[TrainGroup] = []
     for group in groups:
         rewards = group.rewards
         if buffer_tokens is not None:

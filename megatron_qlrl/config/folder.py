@@ -4,6 +4,7 @@ the headers of its files."""
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -92,8 +93,8 @@ def end_tokens(folder: Path) -> list[int]:
         ConfigError: they are no token ids.
     """
     file = folder / "generation_config.json"
-    ids = read_json(file).get("eos_token_id") if file.is_file() else None
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    ids: Any = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = cast("list[Any]", ids) if isinstance(ids, list) else [] if ids is None else [ids]
     if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise ConfigError(
             f"{file}: eos_token_id is {short(ids)}, and must be a token id or a list of them; copy "
@@ -119,12 +120,12 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
                 "safetensors format (.bin and .pt files are not read)"
             )
         return {file: set() for file in all_held}
-    tensors = read_json(index).get("weight_map")
-    if not isinstance(tensors, dict) or not tensors:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map from tensors to files; {_AGAIN}")
     here = {file.name for file in folder.iterdir() if file.is_file()}
     files: dict[Path, set[str]] = {}
-    for tensor, name in tensors.items():
+    for tensor, name in cast("dict[str, Any]", weight_map).items():
         if not isinstance(name, str) or name not in here:
             raise CheckpointError(
                 f"{index}: tensor {short(tensor)} is in {short(name)}, which is no file in this "
@@ -137,7 +138,8 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
 def _header(file: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
     """Each tensor's name with its type and shape."""
     try:
-        with safe_open(file, framework="numpy") as tensors:
+        opened: Any = safe_open(file, framework="numpy")
+        with opened as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 piece = tensors.get_slice(name)
                 yield name, (piece.get_dtype(), tuple(piece.get_shape()))

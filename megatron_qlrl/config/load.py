@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -74,7 +74,7 @@ def _check_size(text: str, where: str) -> None:
     sizes: dict[str | None, int] = {}  # values below an anchor
     open_nodes: list[tuple[str | None, int]] = []
     count = 0
-    for event in yaml.parse(text, Loader=loader):
+    for event in cast("Iterator[Any]", yaml.parse(text, Loader=loader)):  # pyright: ignore
         if isinstance(event, yaml.NodeEvent):
             count += sizes.get(event.anchor, 0) if isinstance(event, yaml.AliasEvent) else 1
         if isinstance(event, yaml.CollectionStartEvent):
@@ -106,10 +106,10 @@ def _check_references(value: Any, where: str = "") -> None:
         ConfigError: naming the setting.
     """
     if isinstance(value, dict):
-        for key, inner in value.items():
+        for key, inner in cast("dict[Any, Any]", value).items():
             _check_references(inner, f"{where}.{key}" if where else str(key))
     elif isinstance(value, list):
-        for index, inner in enumerate(value):
+        for index, inner in enumerate(cast("list[Any]", value)):
             _check_references(inner, f"{where}.{index}")
     elif isinstance(value, str) and _NO_REFERENCE.search(value):
         raise ConfigError(

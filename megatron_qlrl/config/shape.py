@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -240,7 +240,7 @@ def read_json(file: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise ConfigError(f"{file} holds a {type(value).__name__}, expected a JSON object")
-    return value
+    return cast("dict[str, Any]", value)
 
 
 def padded_vocab(vocab_size: int, tp: int) -> int:
@@ -286,7 +286,7 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 def _architecture(hf: Mapping[str, Any], where: str) -> str:
     names = hf.get("architectures")
-    name = names[0] if isinstance(names, list) and names else names
+    name = cast("Any", names[0] if isinstance(names, list) and names else names)
     if name not in ARCHITECTURES:
         raise ConfigError(
             f"{where}: model architecture {short(name) if name else '(none)'} is not supported; "
@@ -297,8 +297,10 @@ def _architecture(hf: Mapping[str, Any], where: str) -> str:
             raise ConfigError(f"{where} has {key}={short(hf[key])}, which is not supported: {why}")
     if name != "Qwen2ForCausalLM" and hf.get("attention_bias"):
         raise ConfigError(f"{where}: {name} with attention_bias=true is not supported")
-    layers = hf.get("layer_types") or []
-    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+    layers = cast("Any", hf.get("layer_types") or [])
+    if not isinstance(layers, list) or any(
+        kind != "full_attention" for kind in cast("list[Any]", layers)
+    ):
         raise ConfigError(
             f"{where} has layer_types={short(layers)}, which is not supported: every layer must "
             "attend to the whole context (full_attention)"

@@ -47,7 +47,7 @@ class _Step:
     size: int
     kept: list[ScoredGroup]
     num_waited: int
-    generated: list[ScoredGroup] = field(default_factory=list)
+    generated: list[ScoredGroup] = field(default_factory=list[ScoredGroup])
     rounds: int = 0
 
 

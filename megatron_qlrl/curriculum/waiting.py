@@ -15,7 +15,7 @@ _ARRAYS = {"token_ids": np.int32, "engine_logprobs": np.float32, "old_logprobs":
 def encode_group(group: ScoredGroup) -> dict[str, Any]:
     """A group with its old log-probs; the prompt by its uid. About 16 bytes a token."""
     assert group.old_logprobs is not None
-    responses = []
+    responses: list[dict[str, Any]] = []
     for rollout, score, old in zip(group.rollouts, group.scores, group.old_logprobs, strict=True):
         fields = vars(rollout) | {"old_logprobs": old}
         arrays = {name: _encode(fields[name], kind) for name, kind in _ARRAYS.items()}
@@ -25,7 +25,9 @@ def encode_group(group: ScoredGroup) -> dict[str, Any]:
 
 def decode_group(saved: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> ScoredGroup:
     """The group that `encode_group` was given; `prompts` by uid."""
-    rollouts, scores, old_logprobs = [], [], []
+    rollouts: list[Rollout] = []
+    scores: list[Score] = []
+    old_logprobs: list[np.ndarray] = []
     for response in saved["responses"]:
         fields: dict[str, Any] = {k: v for k, v in response.items() if k != "score"}
         for name, kind in _ARRAYS.items():

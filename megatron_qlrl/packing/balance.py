@@ -77,7 +77,7 @@ def _search(sizes: Sequence[int], *, num_bins: int, cap: int) -> list[list[int]]
         nonlocal tries
         if depth == len(order):
             return True
-        item, seen = order[depth], set()
+        item, seen = order[depth], set[int]()
         for b in range(num_bins):
             if room[b] < sizes[item] or room[b] in seen or tries == 0:
                 continue

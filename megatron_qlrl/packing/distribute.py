@@ -39,12 +39,12 @@ def make_rows(
     loss_weights = token_loss_weights(groups, aggregation, constant_tokens=constant_tokens)
     parts = split_groups(groups, max_tokens=max_tokens, share_prompts=share_prompts)
     sizes = [part_tokens(groups, part) for part in parts]
-    costs = []
+    costs: list[float] = []
     for index, samples in parts:
         group = groups[index]
         lengths = [len(group.responses[k].token_ids) for k in samples]
         costs.append(cost(len(group.prompt_ids), lengths))
-    result = []
+    result: list[list[PackedRow]] = []
     for share in balance(costs, num_bins=num_ranks):
         rows = fill([costs[i] for i in share], [sizes[i] for i in share], cap=max_tokens)
         members = [[parts[share[i]] for i in row] for row in rows]

@@ -106,7 +106,7 @@ def build_row(
         tokens.append(group.prompt_ids)
         positions.append(np.arange(num_prompt))
         cursor += num_prompt
-        ranges = []
+        ranges: list[tuple[int, int]] = []
         for k in samples:
             response = group.responses[k]
             n = len(response.token_ids)

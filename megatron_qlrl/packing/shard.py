@@ -50,7 +50,7 @@ def _spans(block: Block) -> list[tuple[int, int]]:
 
 def _chunks(row: PackedRow, cp_size: int, rank: int) -> list[tuple[int, tuple[int, int], int, int]]:
     """(block index, span, start, end) of the non-empty chunks of `rank`, in local order."""
-    found = []
+    chunks: list[tuple[int, tuple[int, int], int, int]] = []
     for index, block in enumerate(row.blocks):
         for span in _spans(block):
             bounds = [
@@ -59,8 +59,8 @@ def _chunks(row: PackedRow, cp_size: int, rank: int) -> list[tuple[int, tuple[in
             own = [(bounds[i], bounds[i + 1]) for i in (rank, 2 * cp_size - 1 - rank)]
             if own[0][1] == own[1][0]:  # neighbours (always so at cp 1): one chunk
                 own = [(own[0][0], own[1][1])]
-            found += [(index, span, start, end) for start, end in own if start < end]
-    return found
+            chunks += [(index, span, start, end) for start, end in own if start < end]
+    return chunks
 
 
 def _positions(chunks: list[tuple[int, tuple[int, int], int, int]]) -> np.ndarray:

@@ -144,10 +144,8 @@ def _changed(config: Config, changes: Changes) -> Config:
 
 
 def _difference(before: Config, after: Config) -> dict[str, Any]:
-    changes = {}
+    changes: dict[str, Any] = {}
     for section in ("policy", "rollout", "optimizer"):
-        old, new = getattr(before, section), getattr(after, section)
-        for name in type(old).model_fields:
-            if getattr(old, name) != getattr(new, name):
-                changes[f"{section}.{name}"] = getattr(new, name)
+        old, new = dict(getattr(before, section)), dict(getattr(after, section))
+        changes |= {f"{section}.{k}": value for k, value in new.items() if value != old[k]}
     return changes

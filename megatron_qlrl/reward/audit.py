@@ -4,13 +4,16 @@ time.
 rows (streamed) -> the scorer of training -> rows with their score, in order -> counts by source
 """
 
+# pyarrow has no types.
+# pyright: basic
+
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megatron_qlrl.errors import ConfigError, DataError
 from megatron_qlrl.reward.extract import final_text
@@ -51,8 +54,8 @@ class Tally:
 class Audit:
     """The result of an audit; `bad` holds one line for each row that could not be scored."""
 
-    sources: dict[str, Tally] = field(default_factory=dict)
-    bad: list[str] = field(default_factory=list)
+    sources: dict[str, Tally] = field(default_factory=dict[str, Tally])
+    bad: list[str] = field(default_factory=list[str])
 
     def table(self) -> str:
         """Returns a table of the counts by source and in total. `rule` and `judge` count the
@@ -187,7 +190,7 @@ def _json_row(line: bytes) -> Row:
         raise DataError(f"not readable as JSON: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"a {type(row).__name__}, expected a JSON object")
-    return row
+    return cast("Row", row)
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Callable[[], Row]]]:

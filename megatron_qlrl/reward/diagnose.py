@@ -47,7 +47,7 @@ class BatchWatch:
         self._warn = warn
         self._counts: deque[Counter[str]] = deque(maxlen=WINDOW)
         self._is_first = True
-        self._told = ""
+        self._told: str = ""
 
     def observe(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """Records the groups that were generated in a step; a step without any is left out."""

@@ -6,7 +6,7 @@ at 2.2 ms of CPU each, httpx fewer, and aiohttp 1,160 at 0.17 ms.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,7 +116,7 @@ class Endpoints:
         return iter(self._all)
 
     @contextmanager
-    def use(self) -> Iterator[Endpoint]:
+    def use(self) -> Generator[Endpoint, None, None]:
         """Yields the server for one request. If all rest, it is the one whose rest ends first."""
         now = self._clock()
         awake = [e for e in self._all if e.resting_until <= now]

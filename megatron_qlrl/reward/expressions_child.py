@@ -4,6 +4,9 @@ It runs as a script whose argument is the time limit of one expression in second
 default action ends the process even inside C code, and also if the parent has ended.
 """
 
+# math-verify has no types.
+# pyright: basic
+
 import logging
 import math
 import resource

@@ -21,8 +21,12 @@ class Number:
 _PLAIN = re.compile(r"-?\$?(?:[0-9]{1,15}|[0-9]{1,3}(?:,[0-9]{3}){1,4})(?:\.[0-9]{1,15})?")
 _SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 # These count only with a currency: "1.5 m" without one may be metres.
-_MONEY_SCALES = {"k": 1e3} | dict.fromkeys(("m", "mm", "mn", "mln"), 1e6)
-_MONEY_SCALES |= dict.fromkeys(("b", "bn"), 1e9) | dict.fromkeys(("t", "tn"), 1e12)
+_MONEY_SCALES = (
+    {"k": 1e3}
+    | dict.fromkeys(("m", "mm", "mn", "mln"), 1e6)
+    | dict.fromkeys(("b", "bn"), 1e9)
+    | dict.fromkeys(("t", "tn"), 1e12)
+)
 _SAME_CHARS = str.maketrans({"−": "-", "–": "-", "‐": "-"})
 _LATEX_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,)(?=[0-9]{3})")
 _LATEX_SPACE = re.compile(r"\\[,!;: ]|(?<=\w)~(?=\w)")
