@@ -134,11 +134,7 @@ def _check_config(config: Config, world_size: int) -> None:
     for command, used in uses.items():
         if used:
             _check_files(config, command)
-    shape = read_shape(config.model.path, rope_scaling=config.model.rope_scaling)
-    check_folder(config.model.path, shape)
-    for phase in config.phase_configs():
-        checks.check_layout(phase, shape, world_size=world_size)
-        checks.check_machine(phase, processes=world_size, num_gpus=local.num_gpus())
+    _check_layouts(config.phase_configs(), world_size=world_size, here=world_size)
     _check_judge(config)
 
 
@@ -199,18 +195,24 @@ def check_command(command: checks.Command, config: Config, world_size: int) -> N
     """Checks all that can be checked before `world_size` ranks start.
 
     Raises:
-        QlrlError: naming what does not fit.
+        QlrlError: something does not fit. The message says what.
     """
     _check_files(config, command)
-    shape = read_shape(config.model.path, rope_scaling=config.model.rope_scaling)
-    check_folder(config.model.path, shape)
     # Under torchrun and srun the job may span machines, and how many ranks run here is not known.
     here = world_size if read_ranks().world_size == 1 else 1
-    for phase in _phases(command, config):
-        checks.check_layout(phase, shape, world_size=world_size)
-        checks.check_machine(phase, processes=here, num_gpus=local.num_gpus())
+    _check_layouts(_phases(command, config), world_size=world_size, here=here)
     checks.check_run_dir(config)
     _check_judge(config)
+
+
+def _check_layouts(phases: list[Config], *, world_size: int, here: int) -> None:
+    """Checks the model and each phase's layout, for `world_size` ranks, `here` on this machine."""
+    model = phases[0].model
+    shape = read_shape(model.path, rope_scaling=model.rope_scaling)
+    check_folder(model.path, shape)
+    for phase in phases:
+        checks.check_layout(phase, shape, world_size=world_size)
+        checks.check_machine(phase, processes=here, num_gpus=local.num_gpus())
 
 
 def _check_files(config: Config, command: checks.Command) -> None:

@@ -16,13 +16,14 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
 from megatron_qlrl.errors import ConfigError, RewardError
+from megatron_qlrl.launch.local import received
 
 POLL_S = 0.2
+STOPS = (signal.SIGINT, signal.SIGTERM)
 TAIL_LINES = 20
 GRACE_S = 20.0
 """The time between SIGTERM to the server and SIGKILL to all its processes."""
@@ -69,7 +70,7 @@ def serve(
     local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{f'[{local}]' if ':' in local else local}:{port}"
     key = {} if key_file is None else {"VLLM_API_KEY": read_key(key_file)}
-    with _signals() as signals, _server(command, key) as server:
+    with received(STOPS) as signals, _server(command, key) as server:
         output = _Output(server)
         deadline = time.monotonic() + limit_s
         while not _healthy(url):
@@ -151,22 +152,6 @@ def _server(command: list[str], key: Mapping[str, str]) -> Iterator[subprocess.P
         guard.wait()
         if server is not None:
             server.wait()
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Yields a list to which SIGINT and SIGTERM are appended as they arrive."""
-    received: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(number)
-
-    before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def read_key(file: Path) -> str:

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -66,14 +67,11 @@ def launch(
         0, the exit code of the first failing rank, 128 + n after signal n, or STOPPED if all ranks
         ended with it.
     """
-    signals: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        signals.append(number)
-
-    before = {n: signal.signal(n, note) for n in heard_signals()}
     children: list[Child] = []
-    with tempfile.TemporaryDirectory(prefix="qlrl_") as name:
+    with (
+        received(heard_signals()) as signals,
+        tempfile.TemporaryDirectory(prefix="qlrl_") as name,
+    ):
         folder = Path(name)
         try:
             for env in _environments(processes, folder):
@@ -81,8 +79,23 @@ def launch(
             return _watch(children, signals, folder, saves=saves)
         finally:
             _kill(children)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def received(numbers: Iterable[signal.Signals]) -> Iterator[list[int]]:
+    """Yields a list to which these signals are appended as they arrive, instead of their usual
+    effect."""
+    signals: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def report_error(message: str, rank: int) -> bool:

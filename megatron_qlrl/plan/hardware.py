@@ -1,7 +1,6 @@
-"""Names every number that a plan assumes about a GPU and the software on it. None was measured
-for this package unless its comment says so."""
+"""Names every number that a plan assumes about a GPU and the software on it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_qlrl.errors import ConfigError
 
@@ -40,16 +39,17 @@ class Hardware:
     fp8_flops: float
     bandwidth: float
     nvlink: float = 450e9
-    network: float = 50e9
-    host_copy: float = 5e9
-    pinned_copy: float = 20e9
     gpus_per_node: int = 8
+    # From here on nothing was measured for this package.
     training_efficiency: float = 0.45
-    link_efficiency: float = 0.70
     fp8_efficiency: float = 0.35
+    link_efficiency: float = 0.70
     prefill_efficiency: float = 0.45
     decode_efficiency: float = 0.60
     decode_step_s: float = 0.005
+    network: float = 50e9
+    host_copy: float = 5e9
+    pinned_copy: float = 20e9
     framework_bytes: float = 3 * GIB
     fragmentation: float = 0.05
     asleep_bytes: float = 2 * GIB
@@ -57,24 +57,10 @@ class Hardware:
 
     def assumptions(self) -> dict[str, float]:
         """Returns the numbers that nobody measured for this package, by name."""
-        return {name: float(getattr(self, name)) for name in ASSUMED}
+        names = [field.name for field in fields(self)]
+        assumed = names[names.index("training_efficiency") :]
+        return {name: float(getattr(self, name)) for name in assumed}
 
-
-ASSUMED = (
-    "training_efficiency",
-    "fp8_efficiency",
-    "link_efficiency",
-    "prefill_efficiency",
-    "decode_efficiency",
-    "decode_step_s",
-    "network",
-    "host_copy",
-    "pinned_copy",
-    "framework_bytes",
-    "fragmentation",
-    "asleep_bytes",
-    "engine_bytes",
-)
 
 # Peaks, bandwidth and NVLink: NVIDIA's H100 and H200 data sheets (SXM, dense = half of the figure
 # "with sparsity"); network: one 400 Gbit/s adapter for each GPU, as in a DGX H100. Memory: what

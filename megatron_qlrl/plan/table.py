@@ -9,7 +9,7 @@ from rich.table import Table
 
 from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.plan.advise import Option
-from megatron_qlrl.plan.hardware import ASSUMED, GIB, Hardware
+from megatron_qlrl.plan.hardware import GIB, Hardware
 from megatron_qlrl.plan.memory import Peak, stage_parameters
 from megatron_qlrl.plan.phase import Cluster, PhasePlan
 
@@ -73,8 +73,7 @@ def options_table(name: str, options: Sequence[Option], cluster: Cluster) -> str
 
 def assumptions_line(hardware: Hardware) -> str:
     """Returns the plan's assumptions as text."""
-    values = hardware.assumptions()
-    numbers = ", ".join(f"{name} {_short(values[name])}" for name in ASSUMED)
+    numbers = ", ".join(f"{name} {_short(value)}" for name, value in hardware.assumptions().items())
     return fill(f"Assumed, not measured: {numbers}", width=100)
 
 

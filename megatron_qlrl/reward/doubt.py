@@ -9,8 +9,8 @@ import re
 
 _MAX_BEFORE_CHARS = 300
 _MAX_BEHIND_CHARS = 2000
-"""Of a longer text only this many characters at each end are read: words that retract an answer
-stand near it or at the end."""
+"""A longer text is read only this far from each end: words that retract an answer stand near it or
+at the end."""
 
 # "n't" of any verb; "may" only in small letters, because May is a month.
 _DENIALS = re.compile(

@@ -160,13 +160,13 @@ def check_sources(prompts: Sequence[Prompt]) -> None:
         DataError: some have none. The message names them all, with their number of rows.
     """
     counts = Counter(prompt.data_source for prompt in prompts)
-    unknown = [f"{source!r} ({n} rows)" for source, n in counts.items() if not _has_rule(source)]
+    unknown = [
+        f"{source!r} ({n} rows)"
+        for source, n in counts.items()
+        if not any(name in source.lower() for name in RULE_OF_SOURCE)
+    ]
     if unknown:
         raise DataError(
             f"no reward rule for data_source {', '.join(sorted(unknown))}; the name must contain "
             f"one of: {', '.join(RULE_OF_SOURCE)}. Rename data_source in the parquet files"
         )
-
-
-def _has_rule(data_source: str) -> bool:
-    return any(name in data_source.lower() for name in RULE_OF_SOURCE)
