@@ -5,15 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
-from tenacity import (
-    AsyncRetrying,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_random_exponential,
-)
 
 from megatron_qlrl.config.schema import TeacherConfig
-from megatron_qlrl.reward.endpoint import Endpoint, EndpointFailure, Endpoints
+from megatron_qlrl.reward.endpoint import EndpointFailure, Endpoints, retrying
 from megatron_qlrl.reward.verdict import NoVerdict
 
 MAX_REPLY_BYTES = 2**24
@@ -26,19 +20,8 @@ class Teacher:
     def __init__(self, config: TeacherConfig, *, key: str | None) -> None:
         self.last_failure = ""
         self._config = config
-        self._endpoints = Endpoints(
-            [
-                Endpoint(url, key=key, timeout_s=config.timeout_s, max_bytes=MAX_REPLY_BYTES)
-                for url in config.urls
-            ],
-            cooldown_s=config.cooldown_s,
-        )
-        self._retrying = AsyncRetrying(
-            stop=stop_after_attempt(config.attempts),
-            wait=wait_random_exponential(multiplier=1, max=30),
-            retry=retry_if_exception_type(EndpointFailure),
-            reraise=True,
-        )
+        self._endpoints = Endpoints.of(config, key=key, max_bytes=MAX_REPLY_BYTES)
+        self._retrying = retrying(config.attempts, pause_s=1, max_pause_s=30)
 
     async def answer(
         self, session: aiohttp.ClientSession, request: Mapping[str, Any]

@@ -11,7 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_random_exponential,
+)
 
+from megatron_qlrl.config.schema import JudgeConfig, TeacherConfig
 from megatron_qlrl.reward.verdict import NoVerdict
 
 # The request itself was refused, and another server or another attempt would refuse it, too.
@@ -98,6 +105,17 @@ def open_session(connections: int) -> aiohttp.ClientSession:
     )
 
 
+def retrying(attempts: int, *, pause_s: float, max_pause_s: float) -> AsyncRetrying:
+    """Returns what repeats a call after an `EndpointFailure`, at most `attempts` times in all, with
+    random pauses whose limit begins at `pause_s` and doubles each time."""
+    return AsyncRetrying(
+        stop=stop_after_attempt(attempts),
+        wait=wait_random_exponential(multiplier=pause_s, max=max_pause_s),
+        retry=retry_if_exception_type(EndpointFailure),
+        reraise=True,
+    )
+
+
 class Endpoints:
     """Chooses the server with the fewest requests in flight; one that failed rests `cooldown_s`."""
 
@@ -111,6 +129,17 @@ class Endpoints:
         self._all = tuple(endpoints)
         self._cooldown_s = cooldown_s
         self._clock = clock
+
+    @classmethod
+    def of(
+        cls, config: JudgeConfig | TeacherConfig, *, key: str | None, max_bytes: int
+    ) -> "Endpoints":
+        """Returns the servers of a config."""
+        each = (
+            Endpoint(url, key=key, timeout_s=config.timeout_s, max_bytes=max_bytes)
+            for url in config.urls
+        )
+        return cls(tuple(each), cooldown_s=config.cooldown_s)
 
     def __iter__(self) -> Iterator[Endpoint]:
         return iter(self._all)

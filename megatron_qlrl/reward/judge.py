@@ -11,16 +11,16 @@ import time
 from collections.abc import Mapping
 
 import aiohttp
-from tenacity import (
-    AsyncRetrying,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_random_exponential,
-)
 
 from megatron_qlrl.config.schema import JudgeConfig
 from megatron_qlrl.errors import RewardError
-from megatron_qlrl.reward.endpoint import Endpoint, EndpointFailure, Endpoints, open_session
+from megatron_qlrl.reward.endpoint import (
+    Endpoint,
+    EndpointFailure,
+    Endpoints,
+    open_session,
+    retrying,
+)
 from megatron_qlrl.reward.verdict import Claim, NoVerdict, judge_request, parse_verdict
 
 CACHE_SIZE = 2**17
@@ -47,20 +47,9 @@ class Judge:
         self.counts = no_counts()
         self.last_failure = ""
         self._config = config
-        self._endpoints = Endpoints(
-            [
-                Endpoint(url, key=key, timeout_s=config.timeout_s, max_bytes=MAX_REPLY_BYTES)
-                for url in config.urls
-            ],
-            cooldown_s=config.cooldown_s,
-        )
+        self._endpoints = Endpoints.of(config, key=key, max_bytes=MAX_REPLY_BYTES)
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._retrying = AsyncRetrying(
-            stop=stop_after_attempt(config.attempts),
-            wait=wait_random_exponential(multiplier=pause_s, max=16 * pause_s),
-            retry=retry_if_exception_type(EndpointFailure),
-            reraise=True,
-        )
+        self._retrying = retrying(config.attempts, pause_s=pause_s, max_pause_s=16 * pause_s)
         self._session: aiohttp.ClientSession | None = None
         self._known: dict[bytes, bool] = {}
         self._pending: dict[bytes, asyncio.Task[bool | None]] = {}
