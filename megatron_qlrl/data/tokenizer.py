@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, checked against the model."""
+"""Loads the tokenizer of a model folder, and checks it against the model."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ from megatron_qlrl.errors import ConfigError
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """
+    """Returns the tokenizer of a model folder.
+
     Raises:
         ConfigError: its files cannot be used.
     """
@@ -16,8 +17,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # transformers checks nothing: damaged files end in any error of Python, and tokenizers raises
-    # Exception itself.
+    # transformers checks nothing: damaged files raise any error, and tokenizers raises Exception
+    # itself.
     except Exception as error:
         raise ConfigError(
             f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); copy "
@@ -26,11 +27,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Whether the model knows every token of its tokenizer. A padding token may lie beyond: no
-    text holds one.
+    """Checks that the model knows every token of its tokenizer, except a padding token, which no
+    text holds.
 
     Raises:
-        ConfigError: naming tokens that it does not know.
+        ConfigError: it does not know some. The message names the first of them.
     """
     beyond = [
         f"{token!r} ({number})"
@@ -46,6 +47,6 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
 
 
 def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
-    """The tokenizer's end token and all of generation_config.json's."""
+    """Returns the tokenizer's end token and those in generation_config.json."""
     stops = {tokenizer.eos_token_id, *end_tokens(folder)}
     return sorted(s for s in stops if s is not None)
