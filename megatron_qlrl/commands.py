@@ -193,7 +193,7 @@ def run_sample(config: Config, num: int, folder: Path) -> None:
             prompts = spread(on_all_ranks(read), num)
         with (
             build.open_model(job, temperature=1.0) as model,
-            model.collector.awake(sampling, step=EVALUATION_STEP, meter=Meter()) as collect,
+            model.collector.session(sampling, step=EVALUATION_STEP, meter=Meter()) as collect,
         ):
             groups = collect(prompts)
             if job.leads:

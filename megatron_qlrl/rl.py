@@ -1,6 +1,6 @@
 """The RL loop. One process per device; every rank runs the same code on the same decisions.
 
-draw prompts ---> awake engine: reshard weights, generate groups, score, exchange
+draw prompts ---> engine wakes at the first: reshard weights, generate, score, exchange
      ^                                                  |
      |                                                  v
 curriculum <-- observe <-- scored groups --> spread? --no--> draw others (dynamic sampling)
@@ -42,14 +42,16 @@ class RLParts:
 
 
 def train_rl(parts: RLParts, phases: Sequence[Phase], *, first_step: int) -> None:
-    """The steps of `phases` from `first_step` on."""
+    """The steps of `phases` from `first_step` on. What ends a run early (a stop, a lost judge, an
+    unstable update) is raised through here on every rank; `build.open_run` then saves the run as
+    the last step left it."""
     run, sampler, trainer = parts.run, parts.sampler, parts.trainer
     for phase, step in run.steps(phases, first_step):
         meter = Meter()
         with meter.timed("step"):
             # Draw and collect, until dynamic sampling has what it wants.
             sampler.begin(phase.index, step, version=trainer.policy.version)
-            with parts.collector.awake(parts.sampling, step=step, meter=meter) as collect:
+            with parts.collector.session(parts.sampling, step=step, meter=meter) as collect:
                 while prompts := sampler.draw():
                     sampler.observe(collect(prompts))
             batch = sampler.take()

@@ -83,7 +83,9 @@ class Evaluation:
         meter, answering = Meter(), Meter()
         with (
             meter.timed("testing"),
-            self._collector.awake(self._sampling, step=EVALUATION_STEP, meter=answering) as collect,
+            self._collector.session(
+                self._sampling, step=EVALUATION_STEP, meter=answering
+            ) as collect,
         ):
             answers = {}
             for benchmark, prompts in self._benchmarks.items():

@@ -33,8 +33,8 @@ _PROBE = Claim("Which city is the capital of France?", "Paris", "The city of Par
 
 
 class Judge:
-    """Asks for verdicts, in one event loop. A failure leaves its own claim without a verdict and
-    affects no other.
+    """Asks for verdicts, in one event loop. A failure leaves its own claim without a verdict, and
+    no other one until `LOST_AFTER` of them came in a row.
 
     Attributes:
         counts: asked (claims), cached (claims that needed no request), yes, failed (claims without

@@ -72,8 +72,8 @@ class Scorer:
         reasoning_open: bool,
     ) -> Future[Score]:
         """Returns the future score, whose value is None if the judge is needed and gives no
-        verdict. A RewardError is raised by the future and not here, because other ranks are in the
-        middle of generation.
+        verdict. If the process that reads expressions does not start, its RewardError is raised by
+        the future and not here, because other ranks are in the middle of generation.
 
         Raises:
             DataError: the data source has no rule.

@@ -58,7 +58,7 @@ class Collector:
     max_masked_share: float
 
     @contextmanager
-    def awake(self, sampling: Sampling, *, step: int, meter: Meter) -> Iterator[Collect]:
+    def session(self, sampling: Sampling, *, step: int, meter: Meter) -> Iterator[Collect]:
         """Yields `collect`. Its first call wakes the engine with the present weights; at the end
         the engine sleeps, and the meter gets what engine and judge did."""
         with ExitStack() as stack:

@@ -66,7 +66,8 @@ class Run:
         reference, the monitor's stop, evaluation, checkpoint, the stop that somebody asked for.
 
         Raises:
-            StabilityError, StopRequested, CheckpointError: the run ends here (every rank).
+            StabilityError, StopRequested, CheckpointError: the run ends (every rank); whoever
+                opened it (`build.open_run`) saves it.
         """
         steps_done = step + 1
         is_last = steps_done == phase.end_step

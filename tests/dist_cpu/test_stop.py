@@ -52,7 +52,7 @@ def _engines(rank: int, told: int) -> None:
     )
     with (
         pytest.raises(StopRequested, match=f"rank {told} was told"),
-        collector.awake(Sampling(1.0, 1.0, 1, 1), step=0, meter=Meter()) as collect,
+        collector.session(Sampling(1.0, 1.0, 1, 1), step=0, meter=Meter()) as collect,
     ):
         collect([])
 

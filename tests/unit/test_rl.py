@@ -75,7 +75,7 @@ class FakeRun:
         )
 
     @contextmanager
-    def awake(self, sampling: Sampling, *, step: int, meter: Meter) -> Iterator[Any]:
+    def session(self, sampling: Sampling, *, step: int, meter: Meter) -> Iterator[Any]:
         assert sampling is SAMPLING
         yield partial(self.collect, step)
 

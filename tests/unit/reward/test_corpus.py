@@ -8,10 +8,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from megatron_qlrl.reward.rules import RuleName, rule_of
 from megatron_qlrl.reward.score import score_response
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -109,6 +111,10 @@ def test_the_rule_gives_what_the_corpus_says(kind, case):
     score = score_response(**fields(case))
     assert score.rule == case["expected"], (kind, case["ground_truth"], case["response"])
     assert bool(score.matched) == bool(score.prediction)
+
+
+def test_every_rule_has_a_gold_here():
+    assert {rule_of(source).rule for source in GOLDS} == set(get_args(RuleName))
 
 
 @pytest.mark.parametrize("source", GOLDS)

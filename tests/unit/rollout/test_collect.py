@@ -134,7 +134,7 @@ def made() -> tuple[Collector, FakeEngine, FakeScorer]:
 
 def test_groups_of_an_engines_answers(made: tuple[Collector, FakeEngine, FakeScorer]) -> None:
     collector, engine, scorer = made
-    with collector.awake(SAMPLING, step=9, meter=Meter()) as collect:
+    with collector.session(SAMPLING, step=9, meter=Meter()) as collect:
         groups = collect(PROMPTS)
     (_, (requests, how), _) = engine.calls  # one call: the engine batches
     assert how is SAMPLING
@@ -166,7 +166,7 @@ def test_engine_wakes_once_at_the_first_call_and_sleeps_at_the_end(
 ) -> None:
     collector, engine, _ = made
     meter = Meter()
-    with collector.awake(SAMPLING, step=0, meter=meter) as collect:
+    with collector.session(SAMPLING, step=0, meter=meter) as collect:
         assert engine.calls == []
         collect(PROMPTS)
         collect(PROMPTS[:1])
@@ -177,7 +177,7 @@ def test_engine_wakes_once_at_the_first_call_and_sleeps_at_the_end(
     assert metrics.pop("perf/prefill_tokens_per_s") == 4
     assert metrics.keys() == {f"timing_s/{name}" for name in ("update_weights", "gen", "reward")}
 
-    with collector.awake(SAMPLING, step=0, meter=Meter()):
+    with collector.session(SAMPLING, step=0, meter=Meter()):
         pass
     assert len(engine.calls) == 4  # nothing was asked for
 
@@ -187,7 +187,7 @@ def test_a_stop_puts_the_engine_to_sleep(made: tuple[Collector, FakeEngine, Fake
     engine.stops = True
     with (
         pytest.raises(StopRequested, match="asked"),
-        collector.awake(SAMPLING, step=0, meter=Meter()) as collect,
+        collector.session(SAMPLING, step=0, meter=Meter()) as collect,
     ):
         collect(PROMPTS)
     assert engine.calls[-1] == "asleep"
@@ -196,7 +196,7 @@ def test_a_stop_puts_the_engine_to_sleep(made: tuple[Collector, FakeEngine, Fake
 def test_engine_without_prompts_makes_no_groups(
     made: tuple[Collector, FakeEngine, FakeScorer],
 ) -> None:
-    with made[0].awake(SAMPLING, step=0, meter=Meter()) as collect:
+    with made[0].session(SAMPLING, step=0, meter=Meter()) as collect:
         assert collect([]) == []
 
 
