@@ -1,4 +1,5 @@
-"""Prints the table of a quickstart run, and checks its Hugging Face folder with transformers.
+"""Prints the table of a run of this example or of smollm2-135m, and checks its Hugging Face folder
+with transformers.
 
 The last line is JSON:
 - accuracies;
@@ -13,45 +14,87 @@ import argparse
 import json
 import time
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-STAGES = {
-    "start": "sft/eval/start.json",
-    "sft": "sft/eval/sft.json",
-    "phase1": "rl/eval/phase1.json",
-    "phase2": "rl/eval/phase2.json",
-}
-BATCH = 32
+from megatron_qlrl.config.load import load_config
+
+Answer = dict[str, Any]
+BATCH = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--started", type=float, default=time.time(), help="Unix time")
+    parser.add_argument(
+        "--compare", type=int, help="prompts of each file to compare with transformers (all)"
+    )
+    parser.add_argument("--samples", type=int, default=0, help="answers of each file to print")
     args = parser.parse_args()
 
-    accuracy = {stage: read_scores(args.out / path) for stage, path in STAGES.items()}
-    print("\nheld-out accuracy (greedy)   short    long")
-    for stage, score in accuracy.items():
-        print(f"{stage:<26} {score['short']:7.1%} {score['long']:7.1%}")
+    answers = {stage: read_answers(path) for stage, path in stages(args.out).items()}
+    scores = {stage: scores_by_size(records) for stage, records in answers.items()}
+    sizes = list(scores["start"])
+    print("\nheld-out accuracy (greedy), standard error" + "".join(f"{size:>16}" for size in sizes))
+    for stage, by_size in scores.items():
+        cells = (f"{mean(by_size[s]):7.1%} ±{standard_error(by_size[s]):6.1%}" for s in sizes)
+        print(f"{stage:<42}" + "".join(f"{cell:>16}" for cell in cells))
+    print_samples(answers, args.samples)
 
     folder = args.out / "rl/hf"
+    last = list(answers.values())[-1]
     result = {
-        "accuracy": accuracy,
+        "accuracy": {
+            stage: {size: mean(by_size[size]) for size in sizes}
+            for stage, by_size in scores.items()
+        },
         "hf_folder": str(folder),
-        **compare_with_transformers(args.out, folder),
+        **compare_with_transformers(args.out, folder, last, args.compare),
         "train_logprob_diff": train_logprob_diff(args.out / "rl/metrics.jsonl"),
         "seconds": round(time.time() - args.started, 1),
     }
     print(json.dumps(result))
 
 
-def read_scores(path: Path) -> dict[str, float]:
-    metrics = json.loads(path.read_text())
-    return {size: metrics[f"val/eval_{size}/score"] for size in ("short", "long")}
+def stages(out: Path) -> dict[str, Path]:
+    """Returns the file of answers of each stage, in order."""
+    phases = [phase.name for phase in load_config(out / "rl/config.yaml").phases]
+    return {
+        "start": out / "sft/eval/start.jsonl",
+        "sft": out / "sft/eval/sft.jsonl",
+        **{phase: out / f"rl/eval/{phase}.jsonl" for phase in phases},
+    }
+
+
+def read_answers(path: Path) -> dict[str, Answer]:
+    """Returns the records of a run's answers by uid (file stem and row number)."""
+    return {record["uid"]: record for record in map(json.loads, path.read_text().splitlines())}
+
+
+def scores_by_size(records: dict[str, Answer]) -> dict[str, list[float]]:
+    scores: dict[str, list[float]] = {}
+    for uid, record in records.items():
+        size = uid.partition(":")[0].removeprefix("eval_")
+        scores.setdefault(size, []).append(record["score"])
+    return scores
+
+
+def standard_error(scores: list[float]) -> float:
+    return stdev(scores) / len(scores) ** 0.5
+
+
+def print_samples(answers: dict[str, dict[str, Answer]], count: int) -> None:
+    """Prints the first questions of each file with the answer of every stage."""
+    for uid, first in answers["start"].items():
+        if int(uid.partition(":")[2]) < count:
+            print(f"\n{uid}  {first['question']}  gold: {first['ground_truth']}")
+            for stage, records in answers.items():
+                print(f"  {stage:<8} {records[uid]['score']:.0f}  {records[uid]['response']!r}")
 
 
 def train_logprob_diff(path: Path) -> dict[str, float]:
@@ -64,21 +107,24 @@ def train_logprob_diff(path: Path) -> dict[str, float]:
     }
 
 
-def compare_with_transformers(out: Path, folder: Path) -> dict[str, float]:
-    lines = (out / "rl/eval/phase2.jsonl").read_text().splitlines()
-    vllm = {record["uid"]: record for record in map(json.loads, lines)}
+def compare_with_transformers(
+    out: Path, folder: Path, vllm: dict[str, Answer], count: int | None
+) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     exact, model = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         for dtype in (torch.float64, torch.float32)
     )
+    max_tokens = load_config(out / "rl/config.yaml").rollout.max_response_tokens
     equal, behind, difference, rounding = [], [], 0.0, 0.0
     for file in sorted((out / "data").glob("eval_*.parquet")):
-        rows = pq.read_table(file).to_pylist()
+        rows = pq.read_table(file).to_pylist()[:count]
+        if f"{file.stem}:0" not in vllm:
+            continue
         for start in range(0, len(rows), BATCH):
             chats = [row["prompt"] for row in rows[start : start + BATCH]]
             answers = [vllm[f"{file.stem}:{start + i}"] for i in range(len(chats))]
-            texts = greedy(tokenizer, model, chats)
+            texts = greedy(tokenizer, model, chats, max_tokens)
             equal += [a["response"] == t for a, t in zip(answers, texts, strict=True)]
             ids = [a["token_ids"] for a in answers]
             wide, narrow = (logprobs_of(tokenizer, m, chats, ids) for m in (exact, model))
@@ -97,11 +143,11 @@ def compare_with_transformers(out: Path, folder: Path) -> dict[str, float]:
 
 
 @torch.no_grad()
-def greedy(tokenizer, model, chats) -> list[str]:
+def greedy(tokenizer, model, chats, max_tokens: int) -> list[str]:
     batch = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     )
-    done = model.generate(**batch, do_sample=False, max_new_tokens=32)
+    done = model.generate(**batch, do_sample=False, max_new_tokens=max_tokens)
     return tokenizer.batch_decode(done[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -1,0 +1,131 @@
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_qlrl.config.load import load_config
+from megatron_qlrl.data.builders.docs import build_docs
+from megatron_qlrl.reward.rules import check_gold
+from megatron_qlrl.reward.score import score_response
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "examples" / "smollm2-135m"
+RUN = (FOLDER / "run.sh").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(FOLDER)
+    import data  # pyright: ignore[reportMissingImports]
+
+    yield data
+    sys.modules.pop("data")
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> Path:
+    """A Packages file of 900 packages, two of each source, and some that cannot be used."""
+    stanzas = [stanza(f"pkg{i}", source=f"src{i // 2}", version=f"1.{i}-1") for i in range(900)]
+    stanzas.append(stanza("pkg0", source="other", version="9"))  # the name is there already
+    stanzas.append(stanza("homeless", source="homeless", version="1").replace("Homepage", "Home"))
+    path = tmp_path / "packages"
+    path.write_text("\n".join(stanzas), encoding="utf-8")
+    return path
+
+
+def stanza(name: str, *, source: str, version: str) -> str:
+    return (
+        f"Package: {name}\nSource: {source} (1.0-1)\nVersion: {version}\n"
+        f"Maintainer: Ada King <ada@{source}.example>\nInstalled-Size: {len(name)}\n"
+        f"Description: What {name} is: a test\n  and more of it\nSection: misc\n"
+        f"Homepage: https://example.org/{name}\n"
+    )
+
+
+def test_stanzas_have_the_shown_fields_without_addresses(data: Any, packages: Path) -> None:
+    stanzas = data.read_stanzas(packages)
+    assert len(stanzas) == 900
+    assert stanzas[1] == {
+        "Package": "pkg1",
+        "Version": "1.1-1",
+        "Section": "misc",
+        "Installed-Size": "4",
+        "Maintainer": "Ada King",
+        "Homepage": "https://example.org/pkg1",
+        "Description": "What pkg1 is: a test",
+        "Source": "src0",
+    }
+
+
+def test_training_and_held_out_packages_share_no_source(data: Any, packages: Path) -> None:
+    train, held_out = data.split(data.read_stanzas(packages))
+    assert len(train) + len(held_out) == 900 and min(len(train), len(held_out)) > 40
+    assert not {s["Source"] for s in train} & {s["Source"] for s in held_out}
+
+
+def test_files_are_the_same_each_time_and_hold_the_gold(
+    data: Any, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for out in outs:
+        argv = ["data.py", str(packages), str(out), "--sft", "20", "--train", "30", "--eval", "15"]
+        monkeypatch.setattr(sys, "argv", argv)
+        data.main()
+    names = sorted(path.relative_to(outs[0]) for path in outs[0].rglob("*.*"))
+    assert all((outs[0] / n).read_bytes() == (outs[1] / n).read_bytes() for n in names)
+
+    shown: dict[str, set[str]] = {"train": set(), "eval": set(), "sft": set()}
+    for path in outs[0].glob("*.jsonl"):
+        part, _, size = path.stem.partition("_")
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        assert len(records) == {"sft": 20, "train": 30, "eval": 15}[part]
+        assert ("response" in records[0]) == (part == "sft")
+        low, high = data.SIZES[size or "short"]
+        assert len({record["question"] for record in records}) == len(records)
+        for record in records:
+            if part == "sft":
+                score = score_response(
+                    data_source=record["data_source"],
+                    ground_truth=record["answer"],
+                    response_text=record["response"],
+                    reasoning_open=False,
+                )
+                assert score.value == 1.0
+            assert low <= len(record["document"]) <= high
+            assert len(set(record["document"])) == len(record["document"])
+            asked = re.search(r"package (pkg\d+)", record["question"])
+            assert asked
+            gold = (outs[0] / "documents" / f"{asked[1]}.txt").read_text(encoding="utf-8")
+            field = record["data_source"].removeprefix("docs_musique_").title()
+            assert f"{field}: {record['answer']}\n" in gold
+            assert f"{asked[1]}.txt" in record["document"]
+            shown[part] |= set(record["document"])
+        kwargs = {"documents_dir": outs[0] / "documents", "check_gold": check_gold}
+        assert build_docs(
+            questions=path, out=path.with_suffix(".parquet"), split=part, **kwargs
+        ) == len(records)
+    assert not (shown["train"] | shown["sft"]) & shown["eval"]
+
+
+def test_the_config_and_the_phases_of_quick_are_loadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    quick = re.search(r'shape=\("(phases=.*?)"\)', RUN, re.DOTALL)
+    assert quick
+    for settings in ([], [quick[1]]):
+        config = load_config(FOLDER / "config.yaml", settings)
+        phases = config.phase_configs()
+        for before, phase in zip(config.phases, config.phases[1:], strict=False):
+            assert before.max_input_tokens < phase.max_input_tokens
+        for phase, own in zip(config.phases, phases, strict=True):
+            longest = phase.max_input_tokens + own.rollout.max_response_tokens
+            assert longest <= own.policy.max_tokens_per_row
+
+
+def test_what_is_downloaded_is_pinned_by_its_hash() -> None:
+    lines = (FOLDER / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert len(pins) == 3
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+ --hash=sha256:[0-9a-f]{64}", p) for p in pins)
