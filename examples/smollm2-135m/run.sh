@@ -64,4 +64,4 @@ echo "== RL: ${sizes[*]}"
 qlrl rl "$here/config.yaml" "${files[@]}" model.path="$out/sft/hf" run.dir="$out/rl" \
   "${shape[@]}" "$@"
 
-python "$here/../quickstart/summary.py" "$out" --started "$started" --compare 4
+python "$here/../quickstart/summary.py" "$out" --started "$started" --compare 4 --samples 2
