@@ -66,6 +66,7 @@ def report(costs: Mapping[str, Cost]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
+    """Returns what the figures depend on: device, threads and versions."""
     return {
         "device": torch.cuda.get_device_name() if has_gpu() else "cpu",
         "threads": torch.get_num_threads(),

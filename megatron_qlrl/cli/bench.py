@@ -50,7 +50,7 @@ def update(
     rounds: Rounds = 3,
     **sizes: int,
 ) -> None:
-    """One update with the prompt computed once, against once for each response."""
+    """Measure an update with the prompt computed once, against once for each response."""
     from megatron_qlrl.bench.policy import make_shape
     from megatron_qlrl.bench.update import bench_update
 
@@ -73,7 +73,7 @@ def logprob(
     hidden: Count = 128,
     rounds: Rounds = 3,
 ) -> None:
-    """Log-probs and entropy in blocks, against full logits."""
+    """Measure log-probs and entropies computed in blocks, against full logits."""
     from megatron_qlrl.bench.logprob import bench_logprob
 
     _print(bench_logprob(vocab=vocab, hidden=hidden, tokens=tokens, rounds=rounds))
@@ -86,7 +86,7 @@ def pack(
     group: Group = 8,
     mixes: Annotated[int, typer.Option(min=0, help="Random batches to try the cap on.")] = 10_000,
 ) -> None:
-    """Balance over ranks and the token cap on DocQA lengths, for a 14B model's FLOPs."""
+    """Measure the balance over ranks at DocQA's lengths and a 14B model's FLOPs."""
     from megatron_qlrl.bench.pack import bench_pack
     from megatron_qlrl.bench.policy import make_shape
 
@@ -106,7 +106,7 @@ def row(
     cp: Annotated[int, typer.Option(min=1, help="Context parallel size, one rank each.")] = 1,
     **sizes: int,
 ) -> None:
-    """One update on one long shared row, by default of a narrow model: time and peak memory."""
+    """Measure time and peak memory of an update on one long shared row of a narrow model."""
 
     def run() -> None:
         from megatron_qlrl.bench.policy import make_shape
@@ -133,7 +133,7 @@ def reward(
     in_flight: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
     rounds: Rounds = 3,
 ) -> None:
-    """The judge's verdicts per second over HTTP, and answers per second by the rules alone."""
+    """Measure verdicts per second from a judge over HTTP, and answers per second by the rules."""
     from megatron_qlrl.bench.reward import bench_reward
 
     _print(
@@ -154,7 +154,7 @@ def checkpoint(
     rounds: Rounds = 3,
     **sizes: int,
 ) -> None:
-    """The time training loses to a checkpoint: one written while it goes on, one waited for."""
+    """Measure the time lost to a checkpoint that is written during training, or waited for."""
     from megatron_qlrl.bench.checkpoint import bench_checkpoint
     from megatron_qlrl.bench.policy import make_shape
 

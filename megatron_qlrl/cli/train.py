@@ -44,12 +44,12 @@ Processes = Annotated[
 
 
 def sft(config: ConfigPath, overrides: Overrides = None, processes: Processes = None) -> None:
-    """Warm-up: supervised fine-tuning on data.sft_files."""
+    """Warm up: supervised fine-tuning on data.sft_files."""
     _train("sft", config, overrides or [], processes)
 
 
 def rl(config: ConfigPath, overrides: Overrides = None, processes: Processes = None) -> None:
-    """Reinforcement learning in phases of growing input length."""
+    """Train by reinforcement learning, in phases of growing input length."""
     _train("rl", config, overrides or [], processes)
 
 

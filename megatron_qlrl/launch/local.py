@@ -111,7 +111,7 @@ def report_error(message: str, rank: int) -> bool:
 
 
 def is_child() -> bool:
-    """Whether `launch` started this process."""
+    """Returns whether `launch` started this process."""
     return ERROR_DIR in os.environ
 
 
@@ -143,7 +143,7 @@ def format_errors(messages: Mapping[int, str]) -> list[str]:
 
 
 def _environments(processes: int, folder: Path) -> list[dict[str, str]]:
-    """One environment per rank, in rank order."""
+    """Returns one environment per rank, in rank order."""
     common = dict(os.environ)
     common.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
     common.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

@@ -159,7 +159,8 @@ def read_gpus() -> list[tuple[int, int]]:
 
 
 def parse_gpus(table: str) -> list[tuple[int, int]]:
-    """
+    """Returns (total, used) memory in MiB of each GPU in nvidia-smi's table.
+
     >>> parse_gpus("81559, 4\\n81559, 0\\n")
     [(81559, 4), (81559, 0)]
     """

@@ -53,6 +53,7 @@ class Work:
 
 
 def training_work(config: Config, shape: ModelShape, *, gpus: int, lengths: Lengths) -> Work:
+    """Returns the work of training on one rollout batch of these mean lengths."""
     policy, rollout = config.policy, config.rollout
     parts = _parts(config, lengths)
     each = [lengths.response] * -(-rollout.group_size // parts)

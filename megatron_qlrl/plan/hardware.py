@@ -87,6 +87,6 @@ _DEVICES = {"NVIDIA H100 80GB HBM3": "h100-80g", "NVIDIA H200": "h200-141g"}
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense bfloat16 peak of a GPU by the driver's name for it, None where it is not known."""
+    """Returns the dense bfloat16 peak of a GPU by the driver's name for it, or None."""
     name = _DEVICES.get(device)
     return HARDWARE[name].bf16_flops if name else None

@@ -99,6 +99,7 @@ def update_peak(
 
 
 def without(parts: Mapping[str, float], *names: str) -> dict[str, float]:
+    """Returns the parts apart from those named."""
     return {name: size for name, size in parts.items() if name not in names}
 
 

@@ -152,6 +152,7 @@ class Judge:
 
 
 def no_counts() -> dict[str, float]:
+    """Returns `Judge.counts` of a judge that was asked nothing."""
     return dict.fromkeys(("asked", "cached", "yes", "failed", "replies", "latency_s"), 0.0)
 
 
