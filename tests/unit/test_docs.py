@@ -64,6 +64,17 @@ def test_messages_of_troubleshooting_are_those_of_the_code() -> None:
         assert any(pattern.search(text) for text in texts), f"nobody says {message!r}"
 
 
+def test_files_named_in_the_docs_exist() -> None:
+    rooms = [path for path in (ROOT / "megatron_qlrl").iterdir() if path.is_dir()]
+    tests = [path for path in (ROOT / "tests").glob("**/") if path.is_dir()]
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":  # tells of files that are gone, too
+            continue
+        roots = [ROOT, page.parent, ROOT / "megatron_qlrl", *rooms, *tests]
+        for name in re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|sh))`", page.read_text("utf-8")):
+            assert any((root / name).is_file() for root in roots), f"{page.name}: no file {name}"
+
+
 def _texts(file: Path) -> list[str]:
     """The string literals of a module, with … for what is filled in."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
