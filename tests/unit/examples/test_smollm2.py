@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -167,3 +169,57 @@ def test_what_is_downloaded_is_pinned_by_its_hash() -> None:
     pins = [line for line in lines if not line.startswith("#")]
     assert len(pins) == 3
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+ --hash=sha256:[0-9a-f]{64}", p) for p in pins)
+
+
+STUB = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$CALLS"
+case "$*" in *model.py*) mkdir -p "${@: -1}"; touch "${@: -1}/model.safetensors";; esac
+case "$*" in *data.py*) mkdir -p "$3"; touch "$3/sft.jsonl" "$3/eval_short.jsonl";; esac
+"""
+
+
+def calls_of_run(folder: Path, *argv: str, **env: str) -> list[str]:
+    """Runs the script in a copy of the tree whose programs only note how they are called."""
+    example = folder / "examples" / "smollm2-135m"
+    stubs = [folder / ".venv" / "bin" / name for name in ("python", "pip", "qlrl")]
+    for path in (example / "run.sh", *stubs, folder / "tools" / "setup_env.sh"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(RUN if path.name == "run.sh" else STUB, encoding="utf-8")
+        path.chmod(0o755)
+    calls = folder / "calls"
+    calls.unlink(missing_ok=True)
+    env = {"PATH": os.environ["PATH"], "CALLS": str(calls)} | env
+    subprocess.run(["bash", str(example / "run.sh"), *argv], env=env, check=True)
+    return calls.read_text(encoding="utf-8").replace(f"{folder}/", "").splitlines()
+
+
+def test_run_makes_everything_once_and_passes_its_arguments_on(tmp_path: Path) -> None:
+    (tmp_path / "own").touch()
+    env = {"DOCS": str(tmp_path / "own"), "TATQA": str(tmp_path / "own"), "OUT": "o"}
+    calls = calls_of_run(tmp_path, "run.seed=3", **env)
+    assert [" ".join(call.split()[:2]) for call in calls] == [
+        "setup_env.sh",
+        "pip install",
+        "python examples/smollm2-135m/model.py",
+        "python examples/smollm2-135m/data.py",
+        "qlrl data",
+        "qlrl data",
+        "qlrl sft",
+        "qlrl rl",
+        "python examples/smollm2-135m/../quickstart/summary.py",
+    ]
+    assert calls[3].endswith("data.py own o/data --eval 256 --tatqa own")
+    for call in calls[6:8]:
+        assert call.endswith(" run.seed=3") and "phases=" not in call
+        files = (f"o/data/eval_{size}.parquet" for size in ("short", "long", "longer", "numeric"))
+        assert f"data.eval_files=[{','.join(files)}]" in call
+    again = calls_of_run(tmp_path, "run.seed=3", **env)
+    assert again[:3] == [calls[0], *calls[6:8]] and len(again) == 4
+
+
+def test_quick_has_its_own_folder_phases_and_files(tmp_path: Path) -> None:
+    (tmp_path / "own").touch()
+    calls = "\n".join(calls_of_run(tmp_path, "--quick", DOCS=str(tmp_path / "own")))
+    assert "own runs/smollm2-135m-quick/data --eval 48\n" in calls
+    assert calls.count("phases=[{name: short") == 2
+    assert "train_long.parquet]" in calls and "longer" not in calls
