@@ -61,9 +61,9 @@ def fewest_bins(sizes: Sequence[int], *, cap: int) -> list[list[int]]:
     group: a search that is given up for first-fit decreasing after some 10,000 tries)."""
     best = first_fit(sizes, cap=cap)
     for num_bins in range(-(-sum(sizes) // max(cap, 1)), len(best)):
-        found = _search(sizes, num_bins=num_bins, cap=cap)
-        if found is not None:
-            return found
+        bins = _search(sizes, num_bins=num_bins, cap=cap)
+        if bins is not None:
+            return bins
     return best
 
 

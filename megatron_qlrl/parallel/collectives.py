@@ -42,9 +42,9 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """`value` of every rank of `group` (none: of all), in rank order, on every rank of it (our own
     objects, our own ranks). A thread beside the main one needs a group of its own.
     """
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, value, group=group)
-    return found
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def gather_dicts(value: Mapping[K, T], group: dist.ProcessGroup | None = None) -> dict[K, T]:
@@ -67,9 +67,9 @@ def on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = None) 
         error = caught
     failures = [
         (rank, name, message)
-        for rank, found in enumerate(gather_objects(_describe(error), group))
-        if found is not None
-        for name, message in [found]
+        for rank, failure in enumerate(gather_objects(_describe(error), group))
+        if failure is not None
+        for name, message in [failure]
     ]
     if failures:
         rank, name, message = failures[0]

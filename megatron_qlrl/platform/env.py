@@ -188,9 +188,9 @@ def _address(ranks: Ranks) -> tuple[str, str]:
 def _number(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name, "")
     if not value.isdigit():
-        found = f"is '{value}'" if value else "is not set"
+        problem = f"is '{value}'" if value else "is not set"
         raise ConfigError(
-            f"launch: {name} {found}, expected a number; start with `qlrl ... --processes N`, "
+            f"launch: {name} {problem}, expected a number; start with `qlrl ... --processes N`, "
             "torchrun or srun"
         )
     return int(value)

@@ -83,8 +83,8 @@ class AtenCuda(_Aten):
     """float16 and bfloat16 on a GPU, without any other package. Not run on a GPU yet."""
 
     def _forward(self, qkv: Grads, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        found = torch.ops.aten._scaled_dot_product_flash_attention(*qkv, 0.0, causal, scale=scale)
-        return found[0], found[1]
+        out_lse = torch.ops.aten._scaled_dot_product_flash_attention(*qkv, 0.0, causal, scale=scale)
+        return out_lse[0], out_lse[1]
 
     def _backward(self, tensors: tuple[torch.Tensor, ...], causal: bool, scale: float) -> Grads:
         q, k = tensors[1], tensors[2]

@@ -205,6 +205,6 @@ def _merge_shards(
         dist.all_reduce(sums, group=group)
         peak = higher
     target_logit, total, weighted = sums
-    found = target_logit, total.log() + peak, total.log() - weighted / total
-    target_logit, lse, entropy = (x.to(peak.dtype) for x in found)
+    results = target_logit, total.log() + peak, total.log() - weighted / total
+    target_logit, lse, entropy = (x.to(peak.dtype) for x in results)
     return target_logit, lse, entropy

@@ -119,15 +119,15 @@ def _without_fp8(config: Any) -> Iterator[None]:
 
 
 def _findings(layers: dict[int, list[_Measured]]) -> list[Finding]:
-    found = []
+    findings = []
     for layer, rows in layers.items():
         error, noise, right = np.sqrt(sum(m.squares for m in rows)).T
         scale = np.maximum(right, np.finfo(np.float64).tiny)
         error, noise = error / scale, noise / scale
         noise[1:] = noise[1:].max()  # all three stand on the same shares
         parts = zip(_PARTS, error, noise, strict=True)
-        found += [Finding(layer, what, float(e), float(n)) for what, e, n in parts]
-    return found
+        findings += [Finding(layer, what, float(e), float(n)) for what, e, n in parts]
+    return findings
 
 
 def _input_findings(
@@ -159,10 +159,10 @@ def _responses(rows: Sequence[PackedRow], measured: Sequence[_Measured]) -> list
 
 def _measured_layers(policy: Policy, rows: Sequence[PackedRow]) -> dict[int, list[_Measured]]:
     """Measures each of this rank's layers on each row."""
-    found: dict[int, list[_Measured]] = {}
+    by_layer: dict[int, list[_Measured]] = {}
 
     def record(layer: int, attention: Any, args: Any, kwargs: Any, _: Any) -> None:
-        done = found.setdefault(layer, [])
+        done = by_layer.setdefault(layer, [])
         plan = kwargs["packed_seq_params"]
         done.append(_measure(policy, rows[len(done)], attention, args[:3], plan))
 
@@ -178,7 +178,7 @@ def _measured_layers(policy: Policy, rows: Sequence[PackedRow]) -> dict[int, lis
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return by_layer
 
 
 def _measure(

@@ -127,8 +127,8 @@ class CheckpointStore:
                 another version of the package wrote it.
         """
         self.wait()
-        found = on_all_ranks(self._newest if dist.get_rank() == 0 else lambda: None)
-        return gather_objects(found)[0]
+        newest = on_all_ranks(self._newest if dist.get_rank() == 0 else lambda: None)
+        return gather_objects(newest)[0]
 
     def _newest(self) -> Path | None:
         for folder in sorted(self.folder.glob(_FOLDERS), reverse=True):
@@ -269,8 +269,8 @@ def _digests(folder: Path, group: dist.ProcessGroup) -> dict[str, str]:
         return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
     # One list for all: shared disks show new files late.
-    found = gather_objects(_on_rank_0(folder, names, group), group)[0]
-    mine = found[dist.get_rank() :: dist.get_world_size()]
+    files = gather_objects(_on_rank_0(folder, names, group), group)[0]
+    mine = files[dist.get_rank() :: dist.get_world_size()]
 
     def hashed() -> dict[str, str]:
         return _guarded(folder, lambda: {name: digest_of(folder / name) for name in mine})

@@ -37,7 +37,7 @@ def weights_digest(folder: Path) -> str:
 def _blocks(file: Path, names: Collection[str] | None) -> dict[str, bytes]:
     """Description and middle of the tensors named (None: of all). The file is 8 bytes of header
     size, a JSON header, then the tensors."""
-    found: dict[str, bytes] = {}
+    blocks: dict[str, bytes] = {}
     with file.open("rb") as stream:
         (size,) = struct.unpack("<Q", stream.read(8))
         header: dict[str, Any] = json.loads(stream.read(size))
@@ -48,5 +48,5 @@ def _blocks(file: Path, names: Collection[str] | None) -> dict[str, bytes]:
             stream.seek(8 + size + middle)
             block = stream.read(min(BLOCK_BYTES, end - middle))
             described = [name, header[name]["dtype"], header[name]["shape"]]
-            found[name] = json.dumps(described).encode() + block
-    return found
+            blocks[name] = json.dumps(described).encode() + block
+    return blocks

@@ -167,38 +167,18 @@ def write_hf(stream: WeightStream, folder: Path, *, shard_bytes: int, writer: bo
     Raises:
         CheckpointError: the folder cannot be written (on the writer).
     """
-    from safetensors.torch import save_file
-
-    pending: dict[str, torch.Tensor] = {}
+    if not writer:
+        for _ in stream:
+            pass
+        return
     files: list[tuple[Path, list[str], int]] = []
     failure: Exception | None = None
-
-    def flush() -> None:
-        nonlocal failure
-        path = folder / f"part-{len(files):05d}.safetensors"
+    for shard in _shards(stream, shard_bytes):
         try:
             if failure is None:
-                # safetensors makes a file that only its owner may read: like any other it gets
-                # what the umask leaves.
-                path.unlink(missing_ok=True)
-                path.touch()
-                mode = path.stat().st_mode
-                save_file(pending, path, metadata={"format": "pt"})
-                path.chmod(S_IMODE(mode))
-                files.append((path, list(pending), sum(t.nbytes for t in pending.values())))
+                files.append(_write_shard(folder / f"part-{len(files):05d}.safetensors", shard))
         except (OSError, SafetensorError) as error:
             failure = error
-        pending.clear()
-
-    for name, tensor in stream:
-        if not writer:
-            continue
-        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
-            flush()
-        pending[name] = tensor.cpu()
-    if not writer:
-        return
-    flush()
     try:
         if failure is None:
             _name_shards(folder, files)
@@ -206,6 +186,32 @@ def write_hf(stream: WeightStream, folder: Path, *, shard_bytes: int, writer: bo
         failure = error
     if failure is not None:
         raise CheckpointError(f"cannot write the model folder {folder}: {failure}") from failure
+
+
+def _shards(stream: WeightStream, shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The stream in host memory, in dicts of at most `shard_bytes` (or one tensor). The next step
+    empties the dict, so that memory holds one shard."""
+    pending: dict[str, torch.Tensor] = {}
+    for name, tensor in stream:
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
+            yield pending
+            pending.clear()
+        pending[name] = tensor.cpu()
+    yield pending
+
+
+def _write_shard(path: Path, shard: dict[str, torch.Tensor]) -> tuple[Path, list[str], int]:
+    """Returns the path with the tensors' names and their bytes."""
+    from safetensors.torch import save_file
+
+    # safetensors makes a file that only its owner may read: like any other it gets what the umask
+    # leaves.
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(shard, path, metadata={"format": "pt"})
+    path.chmod(S_IMODE(mode))
+    return path, list(shard), sum(tensor.nbytes for tensor in shard.values())
 
 
 def _name_shards(folder: Path, files: list[tuple[Path, list[str], int]]) -> None:
