@@ -8,6 +8,10 @@ import typer
 app = typer.Typer(help="Build data sets.", no_args_is_help=True)
 
 ToyKind = Literal["needle", "needles", "two_hop"]  # copied from data.builders.toy: no numpy here
+BenchmarkName = Literal[
+    "docmath", "docmath_all", "frames", "2wikimqa", "hotpotqa", "musique", "narrativeqa", "qasper",
+    "longbench_v2", "mrcr", "tatqa",
+]  # fmt: skip
 
 
 @app.command("toy")
@@ -41,3 +45,19 @@ def data_docs(
         documents_dir=documents, questions=questions, out=out, split=split, check_gold=check_gold
     )
     typer.echo(f"{rows} rows: {out}")
+
+
+@app.command("benchmark")
+def data_benchmark(
+    name: Annotated[BenchmarkName, typer.Argument(help="The set.")],
+    source: Annotated[Path, typer.Argument(help="Its official file, or the folder of it.")],
+    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+) -> None:
+    """Build a held-out set of the literature from its official files."""
+    from megatron_qlrl.data.builders.benchmarks import BENCHMARKS, build_benchmark
+    from megatron_qlrl.reward.rules import check_gold
+
+    rows = build_benchmark(name, source, out, check_gold=check_gold)
+    size, licence = BENCHMARKS[name].size, BENCHMARKS[name].licence
+    note = "" if rows == size else f" (the published set has {size})"
+    typer.echo(f"{rows} rows{note}: {out}; licence: {licence}")

@@ -20,6 +20,7 @@ _LOOKED_FOR: dict[RuleName, str] = {
     "numeric": 'a number after the last "the answer is", or in a \\boxed{}',
     "choice": 'a letter after the last "the correct answer is", or in a \\boxed{}',
     "exact": 'the words after the last "the answer is", or a \\boxed{}',
+    "recite": "the prefix that the gold starts with",
 }
 # Causes come before effects: a response that is cut has no answer, and without one it scores 0.
 _PROBLEMS = {

@@ -7,6 +7,7 @@ Rules are strict on purpose: a wrong 1 is trained into the policy, while a judge
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Literal
 
@@ -22,7 +23,7 @@ from megatron_qlrl.reward.extract import (
 from megatron_qlrl.reward.numeric import Number, parse_number
 from megatron_qlrl.reward.text import fold_width, normalize, strip_invisible
 
-RuleName = Literal["qa", "numeric", "choice", "exact"]
+RuleName = Literal["qa", "numeric", "choice", "exact", "recite"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ RULE_OF_SOURCE: dict[str, SourceRule] = {
     "docmath": SourceRule("numeric", judged=True),
     "long_toc_choices": SourceRule("choice", judged=False),
     "toy_docqa": SourceRule("exact", judged=False),
+    "mrcr": SourceRule("recite", judged=False),
 }
 """How a data source is scored, by a substring of its name in any case; the first match counts."""
 
@@ -75,13 +77,30 @@ def check_gold(data_source: str, gold: str) -> None:
     """Checks that answers can be scored against this gold.
 
     Raises:
-        DataError: the source has no rule, or its rule needs a letter and the gold names none.
+        DataError: the source has no rule, or its rule needs a letter and the gold names none, or a
+            prefix and a text.
     """
-    if rule_of(data_source).rule == "choice" and parse_choice(_stated(gold)) is None:
+    rule = rule_of(data_source).rule
+    if rule == "recite" and not all(part.strip() for part in gold.partition("\n")[::2]):
+        raise DataError(
+            f"the answer {gold[:80]!r} (data_source {data_source!r}) must be the line that a "
+            "response starts with, and below it the text that follows"
+        )
+    if rule == "choice" and parse_choice(_stated(gold)) is None:
         raise DataError(
             f"the answer {gold[:80]!r} to a question of multiple choice (data_source "
             f"{data_source!r}) names no option; give its letter, such as B"
         )
+
+
+def recitation(gold: str, final: str) -> float | None:
+    """Returns how much of the gold's text a response recites (OpenAI MRCR), in [0, 1]: difflib's
+    ratio after the prefix, which is the gold's first line. None if the prefix is not there."""
+    prefix, _, text = gold.partition("\n")
+    final = final.strip()
+    if not prefix or not final.startswith(prefix):
+        return None
+    return SequenceMatcher(None, final.removeprefix(prefix), text).ratio()
 
 
 def apply_rule(rule: RuleName, *, gold: str, answer: Answer) -> bool:

@@ -13,7 +13,7 @@ from megatron_qlrl.errors import DataError, RewardError
 from megatron_qlrl.platform.env import read_secret
 from megatron_qlrl.reward.extract import final_text, find_answer
 from megatron_qlrl.reward.judge import Judge, no_counts
-from megatron_qlrl.reward.rules import RULE_OF_SOURCE, RuleName, apply_rule, rule_of
+from megatron_qlrl.reward.rules import RULE_OF_SOURCE, RuleName, apply_rule, recitation, rule_of
 from megatron_qlrl.reward.verdict import Claim, make_claim
 from megatron_qlrl.types import Prompt, Score
 
@@ -37,6 +37,11 @@ def score_response(
 
 def _by_rule(rule: RuleName, gold: str, final: str | None) -> tuple[Score, str]:
     """Returns the score and the whole final answer, which is "" if none is stated."""
+    if rule == "recite":
+        ratio = None if final is None else recitation(gold, final)
+        if final is None or ratio is None:
+            return Score(value=0.0, rule=0.0), ""
+        return Score(ratio, ratio, matched="prefix", prediction=final[:_MAX_LOGGED_CHARS]), final
     answer = find_answer(final) if final is not None else None
     if answer is None:
         return Score(value=0.0, rule=0.0), ""
@@ -46,8 +51,9 @@ def _by_rule(rule: RuleName, gold: str, final: str | None) -> tuple[Score, str]:
 
 
 class Scorer:
-    """Gives the binary outcome reward r = max(rule, judge), never a format reward (QwenLong-L1
-    section 3.4). Rules run in `submit`; the judge runs in a thread of its own during generation.
+    """Gives the outcome reward r = max(rule, judge), never a format reward (QwenLong-L1 section
+    3.4): 0 or 1, or a share of the text by the rule `recite`. Rules run in `submit`; the judge runs
+    in a thread of its own during generation.
 
     A response's score depends on the response alone, not on the order or number of requests.
     """

@@ -12,18 +12,13 @@ reward's rule. A question of kind "choice" holds its options, and its answer is 
 SFT file.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from megatron_qlrl.data.dataset import verl_schema
+from megatron_qlrl.data.builders.rows import read_lines, read_text, write_rows
 from megatron_qlrl.data.template import Kind, docqa_message
 from megatron_qlrl.errors import DataError
-from megatron_qlrl.platform.files import make_folder, replaced
 
 DATA_SOURCE: dict[Kind, str] = {
     "qa": "docs_musique",
@@ -59,7 +54,7 @@ def build_docs(
     if not documents_dir.is_dir():
         raise DataError(f"document folder {documents_dir} does not exist")
     rows: list[dict[str, Any]] = []
-    records = _records(questions)
+    records = [(where, _checked(where, record)) for where, record in read_lines(questions)]
     for where, record in records:
         row = _row(where, record, documents_dir)
         try:
@@ -72,34 +67,12 @@ def build_docs(
             raise DataError(f"{where}: give `response` on every line (SFT) or on none (RL)")
     if not rows:
         raise DataError(f"{questions} holds no questions")
-    schema = verl_schema(
-        {"split": pa.string(), "index": pa.int64()}, has_response="response" in rows[0]
-    )
-    make_folder(out.parent)
     documents = {documents_dir / name for _, record in records for name in _names(record)}
-    with replaced(out, inputs=[questions, *sorted(documents)]) as fresh:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), fresh)
+    write_rows(out, rows, inputs=[questions, *sorted(documents)])
     return len(rows)
 
 
-def _records(questions: Path) -> list[tuple[str, dict[str, Any]]]:
-    records = []
-    for number, line in enumerate(_read_text(questions, str(questions)).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{questions}, line {number}"
-        try:
-            record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode("utf-8")  # refuses lone surrogates
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error}); write one object a line") from error
-        records.append((where, _checked(where, record)))
-    return records
-
-
-def _checked(where: str, record: Any) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected an object {{...}}, found {type(record).__name__}")
+def _checked(where: str, record: dict[str, Any]) -> dict[str, Any]:
     missing = [key for key in _REQUIRED if key not in record]
     unknown = [key for key in record if key not in _KEYS]
     if missing or unknown:
@@ -146,7 +119,7 @@ def _document(where: str, names: list[str], documents_dir: Path) -> str:
         # A question file must not make us read files outside the folder.
         if not path.resolve().is_relative_to(documents_dir.resolve()):
             raise DataError(f"{where}: document {name!r} lies outside {documents_dir}")
-        texts.append(_read_text(path, where))
+        texts.append(read_text(path, where))
         if not texts[-1].strip():
             raise DataError(f"{where}: document {name!r} is empty")
     return "\n\n".join(texts)
@@ -154,10 +127,3 @@ def _document(where: str, names: list[str], documents_dir: Path) -> str:
 
 def _is_name(name: Any) -> bool:
     return isinstance(name, str) and name != "" and "\0" not in name
-
-
-def _read_text(path: Path, where: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where}: cannot read {path} as UTF-8 text: {error}") from error

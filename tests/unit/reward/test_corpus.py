@@ -18,7 +18,13 @@ from megatron_qlrl.reward.score import score_response
 
 CORPUS = Path(__file__).parent / "corpus"
 KINDS = ("golden", "paraphrase", "hostile", "graded")
-GOLDS = {"musique": "Yes", "docmath": "5", "long_toc_choices": "A", "toy_docqa": "cocoa"}
+GOLDS = {
+    "musique": "Yes",
+    "docmath": "5",
+    "long_toc_choices": "A",
+    "toy_docqa": "cocoa",
+    "mrcr": "x9\nTapirs roam",
+}
 FORBIDDEN_EVENTS = ("os.", "subprocess.", "socket.", "pty.", "shutil.", "ctypes.")
 
 AUDITED = """

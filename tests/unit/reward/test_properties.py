@@ -35,7 +35,8 @@ numbers = st.one_of(
     st.integers(-(10**12), 10**12).map(str),
     st.decimals(-(10**6), 10**6, places=3).map(lambda value: f"{value:f}"),
 )
-sources = st.sampled_from(sorted(RULE_OF_SOURCE))
+# mrcr reads no stated answer, and its score is a share.
+sources = st.sampled_from(sorted(set(RULE_OF_SOURCE) - {"mrcr"}))
 
 WRAPPINGS = (
     "{}", "{}.", "({})", "({}).", "[{}]", "**{}**", "**{}.**", "*{}*", "`{}`", '"{}"', "“{}”",
@@ -80,6 +81,16 @@ def test_any_expression_is_survived(text):
 @given(sources, any_text, any_text)
 def test_any_gold_and_any_answer_give_a_verdict(source, gold, stated):
     assert rule(source, gold, stated) in (0.0, 1.0)
+
+
+@untimed
+@given(any_text, any_text)
+def test_any_recitation_is_a_share(gold, text):
+    assert 0.0 <= rule("mrcr", gold, text) <= 1.0
+    score = score_response(
+        data_source="mrcr", ground_truth=gold, response_text=text, reasoning_open=False
+    )
+    assert 0.0 <= score.rule <= 1.0
 
 
 @untimed

@@ -2,7 +2,7 @@ import pytest
 
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.reward.extract import Answer
-from megatron_qlrl.reward.rules import SourceRule, apply_rule, rule_of
+from megatron_qlrl.reward.rules import SourceRule, apply_rule, check_gold, rule_of
 from megatron_qlrl.reward.score import score_response
 
 
@@ -209,3 +209,37 @@ def test_exact_takes_no_second_word(prediction: str, right: bool) -> None:
 @pytest.mark.parametrize(("length", "right"), [(1000, True), (1001, False)])
 def test_an_answer_over_the_bound_is_never_right(length, right):
     assert verdict("qa", "x" * length, "x" * length) is right
+
+
+RECITED = "x9Ab\nabcd"
+
+
+@pytest.mark.parametrize(
+    ("response", "value"),
+    [
+        ("x9Ababcd", 1.0),
+        ("\n\nx9Ababcd\n", 1.0),
+        ("x9Ababxx", 0.5),  # "ab" of 4 + 4 characters: 2 * 2 / 8
+        ("x9Abcd", 2 / 3),  # 2 * 2 / 6
+        ("x9Ab", 0.0),
+        ("abcd", 0.0),
+        ("Sure: x9Ababcd", 0.0),
+        ("X9aBabcd", 0.0),
+        ("The answer is x9Ababcd", 0.0),
+        ("<think>x9Ababcd", 0.0),
+        ("<think>hm</think>\n\nx9Ababcd", 1.0),
+        ("", 0.0),
+    ],
+)
+def test_recite_is_the_ratio_behind_the_prefix(response, value):
+    score = score_response(
+        data_source="mrcr", ground_truth=RECITED, response_text=response, reasoning_open=False
+    )
+    assert score.value == score.rule == pytest.approx(value)
+
+
+def test_recite_needs_prefix_and_text():
+    check_gold("mrcr", RECITED)
+    for gold in ("", "x9Ab", "\nabcd", "x9Ab\n"):
+        with pytest.raises(DataError, match="must be the line that a response starts with"):
+            check_gold("mrcr", gold)
