@@ -12,7 +12,9 @@ The last line is JSON:
 
 import argparse
 import json
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -38,20 +40,18 @@ def main() -> None:
     args = parser.parse_args()
 
     answers = {stage: read_answers(path) for stage, path in stages(args.out).items()}
-    scores = {stage: scores_by_size(records) for stage, records in answers.items()}
-    sizes = list(scores["start"])
-    print("\nheld-out accuracy (greedy), standard error" + "".join(f"{size:>16}" for size in sizes))
-    for stage, by_size in scores.items():
-        cells = (f"{mean(by_size[s]):7.1%} ±{standard_error(by_size[s]):6.1%}" for s in sizes)
-        print(f"{stage:<42}" + "".join(f"{cell:>16}" for cell in cells))
+    scores = {stage: by_size(records, score) for stage, records in answers.items()}
+    print_table("held-out accuracy (greedy)", scores)
+    said = {stage: by_size(records, says_gold) for stage, records in answers.items()}
+    print_table("the gold stands in the response", said)
     print_samples(answers, args.samples)
 
     folder = args.out / "rl/hf"
     last = list(answers.values())[-1]
     result = {
         "accuracy": {
-            stage: {size: mean(by_size[size]) for size in sizes}
-            for stage, by_size in scores.items()
+            stage: {size: mean(values) for size, values in sizes.items()}
+            for stage, sizes in scores.items()
         },
         "hf_folder": str(folder),
         **compare_with_transformers(args.out, folder, last, args.compare),
@@ -76,16 +76,31 @@ def read_answers(path: Path) -> dict[str, Answer]:
     return {record["uid"]: record for record in map(json.loads, path.read_text().splitlines())}
 
 
-def scores_by_size(records: dict[str, Answer]) -> dict[str, list[float]]:
-    scores: dict[str, list[float]] = {}
+def by_size(records: dict[str, Answer], value: Callable[[Answer], float]) -> dict[str, list[float]]:
+    values: dict[str, list[float]] = {}
     for uid, record in records.items():
         size = uid.partition(":")[0].removeprefix("eval_")
-        scores.setdefault(size, []).append(record["score"])
-    return scores
+        values.setdefault(size, []).append(value(record))
+    return values
 
 
-def standard_error(scores: list[float]) -> float:
-    return stdev(scores) / len(scores) ** 0.5
+def score(record: Answer) -> float:
+    return record["score"]
+
+
+def says_gold(record: Answer) -> float:
+    """Returns 1 if the gold stands anywhere in the response as words of its own: what a model knows
+    that leaves out the sentence which the rule looks for."""
+    gold = re.escape(record["ground_truth"])
+    return float(re.search(rf"(?<![\w.]){gold}(?!\w|[.-]\w)", record["response"]) is not None)
+
+
+def print_table(title: str, stages: dict[str, dict[str, list[float]]]) -> None:
+    """Prints means with their standard errors."""
+    print(f"\n{title:<32}" + "".join(f"{size:>16}" for size in stages["start"]))
+    for stage, sizes in stages.items():
+        cells = (f"{mean(v):.1%} ± {stdev(v) / len(v) ** 0.5:.1%}" for v in sizes.values())
+        print(f"{stage:<32}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 def print_samples(answers: dict[str, dict[str, Answer]], count: int) -> None:

