@@ -20,7 +20,7 @@ Command = Literal["sft", "rl", "eval", "distill"]
 
 
 def check_layout(config: Config, shape: ModelShape, *, world_size: int) -> None:
-    """Whether the model can be split and run as configured on `world_size` processes.
+    """Checks that the model can be split and run as configured on `world_size` processes.
 
     Raises:
         ConfigError: a size does not fit; names valid values.
@@ -69,7 +69,7 @@ def _check_fp8(policy: PolicyConfig, shape: ModelShape) -> None:
 
 
 def check_files(config: Config, command: Command) -> None:
-    """Whether the files and phases that `command` works on are named and exist.
+    """Checks that the files and phases that `command` works on are named and exist.
 
     Raises:
         ConfigError: naming the setting, and every missing file.
@@ -116,7 +116,7 @@ def check_files(config: Config, command: Command) -> None:
 
 
 def check_machine(config: Config, *, processes: int, num_gpus: int) -> None:
-    """Whether this machine can run `processes` ranks of the configuration.
+    """Checks that this machine can run `processes` ranks of the configuration.
 
     Raises:
         ConfigError: more ranks than GPUs, FP8 without a GPU or Transformer Engine, or float32 on
@@ -145,7 +145,7 @@ def check_machine(config: Config, *, processes: int, num_gpus: int) -> None:
 
 
 def check_run_dir(config: Config) -> None:
-    """Whether run.dir, or the folder it will be made in, takes a file.
+    """Checks that run.dir, or the folder above it, takes a file.
 
     Raises:
         ConfigError: it does not.
@@ -164,8 +164,8 @@ def check_run_dir(config: Config) -> None:
 
 
 def checkpoint_bytes(model_path: str | Path) -> int:
-    """About the size of a checkpoint, from the weight files: 16 bytes a parameter (float32 weights
-    and Adam's two moments, and the weights as they are trained)."""
+    """Returns about the size of a checkpoint, from the weight files: 16 bytes a parameter (float32
+    weights and Adam's two moments, and the weights as they are trained)."""
     folder = Path(model_path)
     check_folder(folder, read_shape(folder, rope_scaling=None))
     hf = read_json(folder / "config.json")
@@ -174,7 +174,7 @@ def checkpoint_bytes(model_path: str | Path) -> int:
 
 
 def smallest_world_size(configs: Iterable[Config]) -> int:
-    """Fewest processes that hold the training and the rollout layouts of all configs."""
+    """Returns the fewest processes that hold the training and rollout layouts of all configs."""
     return lcm(
         *(n for c in configs for n in (c.policy.tp * c.policy.pp * c.policy.cp, c.rollout.tp))
     )

@@ -1,5 +1,5 @@
-"""Whether a Hugging Face model folder is complete and holds one model: read without torch, from
-the headers of its files."""
+"""Checks that a Hugging Face folder is complete and holds one model, from the headers of its files
+and without torch."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -32,8 +32,8 @@ def check_folder(folder: str | Path, shape: ModelShape) -> None:
 
 
 def find_tensors(folder: Path, shape: ModelShape) -> dict[str, Path]:
-    """The file of each of the model's tensors. Where there is an index it alone decides, so that
-    a file that an older download left is not read.
+    """Returns the file of each of the model's tensors. If there is an index, it alone decides, so
+    that a file that an older download left is not read.
 
     Raises:
         CheckpointError: a file or a tensor is missing or damaged, or the tensors are not those
@@ -87,10 +87,10 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def end_tokens(folder: Path) -> list[int]:
-    """Those of generation_config.json, none without the file.
+    """Returns the end tokens of generation_config.json, or none without the file.
 
     Raises:
-        ConfigError: they are no token ids.
+        ConfigError: the file names something else than token ids.
     """
     file = folder / "generation_config.json"
     ids: Any = read_json(file).get("eos_token_id") if file.is_file() else None

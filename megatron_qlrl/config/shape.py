@@ -1,4 +1,4 @@
-"""What the rest of the package needs to know of a Hugging Face `config.json` (torch-free)."""
+"""Reads what the rest of the package needs to know from a `config.json` (torch-free)."""
 
 import json
 from collections.abc import Mapping
@@ -244,7 +244,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def padded_vocab(vocab_size: int, tp: int) -> int:
-    """Vocabulary size padded so that it divides into tp shards of a multiple of 8."""
+    """Returns the vocabulary size, padded so that each tp shard is a multiple of 8."""
     step = 8 * tp
     return -(-vocab_size // step) * step
 
@@ -367,6 +367,6 @@ def _explain(item: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """What a message shows of a value that may be anything."""
+    """Returns a short form of any value, for a message."""
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

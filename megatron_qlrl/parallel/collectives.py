@@ -39,8 +39,9 @@ class GatherTokens(torch.autograd.Function):
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """`value` of every rank of `group` (none: of all), in rank order, on every rank of it (our own
-    objects, our own ranks). A thread beside the main one needs a group of its own.
+    """Returns the values of all ranks of `group` (by default all ranks), in rank order, on each of
+    them. They travel as pickles, which is safe between ranks of one job. A thread beside the main
+    one needs a group of its own.
     """
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
@@ -48,13 +49,14 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def gather_dicts(value: Mapping[K, T], group: dist.ProcessGroup | None = None) -> dict[K, T]:
-    """The entries of all ranks together; where ranks have the same key, the last one's."""
+    """Returns the entries of all ranks in one dict; for a key that several have, the last
+    rank's."""
     return {key: entry for part in gather_objects(value, group) for key, entry in part.items()}
 
 
 def on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Runs `work` here; if it fails on any rank with a user's error, every rank raises the
-    first such rank's, of the same type.
+    """Runs `work` on this rank. If it fails on any rank with a user's error, every rank raises the
+    error of the first such rank.
 
     Use it around everything that can fail on one rank alone (reading, writing, scoring):
     a rank that went on would wait for ever in its next collective.

@@ -18,8 +18,8 @@ from megatron_qlrl.platform.megatron_cpu import megatron_device
 JOIN_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for the last one to join."""
 TIMEOUT = timedelta(hours=4)
-"""Of collectives: ranks wait for one whose responses are longer, and a step that hangs is ended
-by the watchdog."""
+"""The limit of a collective. Ranks may wait long for one with longer responses; the watchdog ends a
+step that hangs."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """This rank's place. `dp` does not count context parallel ranks, which share rows."""
+    """This rank's place in the layout. `dp` does not count context parallel ranks, which share
+    rows."""
 
     tp: Axis
     pp: Axis

@@ -1,4 +1,4 @@
-"""CUDA or CPU: the one place that decides."""
+"""The one place that decides between CUDA and the CPU."""
 
 import resource
 
@@ -10,12 +10,12 @@ def has_gpu() -> bool:
 
 
 def device() -> torch.device:
-    """Where this rank's tensors live."""
+    """Returns the device of this rank's tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
 def backend() -> str:
-    """torch.distributed backend; on GPU, gloo serves the CPU tensors."""
+    """Returns the torch.distributed backend; with a GPU, gloo serves the CPU tensors."""
     return "cpu:gloo,cuda:nccl" if has_gpu() else "gloo"
 
 
@@ -36,19 +36,19 @@ def has_transformer_engine() -> bool:
 
 
 def device_name() -> str:
-    """What the driver calls this rank's GPU, "cpu" without one."""
+    """Returns the driver's name for this rank's GPU, or "cpu" without one."""
     return torch.cuda.get_device_name() if has_gpu() else "cpu"
 
 
 def weight_dtype(configured: str) -> str:
-    """model.dtype on a GPU. bfloat16 kernels are slow and rare on CPUs, so that without a GPU
-    everything is float32."""
+    """Returns `configured` (model.dtype) with a GPU and float32 without one, because bfloat16
+    kernels are slow and rare on CPUs."""
     return configured if has_gpu() else "float32"
 
 
 def memory_high_water() -> dict[str, float]:
-    """Most memory that this process has used so far, in GB (1e9 bytes): host memory, and on a GPU
-    what torch allocated and reserved. The GPU part has not been run on a GPU yet."""
+    """Returns the most memory that this process has used so far, in GB (1e9 bytes): host memory,
+    and on a GPU what torch allocated and reserved. The GPU part has not been run on a GPU yet."""
     resident_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     metrics = {"perf/max_rss_gb": resident_kib * 1024 / 1e9}
     if has_gpu():

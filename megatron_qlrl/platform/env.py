@@ -21,7 +21,7 @@ PICKLED_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process' place in the job."""
+    """The place of this process in the job."""
 
     rank: int = 0
     local_rank: int = 0
@@ -29,7 +29,7 @@ class Ranks:
 
 
 def read_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
-    """Place of this process as torchrun (or the local launcher) or srun told it.
+    """Returns the place of this process as torchrun, the local launcher or srun gives it.
 
     Without either it is a job of one process. A batch script that sbatch starts is such a job
     too: it sees SLURM_PROCID and SLURM_NTASKS, but is not a task of a step.
@@ -100,8 +100,8 @@ def set_engine_env(*, cpu_kv_cache_gib: int) -> None:
 
 
 def job_ends_at() -> float | None:
-    """When this job's time is up, in seconds since the epoch (Slurm, or slurm/common.sh, says so);
-    None without a limit."""
+    """Returns when this job's time is up, in seconds since the epoch (from Slurm or
+    slurm/common.sh); None without a limit."""
     value = os.environ.get("SLURM_JOB_END_TIME", "")
     return float(value) if value.isdigit() else None
 

@@ -1,11 +1,11 @@
-"""One run at a time in a folder: a file that says who holds it and, by its time, that they live.
+"""Lets one run at a time use a folder: a file names the holder, and its time shows that it lives.
 
     run.lock.1    held: its modification time moves every HEARTBEAT_S
-    run.lock.2    made by one who saw that the holder of .1 is gone, and then removes .1
+    run.lock.2    made by a process that found the holder of .1 gone; it then removes .1
 
-A file is made with O_EXCL, which is atomic on shared disks too, and nobody writes into or removes
-the file of a holder that may live: of several that take over at the same time one gets the next
-number, and the others see it. No flock: network file systems may keep that to one machine.
+A file is made with O_EXCL, which is atomic on shared disks, too. Nobody writes into or removes the
+file of a holder that may live: when several take over at the same time, one gets the next number
+and the others see it. flock is not used, because network file systems may keep it to one machine.
 """
 
 import json
@@ -25,7 +25,7 @@ from megatron_qlrl.platform.env import read_job
 
 HEARTBEAT_S = 5.0
 SILENCE_S = 60.0
-"""A holder on another machine that has given no sign of life for so long is gone."""
+"""A holder on another machine is taken for gone after this long without a sign of life."""
 POLL_S = 0.1
 
 
@@ -35,9 +35,9 @@ class Holder:
 
     Attributes:
         machine: boot and process namespace, in which `pid` names the same process.
-        started: clock ticks after the boot; pids are used again, exec keeps both.
-        job, restarts: Slurm's job ("" without one) and how often it has come back.
-        since: when it took the lock, for the reader.
+        started: clock ticks after the boot, because pids are reused; exec keeps pid and start.
+        job, restarts: Slurm's job ("" without one) and how often it has been restarted.
+        since: when it took the lock, for messages.
     """
 
     host: str
@@ -50,8 +50,8 @@ class Holder:
 
 
 class Lock:
-    """Held until `close`, or until the process ends; while it goes on as another program (exec),
-    it holds the lock too."""
+    """A lock that is held until `close` or the end of the process. A process that replaces itself
+    (exec) keeps it."""
 
     def __init__(self, base: Path, path: Path, holder: Holder, *, what: str) -> None:
         self._base, self._path, self._holder, self._what = base, path, holder, what

@@ -1,5 +1,4 @@
-"""What this machine has, as names and reasons: without a GPU torch-free, so that `qlrl check` can
-say it."""
+"""Names what this machine has, with reasons. Without a GPU it is torch-free, for `qlrl check`."""
 
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Choice:
-    """What is used here, and why."""
+    """Something that is used here, and the reason."""
 
     name: str
     why: str

@@ -1,5 +1,5 @@
-"""What a run is busy with until its first step has ended, said again and again: loading weights and
-starting an engine take minutes, and a silent run looks like a hung one."""
+"""Says what a run is busy with until its first step has ended: loading weights and starting an
+engine take minutes, and a silent run looks like a hung one."""
 
 import sys
 import threading
@@ -18,7 +18,7 @@ EVERY_S = 20.0
 
 
 def say_on_stderr(line: str) -> None:
-    """Writes past `foreign_messages_in`, and leaves stdout to the command's result."""
+    """Writes to the real stderr, past `foreign_messages_in`; stdout is for the command's result."""
     print(f"qlrl: {line}", file=sys.__stderr__, flush=True)
 
 
@@ -33,12 +33,13 @@ class Progress:
 
     @classmethod
     def of_rank(cls, rank: int) -> "Progress":
-        """On stderr, of rank 0 alone."""
+        """Returns one that speaks on stderr on rank 0 and is silent on other ranks."""
         return cls(say_on_stderr if rank == 0 else lambda _: None)
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """`what` ("loading weights") goes on inside; of nested ones the inner one is said."""
+        """Says that `what` ("loading weights") goes on while the block runs; the innermost block
+        speaks."""
         with self._changed:
             self._stack.append((what, time.monotonic()))
             self._say(what)
@@ -54,7 +55,8 @@ class Progress:
                 self._changed.notify()
 
     def during_first(self, steps: Iterable[T], what: str) -> Iterator[T]:
-        """Passes `steps` on; `what` goes on until the caller asks for the second one."""
+        """Passes `steps` on, and says that `what` goes on until the caller asks for the second
+        one."""
         iterator = iter(steps)
         for first in iterator:
             with self.doing(what):

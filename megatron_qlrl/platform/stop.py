@@ -1,4 +1,4 @@
-"""Why a run should end now: someone said so by a signal, or the job's time will be up."""
+"""Decides when a run should end early: a signal asks for it, or the job's time runs out."""
 
 import os
 import signal
@@ -8,36 +8,36 @@ from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-"""SIGUSR1: the batch script, before its time is up. SIGTERM: a scheduler that takes the machine.
-SIGINT, Ctrl-C, is one of them too where a run can be saved."""
+"""The batch script sends SIGUSR1 before its time is up; a scheduler that takes the machine sends
+SIGTERM. Where a run can be saved, SIGINT (Ctrl-C) asks to stop, too."""
 STOPPING = "qlrl: stopping after this step; Ctrl-C again ends at once"
 SLACK, RESERVE_S = 1.5, 60.0
-"""Another step is begun if the job's time suffices for SLACK times the longest step so far, and
-RESERVE_S for the rest of a checkpoint. The first of a job is begun whatever time is left, and ended
-once it is begun: a job that came back only to give up again would do so for ever."""
+"""Another step begins if the job's time suffices for SLACK times the longest step so far and
+RESERVE_S for the rest of a checkpoint. The first step of a job begins whatever time is left and
+runs to its end, because a job that came back only to give up again would do so for ever."""
 
 
 def interrupt_ends() -> None:
-    """From now on Ctrl-C ends this process as other programs: at once, even in the middle of C
-    code, without a stack trace. Where a shell has started it to ignore Ctrl-C, it still does."""
+    """Makes Ctrl-C end this process like other programs: at once, even in the middle of C code, and
+    without a stack trace. A process that a shell started to ignore Ctrl-C still ignores it."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def heard_signals() -> tuple[signal.Signals, ...]:
-    """All that ask to stop, without Ctrl-C where a shell has started this process to ignore it."""
+    """Returns the signals that ask to stop; Ctrl-C is none where a shell made us ignore it."""
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     return STOP_SIGNALS if ignored else (*STOP_SIGNALS, signal.SIGINT)
 
 
 class StopSignals:
-    """Inside it (a context manager) the signals end nothing; they are noted, for this rank. But a
+    """A context manager in which the signals do not end this rank's process; they are noted. A
     second Ctrl-C ends the process.
 
     Args:
-        ends_at: when the job's time is up, in seconds since the epoch; None: nobody knows. Steps at
-            long context take longer than the warning that jobs get by default.
-        longest_s: what the longest step took that the job has done before; 0: it has done none.
+        ends_at: when the job's time is up, in seconds since the epoch; None if nobody knows. A step
+            at long context takes longer than the warning that jobs get by default.
+        longest_s: seconds of the longest step that this job has done before; 0 if it has done none.
         speaks: this rank answers Ctrl-C with a line on stderr.
     """
 
@@ -47,7 +47,7 @@ class StopSignals:
         self.longest_s = longest_s
         self._speaks = speaks
         self._ends_at = ends_at
-        self._found = False
+        self._asked = False
         self._last = 0.0
 
     def __enter__(self) -> "StopSignals":
@@ -61,19 +61,19 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._found = True
+        self._asked = True
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             if self._speaks:
                 os.write(2, f"{STOPPING}\n".encode())  # print is not made for signal handlers
 
     def between_steps(self, steps_left: int) -> str:
-        """The reason to stop, or "". To be asked before the first step and after every one, with
-        the number of steps that are left."""
+        """Returns the reason to stop, or "". Call it before the first step and after every step,
+        with the number of steps that are left."""
         now = time.time()
         self.longest_s = max(self.longest_s, now - self._last if self._last else 0.0)
         self._last = now
-        if self._found:
+        if self._asked:
             return "asked to stop"
         left_s = inf if self._ends_at is None else self._ends_at - now
         if self.longest_s and steps_left and left_s < SLACK * self.longest_s + RESERVE_S:
@@ -81,10 +81,10 @@ class StopSignals:
         return ""
 
     def step_done(self) -> None:
-        """What follows, up to the next `between_steps`, can be given up."""
+        """Marks the end of a step: from here to the next `between_steps` the run can be stopped."""
         self.longest_s = max(self.longest_s, time.time() - self._last)
 
     def within_step(self) -> str:
-        """The reason to give up the step that goes on, or ""; the run is then what it was before
-        it."""
-        return "asked to stop" if self._found and self.longest_s else ""
+        """Returns the reason to give up the present step, or "". A run that gives it up is left as
+        the step before ended."""
+        return "asked to stop" if self._asked and self.longest_s else ""

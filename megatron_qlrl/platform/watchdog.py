@@ -23,9 +23,9 @@ GRACE_S = 10.0
 
 
 def watch_steps(steps: Iterable[T], *, stacks: Path, floor_s: float) -> Iterator[T]:
-    """Passes `steps` on. From one to the next, the caller's work with it included, at most
-    `floor_s` or FACTOR times the longest so far may pass, whichever is more; then the stacks of
-    all threads go into the file `stacks` and the process ends with exit code 1."""
+    """Passes `steps` on. A step, with the caller's work on it, may take `floor_s` or FACTOR times
+    the longest step so far, whichever is more. After that the stacks of all threads are written to
+    the file `stacks` and the process ends with exit code 1."""
     iterator, longest = iter(steps), 0.0
     while True:
         started = time.monotonic()

@@ -113,8 +113,8 @@ class Policy:
         return metrics
 
     def clear_gradients(self) -> None:
-        """Gradients are 0, in memory that is taken again if `free_gradients` gave it back. Inside
-        `megatron_device()`."""
+        """Sets the gradients to 0 and takes their memory again if `free_gradients` gave it back.
+        Call it inside `megatron_device()`."""
         self.ddp_model.restore_grad_buffers()
         self.ddp_model.zero_grad_buffer()
         # Without this the first micro-batch's gradients count twice from step two on.

@@ -55,10 +55,10 @@ _FOLDERS = "step_" + "[0-9]" * 8
 
 
 class CheckpointStore:
-    """The checkpoints of one run. All methods but `failed` are collective."""
+    """The checkpoints of one run. All methods except `failed` are collective."""
 
     def __init__(self, folder: Path, *, keep: int, warn: Callable[[str], None]) -> None:
-        """`warn` is told of checkpoints that were passed over."""
+        """`warn` gets a line for each checkpoint that is passed over."""
         self.folder, self._keep, self._warn = folder, keep, warn
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -98,7 +98,7 @@ class CheckpointStore:
         return group
 
     def wait(self) -> None:
-        """Until the last save is on disk.
+        """Waits until the last save is on disk.
 
         Raises:
             CheckpointError: it could not be written (every rank).
@@ -108,23 +108,24 @@ class CheckpointStore:
             pending.result()
 
     def failed(self) -> bool:
-        """Whether `wait` would raise at once."""
+        """Returns whether `wait` would raise at once."""
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
     def close(self) -> None:
-        """Lets the thread end what it writes, before the process group goes. A failure that nobody
-        has waited for is told, not raised: the run ends for another reason."""
+        """Lets the thread finish writing before the process group ends. A failure that nobody
+        waited for becomes a warning, because the run ends for another reason."""
         self._thread.shutdown()
         if self._pending is not None and (error := self._pending.exception()):
             self._warn(str(error))
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose files all match its manifest, the same on every rank.
+        """Returns the newest checkpoint whose files all match its manifest, the same on every rank,
+        or None if there is none.
 
         Raises:
-            CheckpointError: it matches and holds what no checkpoint of this package does, or
-                another version of the package wrote it.
+            CheckpointError: its files match but hold something else than a checkpoint of this
+                package, or another version of the package wrote it.
         """
         self.wait()
         newest = on_all_ranks(self._newest if dist.get_rank() == 0 else lambda: None)
@@ -199,7 +200,7 @@ def load_checkpoint(path: Path, *, model: Any, optimizer: Any) -> dict[str, Any]
 
 
 def load_weights(path: Path, *, model: Any) -> dict[str, Any]:
-    """Fills the model alone, for export and for an optimizer that starts anew; the saved state."""
+    """Fills the model alone, for export and for a new optimizer, and returns the saved state."""
     return _load(path, partial(megatron_format.read_model, model=model))
 
 

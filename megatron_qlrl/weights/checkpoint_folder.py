@@ -1,4 +1,4 @@
-"""One checkpoint folder: whether it is whole, and what it holds beside the tensors."""
+"""Tells whether a checkpoint folder is whole, and reads what it holds beside the tensors."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -21,11 +21,11 @@ _STATE_TYPES = {
 """Types that values in state.json must have. Whoever saved a dict checks what is in it."""
 
 UNFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError)
-"""What values of another shape than those saved make the code raise that takes them up."""
+"""What code raises that uses values of another shape than was saved."""
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What was saved beside model and optimizer (not collective).
+    """Returns what was saved beside model and optimizer (not collective).
 
     Raises:
         CheckpointError: it cannot be read, or another version of this package wrote it.
@@ -47,11 +47,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def taking_up(path: Path) -> Iterator[None]:
-    """Around what uses a checkpoint's state: values of another shape than were saved are the
-    checkpoint's fault.
+    """A block that uses a checkpoint's state. If values do not have the shape that was saved, the
+    checkpoint is at fault.
 
     Raises:
-        CheckpointError: in place of the KeyError or the like that they caused.
+        CheckpointError: instead of the KeyError or similar error that they caused.
     """
     try:
         yield
@@ -60,12 +60,12 @@ def taking_up(path: Path) -> Iterator[None]:
 
 
 def step_of(path: Path) -> int:
-    """Steps done at a checkpoint, by its name."""
+    """Returns the number of steps done at a checkpoint, from its name."""
     return int(path.name.removeprefix("step_"))
 
 
 def check_resumable(policy: PolicyConfig) -> None:
-    """Whether the checkpoints that a run writes may be read again.
+    """Checks that the run may read its own checkpoints again.
 
     Raises:
         ConfigError: delayed FP8 scaling, without the user's leave to unpickle its state.
@@ -80,12 +80,12 @@ def check_resumable(policy: PolicyConfig) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether it is one, whole or not; a run's folder is none."""
+    """Returns whether the folder is a checkpoint, whole or not; a run's folder is not one."""
     return any((folder / name).exists() for name in ("state.json", "manifest.json"))
 
 
 def torn(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, None when it is whole."""
+    """Returns what is wrong with a checkpoint folder, or None if it is whole."""
     try:
         return _mismatch(folder, read_object(folder / "manifest.json"))
     except FileNotFoundError:
@@ -120,10 +120,11 @@ def _typed_state(folder: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(path: Path) -> tuple[dict[str, Any], StoredWeights]:
-    """All of a checkpoint but its tensors (not collective).
+    """Returns a checkpoint's state and its weights, whose tensors are not read yet (not
+    collective).
 
     Raises:
-        CheckpointError: this rank cannot see it, or it holds what none does.
+        CheckpointError: this rank cannot see it, or it holds what no checkpoint holds.
     """
     state = read_state(path)
     try:
@@ -147,12 +148,12 @@ def _unfit(path: Path, error: Exception) -> CheckpointError:
 
 
 def digest_of(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """Returns the sha256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def first_line(error: BaseException) -> str:
-    """An error's kind and the first line of its message, for a message of our own."""
+    """Returns an error's type and the first line of its message, for a message of our own."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"

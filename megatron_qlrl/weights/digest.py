@@ -1,4 +1,4 @@
-"""What tells the weights of one model from another's, without reading them all."""
+"""A digest that tells the weights of one model from another's without reading all of them."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ BLOCK_BYTES = 4096
 
 
 def weights_digest(folder: Path) -> str:
-    """Digest of a Hugging Face folder's tensors: their names, types and shapes, and a block out of
+    """Returns a digest of a Hugging Face folder's tensors: names, types, shapes, and a block out of
     the middle of each. It does not depend on how they are spread over files.
 
     A 60 GB model read whole would delay every start by minutes. Another model differs in every

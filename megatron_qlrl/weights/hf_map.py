@@ -53,7 +53,7 @@ _OUTSIDE: dict[str, tuple[Kind, list[str]]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """How one Megatron parameter is made of Hugging Face tensors."""
+    """Says how one Megatron parameter is made of Hugging Face tensors."""
 
     kind: Kind
     hf_names: tuple[str, ...]
@@ -80,7 +80,7 @@ def entry_of(name: str, *, first_layer: int, tied: bool) -> Entry:
 def local_shard(
     entry: Entry, read: ReadSlice, *, shape: ModelShape, tp_size: int, tp_rank: int, rows: int
 ) -> torch.Tensor:
-    """This rank's Megatron tensor, reading only the rows (or columns) it needs.
+    """Returns this rank's Megatron tensor and reads only the rows or columns that it needs.
 
     `rows` is the local parameter's first dimension (it tells the padding of the vocabulary).
     """
@@ -109,7 +109,8 @@ def local_shard(
 def to_hf(
     entry: Entry, shards: list[torch.Tensor], *, shape: ModelShape
 ) -> list[tuple[str, torch.Tensor]]:
-    """The Hugging Face tensors of one Megatron parameter, from all its tensor parallel shards."""
+    """Yields the Hugging Face tensors of a Megatron parameter from all its tensor parallel
+    shards."""
     names = entry.hf_names
     if entry.kind == "whole":
         return [(names[0], shards[0])]

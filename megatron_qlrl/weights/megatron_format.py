@@ -1,6 +1,6 @@
-"""A policy's weights and optimizer in Megatron's sharded format (torch_dist): taken, written, read.
+"""Takes, writes and reads a policy's weights and optimizer in Megatron's sharded format.
 
-    weights/common.pt       what every rank has alike: parameter groups, counters
+    weights/common.pt       what is the same on every rank: parameter groups, counters
     weights/*.distcp        tensors, each written by one of the ranks that hold it
     weights/.metadata       where each tensor lies
     weights/metadata.json   the name of the format
@@ -51,12 +51,12 @@ from megatron_qlrl.weights.stored import BACKEND, DAMAGED, EXTRA_STATE, StoredWe
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's share of a checkpoint, in host memory: training may go on while it is written.
+    """This rank's share of a checkpoint, in host memory, so that training goes on meanwhile.
 
     Attributes:
-        tensors: torch's sharded state dict; of a tensor that several ranks hold, one has it.
-        common: what all ranks have alike.
-        num_bytes: of this rank's tensors.
+        tensors: torch's sharded state dict; one rank has a tensor that several ranks hold.
+        common: what is the same on all ranks.
+        num_bytes: size of this rank's tensors.
     """
 
     tensors: Mapping[str, Any]
@@ -68,7 +68,7 @@ class Snapshot:
         that starts three processes for each rank.
 
         Raises:
-            CheckpointException: on every rank, whichever failed.
+            CheckpointException: a rank could not write (every rank).
         """
         save_tensors(
             dict(self.tensors),
@@ -108,7 +108,7 @@ def read_all(stored: StoredWeights, *, model: Any, optimizer: Any) -> None:
     """Fills model and optimizer in place; collective.
 
     Raises:
-        CheckpointException: it does not fit the model; on every rank, whichever failed.
+        CheckpointException: it does not fit the model (every rank).
         CheckpointError: it holds FP8 state that may not be unpickled (every rank).
     """
     with megatron_device():
@@ -119,7 +119,7 @@ def read_all(stored: StoredWeights, *, model: Any, optimizer: Any) -> None:
 
 
 def read_model(stored: StoredWeights, *, model: Any) -> None:
-    """Fills the model alone; as `read_all`."""
+    """Fills the model alone; raises as `read_all`."""
     with megatron_device():
         sharded = {"model": model.sharded_state_dict(metadata=_metadata())}
         _load_model(model, _read(sharded, stored)["model"])

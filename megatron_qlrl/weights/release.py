@@ -1,4 +1,4 @@
-"""The Hugging Face folder that is released: weights, config, tokenizer, model card."""
+"""Writes the Hugging Face folder of a release: weights, config, tokenizer, model card."""
 
 import json
 import re
@@ -31,9 +31,9 @@ COMPANIONS = (
 
 
 def base_name(folder: Path) -> str:
-    """What the model in `folder` is called, never where it lies: a release of this package bears
-    its base's name, a folder of Hugging Face's cache its repository's, another one its own; "hf",
-    which every release is called, is no name."""
+    """Returns the name of the model in `folder`, never a path. A release of this package has its
+    base's name, a folder of Hugging Face's cache its repository's, any other folder its own. Every
+    release's folder is called "hf", so "hf" is not a name."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     ours = "\n- megatron_qlrl\n" in text  # its tag

@@ -1,4 +1,4 @@
-"""Reads what lies beside the tensors in a checkpoint's weights/ folder, and trusts none of it.
+"""Reads what a checkpoint's weights/ folder holds beside the tensors, and trusts none of it.
 
 A pickle can run any code, and torch and Megatron would unpickle these files. Here `.metadata` is
 read by an unpickler that knows only the names which a checkpoint of this package holds. It makes
@@ -59,7 +59,7 @@ class StoredWeights:
 
 
 def open_weights(folder: Path) -> StoredWeights:
-    """Reads all but the tensors; runs nothing that a file says.
+    """Reads everything except the tensors, and runs nothing that a file says.
 
     Raises:
         CheckpointError: a file is damaged, or holds what no checkpoint of this package does.
@@ -76,10 +76,10 @@ def open_weights(folder: Path) -> StoredWeights:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file whose outermost value is an object.
+    """Returns the object in a JSON file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the file holds something else.
         OSError: it cannot be read.
     """
     try:

@@ -1,5 +1,5 @@
-"""Streams of weights: a Hugging Face folder into the model, and the model out of it as
-Hugging Face tensors in bounded buckets (for the rollout engine and for release)."""
+"""Streams weights: from a Hugging Face folder into the model, and from the model as Hugging Face
+tensors in bounded buckets, for the rollout engine and for releases."""
 
 import json
 from collections.abc import Iterator
@@ -75,7 +75,7 @@ class _Item:
 
 
 class WeightStream:
-    """Plan, made once, for streaming the whole model as (Hugging Face name, tensor) pairs.
+    """Streams the whole model as (Hugging Face name, tensor) pairs, by a plan that is made once.
 
     Every rank must iterate (gathering is collective) and sees every tensor. A bucket holds
     the tp shards of consecutive parameters of one stage: one all-gather over tp, one
@@ -140,7 +140,8 @@ class WeightStream:
 
 
 def untied(stream: WeightStream) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stream with the LM head by name, also where the model ties it to the embedding."""
+    """Yields the stream with an LM head of its own, also where the model ties it to the
+    embedding."""
     for name, tensor in stream:
         yield name, tensor
         if stream.tied and name == "model.embed_tokens.weight":
