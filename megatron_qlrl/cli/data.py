@@ -8,6 +8,7 @@ import typer
 app = typer.Typer(help="Build data sets.", no_args_is_help=True)
 
 ToyKind = Literal["needle", "needles", "two_hop"]  # copied from data.builders.toy: no numpy here
+RulerTask = Literal["niah", "vt", "cwe", "fwe", "qa"]
 BenchmarkName = Literal[
     "docmath", "docmath_all", "frames", "2wikimqa", "hotpotqa", "musique", "narrativeqa", "qasper",
     "longbench_v2", "mrcr", "tatqa",
@@ -61,3 +62,31 @@ def data_benchmark(
     size, licence = BENCHMARKS[name].size, BENCHMARKS[name].licence
     note = "" if rows == size else f" (the published set has {size})"
     typer.echo(f"{rows} rows{note}: {out}; licence: {licence}")
+
+
+@app.command("ruler")
+def data_ruler(
+    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    task: Annotated[RulerTask, typer.Option(help="What is asked for.")],
+    tokens: Annotated[
+        int, typer.Option(min=512, max=131_072, help="Length of a prompt, chat template included.")
+    ],
+    model: Annotated[Path, typer.Option(help="Model folder, whose tokenizer counts.")],
+    num: Annotated[int, typer.Option(min=1, help="Questions.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of every sampled word.")] = 0,
+) -> None:
+    """Build synthetic retrieval tasks of a given length, after RULER's families."""
+    from megatron_qlrl.data.builders.ruler import build_ruler
+    from megatron_qlrl.data.template import render
+    from megatron_qlrl.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    longest = build_ruler(
+        out,
+        task=task,
+        tokens=tokens,
+        num=num,
+        seed=seed,
+        count=lambda text: len(render(tokenizer, [{"role": "user", "content": text}], None)),
+    )
+    typer.echo(f"{num} rows of at most {longest} tokens: {out}")

@@ -48,6 +48,7 @@ RULE_OF_SOURCE: dict[str, SourceRule] = {
     "long_toc_choices": SourceRule("choice", judged=False),
     "toy_docqa": SourceRule("exact", judged=False),
     "mrcr": SourceRule("recite", judged=False),
+    "ruler": SourceRule("exact", judged=False),
 }
 """How a data source is scored, by a substring of its name in any case; the first match counts."""
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -34,8 +35,7 @@ def test_means_of_the_paper_follow_from_its_columns():
     assert set(TABLE_4) <= set(MEANS)
     for model, cells in TABLE_4.items():
         assert len(cells) == len(COLUMNS) == 7
-        # The columns are rounded to 0.1 and so is the mean.
-        assert abs(sum(cells) / 7 - MEANS[model]) < 0.1, model
+        assert abs(sum(cells) / 7 - MEANS[model]) <= 0.05, model  # the same, rounded to 0.1
 
 
 def test_the_table_says_whose_it_is():
@@ -110,8 +110,6 @@ def test_a_run_is_read_by_question(tmp_path):
 
 
 def test_the_newest_evaluation_is_read_unless_a_file_is_named(tmp_path):
-    import os
-
     write_run(tmp_path, {"x:0": [0]}, "start")
     write_run(tmp_path, {"x:0": [1]}, "phase_1")
     os.utime(tmp_path / "eval" / "start.jsonl", (1, 1))
