@@ -1,5 +1,5 @@
-"""Attention kernels behind one small interface: out and log-sum-exp of one piece, and its share
-of the gradient given the log-sum-exp of ALL pieces of the same queries.
+"""Attention kernels behind one small interface: the output and log-sum-exp of one piece, and its
+share of the gradient, given the log-sum-exp of ALL pieces of the same queries.
 
 No kernel takes a mask: a piece is a rectangle, or a causal square.
 """
@@ -17,14 +17,15 @@ class Kernel(Protocol):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(out [L, heads, d], log-sum-exp of the scaled scores, float32 or wider [L, heads])."""
+        """Returns (out [L, heads, d], log-sum-exp of the scaled scores, float32 or wider [L,
+        heads])."""
         ...
 
     def backward(
         self, grad_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         out: torch.Tensor, lse: torch.Tensor, causal: bool, scale: float,
     ) -> Grads:  # fmt: skip
-        """Gradients of q, k and v; `out` and `lse` are those after the merge."""
+        """Returns the gradients of q, k and v; `out` and `lse` are those after the merge."""
         ...
 
 

@@ -38,7 +38,7 @@ from megatron_qlrl.policy.offload import layer_inputs_on_host
 
 
 class PolicyModel(GPTModel):
-    """Megatron's GPT whose last stage returns hidden states: logits are never built here.
+    """Megatron's GPT, whose last stage returns hidden states; logits are never built.
 
     Rotary embeddings come from the micro-batch's own position ids, so packing, shared prompts
     and context parallelism need nothing else.
@@ -91,8 +91,8 @@ class PolicyModel(GPTModel):
 
 
 class _RMSNorm(torch.nn.RMSNorm):
-    """Megatron's torch norm refuses sequence parallelism; marking the weight is all it takes:
-    Megatron then sums the weight's gradient over the tensor parallel ranks."""
+    """An RMSNorm for sequence parallelism, which Megatron's torch norm refuses. Its weight is
+    marked, so that Megatron sums the weight's gradient over the tensor parallel ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -100,8 +100,8 @@ class _RMSNorm(torch.nn.RMSNorm):
 
 
 def rope_frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
-    """(inverse frequencies float32 [head_dim / 2], attention factor) for any Hugging Face rope
-    type (default, linear, yarn, llama3 …), from transformers' own functions."""
+    """Returns (inverse frequencies float32 [head_dim / 2], attention factor) for any Hugging Face
+    rope type (default, linear, yarn, llama3 …), from transformers' own functions."""
     rope = dict(shape.rope)
     if rope["rope_type"] == "default":
         exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
@@ -120,7 +120,7 @@ def rope_frequencies(shape: ModelShape) -> tuple[torch.Tensor, float]:
 def transformer_config(
     shape: ModelShape, config: PolicyConfig, *, dtype: torch.dtype, context: ParallelContext
 ) -> TransformerConfig:
-    """Megatron's view of the model, of our settings and of the layout."""
+    """Returns Megatron's config for the model, our settings and the layout."""
     _, rope_factor = rope_frequencies(shape)
     recompute: dict[str, Any] = {}
     if config.recompute == "full":
@@ -178,7 +178,7 @@ def transformer_config(
 
 
 def layer_spec(*, transformer_engine: bool, qk_norm: bool) -> ModuleSpec:
-    """Spec of one decoder layer with segment attention."""
+    """Returns the spec of one decoder layer with segment attention."""
     if transformer_engine:
         return _transformer_engine_spec(qk_norm)
     norm = _RMSNorm if qk_norm else IdentityOp
@@ -231,7 +231,7 @@ def _transformer_engine_spec(qk_norm: bool) -> ModuleSpec:
 def build_model(
     shape: ModelShape, config: PolicyConfig, *, dtype: torch.dtype, context: ParallelContext
 ) -> PolicyModel:
-    """This rank's part of the model with uninitialised weights (load them next).
+    """Returns this rank's part of the model with uninitialised weights; load them next.
 
     Raises:
         ConfigError: the GPU, CUDA or Transformer Engine cannot run policy.fp8_recipe.
@@ -271,8 +271,8 @@ def build_model(
 
 
 def _check_fp8_recipe(config: TransformerConfig) -> None:
-    """Enters FP8 once: Transformer Engine then says what the recipe lacks here (compute capability
-    9.0 and CUDA 12.9 for blockwise, 10.0 for mxfp8), which the first step would find out."""
+    """Enters FP8 once, so that Transformer Engine says now, and not in the first step, what the
+    recipe lacks here (compute capability 9.0 and CUDA 12.9 for blockwise, 10.0 for mxfp8)."""
     try:
         with get_fp8_context(config):
             pass
@@ -284,9 +284,9 @@ def _check_fp8_recipe(config: TransformerConfig) -> None:
 
 
 def _mark_shards(model: torch.nn.Module) -> None:
-    """Marks the weights that are cut over tensor parallel ranks. Megatron does so while it
-    initialises them, which we leave out; a shard without the mark counts as a copy, and the
-    gradient norm takes it from tensor parallel rank 0 alone."""
+    """Marks the weights that are cut over tensor parallel ranks, as Megatron does when it
+    initialises them (we load them instead). A shard without the mark would count as a copy, and the
+    gradient norm would take it from tensor parallel rank 0 alone."""
     cut = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
         weight, dim = getattr(module, "weight", None), cut.get(type(module))

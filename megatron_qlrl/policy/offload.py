@@ -1,4 +1,4 @@
-"""Layer inputs in host memory between a forward and its backward pass."""
+"""Keeps layer inputs in host memory between a forward and its backward pass."""
 
 from contextlib import AbstractContextManager
 from functools import partial

@@ -12,8 +12,8 @@ from megatron_qlrl.platform.device import has_gpu
 
 
 def wrap_data_parallel(model: Any, *, distributed_optimizer: bool) -> DistributedDataParallel:
-    """Megatron's DDP: gradients of data and context parallel ranks are SUMMED (the loss is a
-    weighted sum), in float32."""
+    """Wraps the model in Megatron's DDP, which SUMS the gradients of data and context parallel
+    ranks (the loss is a weighted sum), in float32."""
     wrapped = DistributedDataParallel(
         config=model.config,
         ddp_config=DistributedDataParallelConfig(
@@ -66,7 +66,8 @@ def build_optimizer(model: Any, config: OptimizerConfig, *, distributed: bool) -
 
 
 def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up, then linear to the minimum."""
+    """Returns the rate of optimizer step `step` (from 0): linear warm-up, then linear to the
+    minimum."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     span = max(total_steps - 1 - config.warmup_steps, 1)
@@ -75,7 +76,7 @@ def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> fl
 
 
 def apply_settings(optimizer: Any, config: OptimizerConfig, *, rate: float) -> None:
-    """Gives every parameter group its settings; a checkpoint that was loaded brings those along
+    """Gives every parameter group its settings, because a loaded checkpoint brings the settings
     that it was saved with."""
     settings = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     for group in optimizer.param_groups:

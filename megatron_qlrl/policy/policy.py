@@ -90,7 +90,7 @@ class Policy:
     def update(
         self, rows: Sequence[PackedRow], loss: Loss, *, lr: float, permit: Permit = finite_gradient
     ) -> dict[str, float]:
-        """One optimizer step on this data-parallel rank's rows; metrics agree on all ranks.
+        """Takes one optimizer step on this data-parallel rank's rows; metrics agree on all ranks.
 
         Unless `permit` says yes to the metrics on every rank, the step is not taken: weights,
         optimizer state and version stay as they are, bitwise.
@@ -121,15 +121,15 @@ class Policy:
         self.optimizer.zero_grad()
 
     def free_gradients(self) -> None:
-        """Gives the gradients' memory back until the next update: between updates they hold
+        """Gives the gradients' memory back until the next update, because between updates they hold
         nothing."""
         with megatron_device():
             self.ddp_model.offload_grad_buffers()
 
     @contextmanager
     def optimizer_at_hand(self) -> Iterator[None]:
-        """Inside, the optimizer's state is on the device; outside, with optimizer.offload, in host
-        memory. Without a GPU the same calls move nothing. Not run on a GPU yet."""
+        """A block in which the optimizer's state is on the device; with optimizer.offload it is in
+        host memory outside. Without a GPU the same calls move nothing. Not run on a GPU yet."""
         with megatron_device():
             if self._optimizer_config.offload:
                 self.optimizer.restore_from_cpu()
@@ -165,7 +165,8 @@ class Policy:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside, the model has the reference weights; afterwards its own again, bitwise."""
+        """A block in which the model has the reference weights; after it, its own again,
+        bitwise."""
         assert self._reference is not None, "keep_reference() was not called"
         self._swap()
         try:
@@ -181,8 +182,8 @@ class Policy:
             other.copy_(mine)
 
     def run(self, rows: Sequence[PackedRow], finish: Any, *, forward_only: bool) -> list[Any]:
-        """Megatron's schedule over `rows`; `finish` (micro-batch, log-probs, entropy) gives what
-        the schedule wants of the last stage. Inside `megatron_device()`.
+        """Runs Megatron's schedule over `rows` and returns the last stage's results. `finish`
+        (micro-batch, log-probs, entropy) makes them. Call it inside `megatron_device()`.
 
         Raises:
             DataError: (on this rank) a token id that the model does not have.
@@ -229,11 +230,11 @@ class Policy:
 
 
 def check_token_ids(token_ids: np.ndarray, vocab_size: int) -> None:
-    """Checked here, in host memory, because it costs nothing: on the device an id beyond the
-    vocabulary meets padding or no shard at all, and its log-prob is a wrong number.
+    """Checks ids in host memory, where it costs nothing. On the device an id beyond the vocabulary
+    would meet padding or no shard, and its log-prob would be a wrong number.
 
     Raises:
-        DataError: there is such an id.
+        DataError: an id is beyond the vocabulary.
     """
     wrong = token_ids[(token_ids < 0) | (token_ids >= vocab_size)]
     if wrong.size:
@@ -246,7 +247,8 @@ def check_token_ids(token_ids: np.ndarray, vocab_size: int) -> None:
 def training_loss(
     loss: Loss, batch: MicroBatch, logprobs: torch.Tensor, entropy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """What the schedule wants of the last stage: (weighted sum, 0 tokens to divide by, sums)."""
+    """Returns what the schedule wants of the last stage: (weighted sum, 0 tokens to divide by,
+    sums)."""
     columns = {
         name: torch.from_numpy(values).to(logprobs.device) for name, values in batch.columns.items()
     }

@@ -37,8 +37,8 @@ Tensors = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Finding:
-    """One part of a layer's attention on one rank; errors are relative to the norm of what is
-    right."""
+    """The error of one part of a layer's attention on one rank, relative to the norm of the right
+    result."""
 
     layer: int
     what: str
@@ -46,7 +46,7 @@ class Finding:
     noise: float
 
     def ratio(self, dtype: torch.dtype) -> float:
-        """The error in units of the noise, which is at least what rounding once leaves."""
+        """Returns the error in units of the noise, which is at least one rounding."""
         return self.error / max(self.noise, torch.finfo(dtype).eps / 8)
 
 
@@ -66,12 +66,12 @@ _PARTS = ("output", "gradient (queries)", "gradient (keys)", "gradient (values)"
 def check_sharing(
     policy: Policy, shared: Sequence[PackedRow], separate: Sequence[PackedRow]
 ) -> float:
-    """Both sides hold the same responses to the same prompts. Collective; nothing of the policy
-    changes. Returns the largest error, in units of the noise.
+    """Checks shared against separate rows, which hold the same responses to the same prompts, and
+    returns the largest error in units of the noise. Collective; the policy does not change.
 
     Raises:
-        KernelError: on every rank, naming the first layer whose output is wrong, or else the first
-            whose gradient is.
+        KernelError: names the first layer whose output is wrong, or else the first one whose
+            gradient is (every rank).
     """
     with _without_fp8(policy.model.config):
         alone = _measured_layers(policy, separate)
@@ -85,7 +85,7 @@ def check_sharing(
 
 
 def _judge(policy: Policy, mine: Sequence[Finding], side: str) -> float:
-    """The largest ratio of any rank."""
+    """Returns the largest ratio of any rank."""
     dtype = policy.model.config.params_dtype
     findings = [finding for part in gather_objects(list(mine)) for finding in part]
     # A comparison with NaN is false: what counts is that an error is NOT small.
@@ -235,10 +235,10 @@ def plain_attention(
     mask: torch.Tensor,
     scale: float,
 ) -> list[torch.Tensor]:
-    """Attention by its definition, [T, heads, d] on [T, kv_heads, d] where `mask` [T, T] allows:
-    output, and the gradients of query, key and value.
+    """Computes attention by its definition, [T, heads, d] on [T, kv_heads, d] where `mask` [T, T]
+    allows it, and returns the output with the gradients of query, key and value.
 
-    It rounds where flash attention does: what enters a product has the inputs' type, and the
+    It rounds where flash attention does: factors of a product have the inputs' type, and the
     backward pass starts from the rounded output and the log-sum-exp (arXiv 2205.14135).
     """
     dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
@@ -271,7 +271,7 @@ def _members(row: PackedRow) -> tuple[np.ndarray, np.ndarray]:
 
 
 def visible(block: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """[T, T]: whether a token (first axis) sees another: its prompt, and its own past."""
+    """Returns bool [T, T]: a token (first axis) sees its prompt and its own past."""
     own = (part == part[:, None]) | (part == 0)
     return ((block == block[:, None]) & own).tril()
 
@@ -290,7 +290,8 @@ def _whole_row(cp: Axis, places: torch.Tensor, local: torch.Tensor) -> torch.Ten
 
 
 def _local_part(cp: Axis, places: torch.Tensor, whole: torch.Tensor, length: int) -> torch.Tensor:
-    """The other way: this rank's `length` tokens of [T, ...], zeros where it pads."""
+    """Returns this rank's `length` tokens of [T, ...], with zeros where it pads (undoes
+    `_whole_row`)."""
     padded = whole.new_zeros(cp.size * length, *whole.shape[1:])
     padded[places] = whole
     return padded[cp.rank * length :][:length]
