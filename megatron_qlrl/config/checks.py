@@ -51,7 +51,7 @@ def check_split(shape: ModelShape, *, tp: int, pp: int) -> None:
 
 
 def _check_fp8(policy: PolicyConfig, shape: ModelShape) -> None:
-    """Whether a tensor parallel shard of every linear layer is made of whole FP8 blocks."""
+    """Checks that tensor parallel shards of all linear layers are whole FP8 blocks."""
     block, tp = policy.fp8_block, policy.tp
     sizes = {
         "hidden_size": shape.hidden_size,

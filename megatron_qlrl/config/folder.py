@@ -61,10 +61,10 @@ def find_tensors(folder: Path, shape: ModelShape) -> dict[str, Path]:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Reads the tokenizer's files, if not as a whole.
+    """Checks that the tokenizer's files are there and can be read.
 
     Raises:
-        ConfigError: there are none, or one is damaged.
+        ConfigError: there are no such files, or one is damaged.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(
@@ -104,8 +104,8 @@ def end_tokens(folder: Path) -> list[int]:
 
 
 def weight_files(folder: Path) -> dict[Path, set[str]]:
-    """The files that hold a model folder's weights, each with the names of the tensors to take from
-    it; an empty set takes all. Where there is an index it alone decides.
+    """Returns the files of a model folder's weights, each with the names of the tensors to take
+    from it; an empty set takes all. If there is an index, it alone decides.
 
     Raises:
         CheckpointError: there is no such file, or the index is damaged.
@@ -136,7 +136,7 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
 
 
 def _header(file: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    """Each tensor's name with its type and shape."""
+    """Yields each tensor's name with its type and shape."""
     try:
         opened: Any = safe_open(file, framework="numpy")
         with opened as tensors:
@@ -153,7 +153,7 @@ def _header(file: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
 def _compare(
     folder: Path, shape: ModelShape, seen: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> None:
-    """Whether these are the tensors of `shape`."""
+    """Checks that these are the tensors of `shape`."""
     layers = {int(match[1]) for name in seen if (match := _LAYER.fullmatch(name))}
     if layers and max(layers) + 1 != shape.num_layers:
         raise CheckpointError(

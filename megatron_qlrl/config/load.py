@@ -1,4 +1,4 @@
-"""YAML file + dotted overrides -> `Config`; every mistake becomes one `ConfigError`."""
+"""Makes a `Config` of a YAML file and overrides; all mistakes become one `ConfigError`."""
 
 import difflib
 import re
@@ -19,7 +19,7 @@ _NO_REFERENCE = re.compile(r"\$\{[^{}]*(?::|\$\{)")  # a resolver, or one refere
 
 MAX_DEPTH, MAX_VALUES = 20, 100_000
 
-# omegaconf lets Python's own errors through where a list meets a name or a number.
+# omegaconf raises Python's own errors if a list is used where a name or number belongs.
 _UNREADABLE = (
     OmegaConfBaseException, yaml.YAMLError, AssertionError, IndexError, OSError, TypeError,
     ValueError,
@@ -99,11 +99,11 @@ def _checked(where: str, make: Callable[[], Config]) -> Config:
 
 
 def _check_references(value: Any, where: str = "") -> None:
-    """Refuses all of omegaconf's ${...} but the plain reference to another setting: a value from
-    the environment would stand in every config.yaml that is saved, and at wandb.
+    """Refuses every ${...} of omegaconf except a plain reference to another setting: a value from
+    the environment would be written into every saved config.yaml and sent to wandb.
 
     Raises:
-        ConfigError: naming the setting.
+        ConfigError: there is one; the message names the setting.
     """
     if isinstance(value, dict):
         for key, inner in cast("dict[Any, Any]", value).items():

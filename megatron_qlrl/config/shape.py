@@ -81,8 +81,8 @@ class _LongRope(_Rope):
     long_factor: list[Positive]
 
 
-# Not "dynamic": its angles change with the length of each sequence, which a packed row, whose
-# responses grow, cannot follow, and vLLM 0.32 does not follow either.
+# "dynamic" is missing, because its angles change with the length of each sequence: packed rows
+# cannot follow that, and vLLM 0.32 does not either.
 ROPE_TYPES: dict[str, type[_Rope]] = {
     "default": _Rope, "linear": _Linear, "yarn": _Yarn, "llama3": _Llama3, "longrope": _LongRope,
 }  # fmt: skip
@@ -133,7 +133,7 @@ class ModelShape:
 
     @property
     def max_positions(self) -> int:
-        """So many positions the model has with its RoPE scaling: for YaRN the original ones times
+        """The number of positions with RoPE scaling: for YaRN the original number times
         the factor (`max_position_embeddings` is that), for llama3 and longrope
         `max_position_embeddings`, for linear that times the factor."""
         scale = self.rope["factor"] if self.rope["rope_type"] == "linear" else 1
@@ -225,7 +225,7 @@ def read_shape(folder: str | Path, *, rope_scaling: Mapping[str, Any] | None) ->
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder.
+    """Returns the object in a JSON file of a model folder.
 
     Raises:
         ConfigError: the file is missing, or holds something else.
@@ -309,7 +309,7 @@ def _architecture(hf: Mapping[str, Any], where: str) -> str:
 
 
 def _rope(sizes: _Sizes, scaling: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Both spellings: transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
+    """Reads transformers 4's spelling (rope_theta, rope_scaling) and 5's (rope_parameters)."""
     own = dict(sizes.rope_scaling or sizes.rope_parameters or {})
     scaling = dict(scaling)
     for parameters in (own, scaling):

@@ -1,4 +1,4 @@
-"""One job on one folder: the process group of its ranks, and the lock that keeps others out."""
+"""Gives a job its process group, and the lock that keeps other jobs out of its folder."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -13,8 +13,8 @@ from megatron_qlrl.platform.lock import Lock, take_lock
 @contextmanager
 def job_on(run_dir: Path) -> Iterator[ExitStack]:
     """Joins the job's process group, which has run.dir to itself: rank 0 holds the lock until the
-    end. The stack that is yielded releases it; emptied (`pop_all`), it leaves the lock to the
-    program that replaces this process.
+    end. The yielded stack releases the lock; call its `pop_all` to leave the lock to the program
+    that replaces this process.
 
     Raises:
         ConfigError: another run holds the lock (every rank).

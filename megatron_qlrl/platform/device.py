@@ -20,8 +20,8 @@ def backend() -> str:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used: there is a GPU, and the layers that Megatron takes
-    from it load. (Without its torch extension the package itself can be imported all the same.)"""
+    """Returns whether there is a GPU and the layers load that Megatron takes from Transformer
+    Engine. (The package itself can be imported even without its torch extension.)"""
     if not has_gpu():
         return False
     try:

@@ -54,7 +54,7 @@ def read_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
 
 
 def init_ranks() -> Ranks:
-    """`read_ranks`, and exports the place and the address under torch's names.
+    """Calls `read_ranks` and exports the place and the address under torch's names.
 
     torch's process group and the engine both read RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR
     and MASTER_PORT. Calling it again changes nothing.
@@ -107,24 +107,24 @@ def job_ends_at() -> float | None:
 
 
 def read_job() -> tuple[str, int]:
-    """Slurm's number of this job, and how often it has been put back into the queue; ("", 0)
+    """Returns Slurm's number of this job and how often it was put back into the queue, or ("", 0)
     outside of one."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "")
     return os.environ.get("SLURM_JOB_ID", ""), int(restarts) if restarts.isdigit() else 0
 
 
 def longest_step_s() -> float:
-    """What this job's longest step took before this process, in seconds; 0 at its start."""
+    """Returns the seconds of this job's longest step before this process, or 0 at its start."""
     return float(os.environ.get(LONGEST_STEP, "0"))
 
 
 def may_unpickle_state() -> bool:
-    """Whether the user trusts the FP8 state in checkpoints; Transformer Engine asks the same."""
+    """Returns whether the user trusts the FP8 state in checkpoints, as Transformer Engine asks."""
     return os.environ.get(PICKLED_STATE) == "1"
 
 
 def read_secret(variable: str | None) -> str | None:
-    """The key in the environment `variable` (None: no key is needed).
+    """Returns the key in the environment `variable`, or None if no key is needed.
 
     Raises:
         ConfigError: the variable is not set.
@@ -160,7 +160,7 @@ def quiet_foreign_warnings() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
+    """Returns a TCP port of the loopback interface on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Files that a user names for a result: what was there stays until the whole result is on disk.
+"""Writes files that users name; what was there stays until the whole result is on disk.
 
 a new file beside the target -> written -> synced -> renamed over the target
 """
@@ -13,7 +13,7 @@ from megatron_qlrl.errors import ConfigError
 
 
 def check_output(out: Path, inputs: Iterable[Path] = ()) -> None:
-    """Whether `out` can be written; to be called before expensive work.
+    """Checks that `out` can be written; call it before expensive work.
 
     Raises:
         ConfigError: its folder does not exist or takes no files, `out` is a folder, or it is one
@@ -85,7 +85,7 @@ def replaced(out: Path, *, inputs: Iterable[Path] = ()) -> Iterator[Path]:
 
 
 def _is_stream(out: Path) -> bool:
-    """A device or a pipe: nothing lies there that could be lost."""
+    """Returns whether this is a device or a pipe, which holds nothing that could be lost."""
     try:
         return out.exists() and not out.is_file() and not out.is_dir()
     except (OSError, ValueError):
@@ -93,7 +93,7 @@ def _is_stream(out: Path) -> bool:
 
 
 def _target(out: Path) -> Path:
-    """The file behind symbolic links: the link itself stays."""
+    """Returns the file behind symbolic links, so that the link itself stays."""
     try:
         return out.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a null byte

@@ -68,7 +68,7 @@ class Lock:
         while not self._closed.wait(HEARTBEAT_S):
             # A disk that does not answer for a while, or a file removed by hand, proves nothing.
             with suppress(OSError):
-                # Looked at twice: one that is about to withdraw may be in between.
+                # Look twice: a process that is about to withdraw its file may be there now.
                 if self._is_lost() and not self._closed.wait(1.0) and self._is_lost():
                     self._end()
                 os.utime(self._path)
@@ -80,7 +80,7 @@ class Lock:
         return bool(newest)
 
     def _end(self) -> None:
-        """Two runs in one folder would take each other's files away."""
+        """Ends this process, because two runs in one folder would remove each other's files."""
         print(
             f"qlrl: error: {self._what} was taken over by another run while this one gave no sign "
             f"of life for {SILENCE_S:.0f} s; this one ends",
@@ -91,8 +91,8 @@ class Lock:
 
 
 def take_lock(base: Path, *, what: str) -> Lock:
-    """Takes the lock `base` (of which the files are numbered), at once where its holder is gone,
-    else when that one has been silent for SILENCE_S.
+    """Takes the lock `base`, whose files are numbered: at once if its holder is gone, else when
+    the holder has been silent for SILENCE_S.
 
     Args:
         what: what is locked, for messages.
@@ -162,7 +162,7 @@ def _make(path: Path, holder: Holder) -> bool:
 
 
 def _read(path: Path) -> Holder | None:
-    """None: it is not written yet, or unreadable."""
+    """Returns the holder, or None if the file is not written yet or unreadable."""
     try:
         holder = Holder(**json.loads(path.read_text()))
     except (ValueError, TypeError, RecursionError):
@@ -208,7 +208,7 @@ def _named(holder: Holder | None) -> str:
 
 
 def _is_gone(holder: Holder | None, me: Holder) -> bool:
-    """Whether it is certain that the holder does not run any more, or is this process itself."""
+    """Returns whether the holder has certainly ended, or is this process itself."""
     if holder is None:
         return False
     if holder.machine == me.machine:
@@ -231,14 +231,14 @@ def _runs(pid: int, started: int) -> bool:
 
 
 def _start_of(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks after the boot; None if nothing but
-    its exit code is left of it."""
+    """Returns when a process of this machine started, in clock ticks after the boot, or None if
+    only its exit code is left."""
     stat = Path(f"/proc/{pid}/stat").read_text()
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])
 
 
 def _age_s(path: Path) -> float:
-    """Since the file's last change, by the clock of the disk: those of machines may differ."""
+    """Returns the time since the last change, by the disk's clock: machines' clocks differ."""
     with tempfile.TemporaryFile(dir=path.parent) as probe:
         return os.fstat(probe.fileno()).st_mtime - path.stat().st_mtime

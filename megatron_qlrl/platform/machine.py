@@ -16,9 +16,9 @@ class Choice:
 
 
 def attention_kernel(*, gpu: bool) -> Choice:
-    """The kernel of `policy.kernels` for a machine with or without a GPU. flash-attn is taken if
-    the functions that are called load: the package may be there for another's sake (flash-attn 4
-    lies in its folder), or made for another torch."""
+    """Returns the kernel of `policy.kernels` for a machine with or without a GPU. flash-attn is
+    taken if the functions that we call load: its folder may hold flash-attn 4 instead, or a
+    build for another torch."""
     if not gpu:
         return Choice("aten_cpu", "no GPU: torch's CPU flash kernel")
     if find_spec("flash_attn") is None:
@@ -35,8 +35,8 @@ def attention_kernel(*, gpu: bool) -> Choice:
 
 
 def commit() -> str | None:
-    """The git commit of the checkout that runs, "+changes" when its files differ from it; None for
-    a package that runs from no checkout."""
+    """Returns the git commit of the checkout that runs, with "+changes" if its files differ, or
+    None if the package does not run from a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None

@@ -58,7 +58,7 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = "cuda") -> None:
 
 @contextmanager
 def megatron_device() -> Iterator[None]:
-    """Every call into Megatron-core happens inside this context (re-entrant)."""
+    """A block for every call into Megatron-core; it can be nested."""
     global _depth  # noqa: PLW0603 - patches are process-wide, so is their depth
     if has_gpu() or _depth:
         yield

@@ -19,7 +19,7 @@ T = TypeVar("T")
 FACTOR = 10
 """A step this many times longer than the longest before it is far over its usual time."""
 GRACE_S = 10.0
-"""Between a rank's stacks and its end: a launcher ends the others once the first has left."""
+"""The wait after writing stacks: a launcher ends all ranks once the first has exited."""
 
 
 def watch_steps(steps: Iterable[T], *, stacks: Path, floor_s: float) -> Iterator[T]:
@@ -43,7 +43,7 @@ def _deadline(limit_s: float, stacks: Path) -> Iterator[None]:
     timer = threading.Timer(limit_s, _give_up, (limit_s, stacks))
     timer.daemon = True
     timer.start()
-    # Needs no interpreter: code that hangs with the GIL held ends too, without the message.
+    # This needs no interpreter: it also ends code that hangs with the GIL, without the message.
     faulthandler.dump_traceback_later(limit_s + GRACE_S, exit=True)
     try:
         yield

@@ -26,7 +26,7 @@ from megatron_qlrl.types import Piece
 
 @dataclass
 class AttentionPlan(PackedSeqParams):
-    """What the core attention needs of a micro-batch.
+    """Carries what the core attention needs to know of a micro-batch.
 
     It travels through Megatron's layers in the `packed_seq_params` argument, the one that
     every layer hands on untouched (also under activation recomputation); `qkv_format` must
@@ -38,7 +38,7 @@ class AttentionPlan(PackedSeqParams):
 
 
 class SegmentAttention(MegatronModule):
-    """Drop-in for Megatron's core attention (no parameters)."""
+    """Takes the place of Megatron's core attention; it has no parameters."""
 
     def __init__(
         self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any
@@ -80,7 +80,7 @@ def segment_attention(
     scale: float,
     kernel: Kernel = KERNELS["aten_cpu"],
 ) -> torch.Tensor:
-    """Attention of [L, heads, d] on [T, kv_heads, d] by `pieces` -> [L, heads, d].
+    """Computes attention of [L, heads, d] on [T, kv_heads, d] by `pieces` -> [L, heads, d].
 
     Queries that no piece mentions (padding) get zeros. heads must be a multiple of kv_heads.
     """
@@ -99,7 +99,7 @@ class _SegmentAttention(torch.autograd.Function):
         kernel: Kernel,
     ) -> torch.Tensor:
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        # At least float32: this is what the pieces are weighed by. [L, heads], as `out`.
+        # [L, heads] as `out`, and at least float32: the pieces are weighted by it.
         lse_type = torch.promote_types(query.dtype, torch.float32)
         lse = torch.full(query.shape[:2], -torch.inf, dtype=lse_type, device=query.device)
         for p in pieces:

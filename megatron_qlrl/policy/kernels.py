@@ -128,7 +128,7 @@ KERNELS: dict[str, Kernel] = {
     "aten_cuda": AtenCuda(),
     "flash_attn": FlashAttn(),
 }
-"""By the names that `platform.machine.attention_kernel` chooses from."""
+"""The kernels by the names that `platform.machine.attention_kernel` chooses from."""
 
 
 def _flash_attn() -> Any:

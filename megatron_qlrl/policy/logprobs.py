@@ -1,9 +1,9 @@
-"""Log-probability and exact entropy of given tokens, without a [tokens, vocabulary] tensor.
+"""Computes log-probs and exact entropies of tokens without a [tokens, vocabulary] tensor.
 
-Works on the hidden states of predicting positions and this rank's vocabulary shard, one block of
-tokens x vocabulary at a time; the backward pass computes each block's logits again. Beside the
-two gradients a block is all the memory it takes, whatever the number of tokens, and on a CPU a
-block stays in the cache: full logits are moved through memory a dozen times.
+It works on the hidden states of predicting positions and this rank's vocabulary shard, one block of
+tokens x vocabulary at a time; the backward pass computes each block's logits again. For any
+number of tokens it needs memory for the two gradients and one block. On a CPU a block stays in the
+cache, whereas full logits would move through memory a dozen times.
 
 With z = h W^T / temperature, p = softmax(z), H = -sum p log p:
     d log p(t) / dz = onehot(t) - p        dH / dz = -p (log p + H)
@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 CPU_BLOCK_ELEMENTS = 2**20
-"""Logits that exist at one time: 4 MiB of float32, which stay in the cache."""
+"""The number of logits that exist at one time: 4 MiB of float32, which stay in the cache."""
 GPU_BLOCK_ELEMENTS = 2**26
-"""256 MiB of float32. Not tuned on a GPU yet."""
+"""The same on a GPU: 256 MiB of float32. It has not been tuned on a GPU yet."""
 _BLOCK_TOKENS = 1024
 
 
@@ -32,7 +32,7 @@ def token_logprobs(
     tp_group: dist.ProcessGroup,
     block: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies of `targets` at sampling temperature, float32 (or wider) [M].
+    """Returns log-probs and entropies of `targets` at `temperature`, float32 or wider [M].
 
     Args:
         hidden: [M, hidden]. Its gradient is this vocabulary shard's share: the caller's
@@ -60,7 +60,7 @@ class _TokenLogprobs(torch.autograd.Function):
         block: tuple[int, int],
         group: dist.ProcessGroup,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`local`: the targets counted from this shard's first entry."""
+        """`local` holds the targets, counted from this shard's first entry."""
         statistics = _shard_statistics(hidden, weight[:real], local, temperature, block)
         target_logit, lse, entropy = _merge_shards(*statistics, group)
         ctx.save_for_backward(hidden, weight, local, lse, entropy)
@@ -112,7 +112,7 @@ def _blocks(num_tokens: int, vocab: int, block: tuple[int, int]) -> Iterator[tup
 
 
 def _buffers(like: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for two blocks, used again for every block: fresh memory costs page faults."""
+    """Returns room for two blocks, which all blocks reuse: fresh memory costs page faults."""
     return like.new_empty(block[0] * block[1]), like.new_empty(block[0] * block[1])
 
 
@@ -150,7 +150,7 @@ def _subtract_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> 
 
 
 def _inside(local: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which targets lie in `columns`, and their column there ([n, 1], any column for others)."""
+    """Returns which targets lie in `columns`, and their column there ([n, 1], others any)."""
     inside = (local >= columns.start) & (local < columns.stop)
     index = (local - columns.start).clamp(0, columns.stop - columns.start - 1)
     return inside, index[:, None]
@@ -163,7 +163,7 @@ def _shard_statistics(
     temperature: float,
     block: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(peak [M], sums float64 [3, M]) of this shard, in one pass over its blocks.
+    """Returns (peak [M], sums float64 [3, M]) of this shard, in one pass over its blocks.
 
     sums: the target's logit (0 when it lies elsewhere), sum e^{z - peak} and
     sum e^{z - peak} (z - peak). Hundreds of blocks are added up: float32 would lose 1e-5.
@@ -188,7 +188,7 @@ def _shard_statistics(
 
 
 def _move_peak(sums: torch.Tensor, peak: torch.Tensor, higher: torch.Tensor) -> None:
-    """The last two sums seen from a higher peak, in place ([2, n])."""
+    """Restates the last two sums ([2, n]) for a higher peak, in place."""
     down = torch.where(peak.isneginf(), 0, peak - higher)
     sums[1] += sums[0] * down
     sums *= down.exp()
@@ -197,7 +197,7 @@ def _move_peak(sums: torch.Tensor, peak: torch.Tensor, higher: torch.Tensor) -> 
 def _merge_shards(
     peak: torch.Tensor, sums: torch.Tensor, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The target's logit, the log-sum-exp and the entropy over the WHOLE vocabulary, [M]."""
+    """Returns target logit, log-sum-exp and entropy over the WHOLE vocabulary, each [M]."""
     if dist.get_world_size(group) > 1:
         higher = peak.clone()
         dist.all_reduce(higher, op=dist.ReduceOp.MAX, group=group)

@@ -7,7 +7,7 @@ optimizer batch, so a loss is a weighted sum and the sum over any split is the s
 
 Differences of log-probs are clamped before they are exponentiated, at the limits of verl
 (`compute_policy_loss` and `kl_penalty` in verl/trainer/ppo/core_algos.py): e^95 is infinite in
-float32. What is clamped has no gradient, there as here.
+float32. A clamped value has no gradient, in verl as here.
 """
 
 from collections.abc import Mapping
@@ -32,8 +32,8 @@ class PolicyLoss:
     def __call__(
         self, logprobs: torch.Tensor, entropy: torch.Tensor, columns: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(weighted sum to minimise, per-token sums for the metrics). A term whose coefficient is
-        0 is no part of the sum (0 times infinity would be NaN); its metric is there all the same.
+        """Returns (weighted sum to minimise, per-token sums for the metrics). A term whose
+        coefficient is 0 is left out (0 times infinity would be NaN), but its metric is reported.
 
         Args:
             logprobs, entropy: [M], with gradient.
@@ -85,16 +85,16 @@ class PolicyLoss:
 def sft_loss(
     logprobs: torch.Tensor, entropy: torch.Tensor, columns: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Weighted negative log-likelihood of the response tokens."""
+    """Returns the weighted negative log-likelihood of the response tokens, and its metrics."""
     loss = -(logprobs * columns["loss_weights"]).sum()
     sums = {"sft/nll": -logprobs.sum(), "actor/entropy": entropy.sum()}
     return loss, {k: v.detach() for k, v in sums.items()}
 
 
 def reference_kl(logprobs: torch.Tensor, ref: torch.Tensor, kind: str) -> torch.Tensor:
-    """Per-token KL estimate of the policy from the reference: k1 = d, k3 = e^{-d} - 1 + d
-    with d = log p - log p_ref (k3 is never negative and has less variance). In k3, d and then the
-    estimate are clamped (MAX_LOG_RATIO, MAX_K3); a token beyond has no gradient from it."""
+    """Returns a per-token KL estimate of policy from reference: k1 = d, k3 = e^{-d} - 1 + d with
+    d = log p - log p_ref (k3 is never negative and has less variance). In k3, d and then the
+    estimate are clamped (MAX_LOG_RATIO, MAX_K3); a token beyond gets no gradient from it."""
     difference = logprobs - ref
     if kind == "k1":
         return difference
@@ -107,7 +107,7 @@ def _bounded(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def mismatch(trainer: torch.Tensor, engine: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How far trainer and engine disagree on sampled tokens (sums; the maximum separately)."""
+    """Returns how far trainer and engine disagree on sampled tokens, as sums and maxima."""
     difference = (trainer - engine).abs()
     probability = (trainer.exp() - engine.exp()).abs()
     return {

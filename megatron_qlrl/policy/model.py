@@ -71,7 +71,7 @@ class PolicyModel(GPTModel):
             )
 
     def output_weight(self) -> torch.Tensor:
-        """This rank's vocabulary shard of the LM head, [padded_vocab / tp, hidden]."""
+        """Returns this rank's vocabulary shard of the LM head, [padded_vocab / tp, hidden]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         weight = self.output_layer.weight
@@ -79,7 +79,7 @@ class PolicyModel(GPTModel):
         return weight
 
     def predicting_states(self, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Rows `index` of the last stage's output as [M, hidden], gathered from sequence
+        """Returns rows `index` of the last stage's output as [M, hidden], gathered from sequence
         parallel shards; the backward pass sums the vocabulary shards' gradients."""
         if self.config.sequence_parallel:
             states = tensor_parallel.gather_from_sequence_parallel_region(
@@ -127,14 +127,14 @@ def transformer_config(
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform",
                      "recompute_num_layers": 1}  # fmt: skip
     elif config.recompute == "selective":
-        # Not attention: at long context it is most of the work and keeps little. Not "layernorm":
-        # Transformer Engine's norms are parts of the linear layers, that of the MLP is recomputed
-        # with it; and without Transformer Engine Megatron 0.16 fails there.
+        # Attention is not in the list: at long context it is most of the work and keeps little. Nor
+        # is "layernorm": Transformer Engine's norms are parts of the linear layers, the MLP's is
+        # recomputed with it, and without Transformer Engine Megatron 0.16 fails there.
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     fp8: dict[str, Any] = {}
     if config.fp8 != "off":
-        # Delayed scaling agrees on the largest values with every micro-batch, of which data
-        # parallel ranks have different numbers: they must not wait for each other.
+        # With delayed scaling, ranks agree on the largest values after every micro-batch. Data
+        # parallel ranks have different numbers of them and must not wait for each other.
         fp8 = {"fp8": config.fp8, "fp8_recipe": config.fp8_recipe, "tp_only_amax_red": True}
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -206,8 +206,8 @@ def layer_spec(*, transformer_engine: bool, qk_norm: bool) -> ModuleSpec:
                 ),
             ),
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
-            # Checkpoints name the norms as Transformer Engine's layers do, which hold them: what a
-            # GPU wrote, a machine without one exports.
+            # Checkpoints name the norms as Transformer Engine's layers do, which contain them, so
+            # that a machine without a GPU can export what a GPU wrote.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -217,7 +217,7 @@ def layer_spec(*, transformer_engine: bool, qk_norm: bool) -> ModuleSpec:
 
 
 def _transformer_engine_spec(qk_norm: bool) -> ModuleSpec:
-    """Megatron's Transformer Engine spec with our core attention. Not run on a GPU yet."""
+    """Returns Megatron's Transformer Engine spec with our attention. Not run on a GPU yet."""
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
     )

@@ -10,13 +10,13 @@ from megatron_qlrl.platform.device import has_gpu
 
 
 def layer_inputs_on_host(hidden_size: int) -> AbstractContextManager[None]:
-    """Around a decoder that recomputes whole layers: of what autograd keeps there, the layers'
-    inputs [L, 1, hidden] go to pinned host memory and come back for their layer's backward pass.
+    """Returns a context for a decoder that recomputes whole layers. In it, the layers' inputs
+    [L, 1, hidden] that autograd keeps go to pinned host memory until their backward pass.
 
-    So does what the final norm of the last stage keeps, a tensor of the same shape where the norm
-    is fused. Everything else stays: the rotary angles are one tensor that all layers share. The
-    copies take their turn on the stream of the computation, so they are never early or late, and
-    not hidden behind it. Not run on a GPU yet.
+    What a fused final norm of the last stage keeps has the same shape and goes there, too. All else
+    stays: the rotary angles are one tensor that all layers share. The copies run on the stream of
+    the computation, so that they are never early or late, but the computation does not hide them.
+    This has not been run on a GPU yet.
     """
     return saved_tensors_hooks(partial(_to_host, hidden_size), _to_device)
 

@@ -1,4 +1,4 @@
-"""Megatron's optimizer and the learning rate as a pure function of the step."""
+"""Builds Megatron's optimizer; the learning rate is a pure function of the step."""
 
 from typing import Any
 

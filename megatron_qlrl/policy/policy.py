@@ -258,7 +258,7 @@ def training_loss(
 
 
 def _fill_column(row: PackedRow, name: str, values: np.ndarray) -> PackedRow:
-    """The row with `values` in its column `name` where that has no number yet."""
+    """Returns the row with `values` in its column `name` where that has no number yet."""
     if name in row.columns:
         known = row.columns[name]
         values = np.where(np.isnan(known), values, known)

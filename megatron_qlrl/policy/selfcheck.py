@@ -28,7 +28,7 @@ from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.types import PackedRow
 
 ALLOWED_NOISE = 6.0
-"""An error of so many times the rounding noise is let pass. torch's CPU kernel shows up to 2 times
+"""An error up to this many times the rounding noise passes. torch's CPU kernel shows up to 2 times
 (a shared prompt's gradients are sums of rounded parts), a log-sum-exp that is off by 0.5 in
 bfloat16 13 times. No GPU's kernel has been measured yet."""
 
@@ -188,7 +188,7 @@ def _measure(
     qkv: Tensors,
     plan: AttentionPlan,
 ) -> _Measured:
-    """`qkv`: this rank's tokens of the row, [L, 1, heads, d]."""
+    """Measures one layer on one row; `qkv` are this rank's tokens of it, [L, 1, heads, d]."""
     places = _places(policy, row).to(qkv[0].device)
     whole = partial(_whole_row, policy.context.cp, places)
     inputs = query, key, value = tuple(whole(x[:, 0]) for x in qkv)
@@ -219,7 +219,7 @@ def _square(x: torch.Tensor) -> float:
 def _with_gradients(
     attention: Callable[..., torch.Tensor], qkv: Tensors, cotangent: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Output, and the gradients of queries, keys and values."""
+    """Returns the output, and the gradients of queries, keys and values."""
     leaves = [x.detach().requires_grad_() for x in qkv]
     with torch.enable_grad():
         out = attention(*leaves)

@@ -92,7 +92,7 @@ class CheckpointStore:
 
     @cached_property
     def _group(self) -> dist.ProcessGroup:
-        """Of all ranks' threads; made at the first save."""
+        """The process group of the threads of all ranks, made at the first save."""
         group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
         return group
@@ -179,8 +179,8 @@ class CheckpointStore:
             raise
 
     def _remove_others(self, step: int) -> None:
-        """All but the last `keep` up to `step`. What is numbered higher was torn when the run
-        resumed below it; counted in, it would push good checkpoints out."""
+        """Removes all but the last `keep` checkpoints up to `step`. Those with a higher number were
+        torn when the run resumed below them; if they counted, they would push good ones out."""
         folders = sorted(self.folder.glob(_FOLDERS))
         kept = [f for f in folders if f.name <= f"step_{step:08d}"][-self._keep :]
         for folder in [*folders, *self.folder.glob(f"{_FOLDERS}.tmp")]:
@@ -230,7 +230,7 @@ def _does_not_fit(path: Path, error: CheckpointException) -> CheckpointError:
 
 
 def _remove(path: Path) -> None:
-    """A folder, or a link or file in its place; what a link points to stays."""
+    """Removes a folder, or a link or file in its place; what a link points to stays."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
@@ -264,7 +264,7 @@ def _cannot_write(where: Path, reason: str) -> CheckpointError:
 
 
 def _digests(folder: Path, group: dist.ProcessGroup) -> dict[str, str]:
-    """sha256 by file name, on every rank; the work is shared out over the ranks."""
+    """Returns the sha256 of each file by name, on every rank; the ranks share the work."""
 
     def names() -> list[str]:
         return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
@@ -280,7 +280,7 @@ def _digests(folder: Path, group: dist.ProcessGroup) -> dict[str, str]:
 
 
 def _publish(temporary: Path, final: Path, digests: dict[str, str]) -> None:
-    """Manifest, all to disk, and only then the name that makes it a checkpoint."""
+    """Writes the manifest, syncs all to disk, then gives the name that makes it a checkpoint."""
     (temporary / "manifest.json").write_text(json.dumps(digests, indent=1))
     for name in [*digests, "manifest.json"]:
         _sync(temporary / name)

@@ -108,7 +108,7 @@ def _mismatch(folder: Path, manifest: Mapping[str, Any]) -> str | None:
 
 
 def _typed_state(folder: Path) -> dict[str, Any]:
-    """state.json. Raises ValueError where it is none, OSError where it cannot be read."""
+    """Returns state.json. Raises ValueError if it is not a state, OSError if it is unreadable."""
     state = read_object(folder / "state.json")
     for name in state.keys() & _STATE_TYPES.keys():
         if type(state[name]) is not _STATE_TYPES[name]:

@@ -35,7 +35,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def _blocks(file: Path, names: Collection[str] | None) -> dict[str, bytes]:
-    """Description and middle of the tensors named (None: of all). The file is 8 bytes of header
+    """Returns description and middle of the named (None: all) tensors. A file is 8 bytes of header
     size, a JSON header, then the tensors."""
     blocks: dict[str, bytes] = {}
     with file.open("rb") as stream:

@@ -109,7 +109,7 @@ def local_shard(
 def to_hf(
     entry: Entry, shards: list[torch.Tensor], *, shape: ModelShape
 ) -> list[tuple[str, torch.Tensor]]:
-    """Yields the Hugging Face tensors of a Megatron parameter from all its tensor parallel
+    """Returns the Hugging Face tensors of a Megatron parameter, made of all its tensor parallel
     shards."""
     names = entry.hf_names
     if entry.kind == "whole":

@@ -64,8 +64,8 @@ class Snapshot:
     num_bytes: int
 
     def write_tensors(self, weights: Path, group: dist.ProcessGroup) -> None:
-        """Collective over `group`. Written by torch's saver in this process, not by Megatron's:
-        that starts three processes for each rank.
+        """Writes this rank's tensors; collective over `group`. torch's saver does it in this
+        process: Megatron's would start three processes for each rank.
 
         Raises:
             CheckpointException: a rank could not write (every rank).
@@ -79,8 +79,8 @@ class Snapshot:
         )
 
     def write_common(self, weights: Path) -> None:
-        """What rank 0 writes. Megatron does so between collectives, where an error (a full disk)
-        is rank 0's alone and leaves the others waiting."""
+        """Writes rank 0's part. Megatron would do so between collectives, where an error (a full
+        disk) is rank 0's alone and leaves the others waiting."""
         torch.save(self.common, weights / "common.pt")
         save_config(BACKEND, str(weights))
 
@@ -126,7 +126,7 @@ def read_model(stored: StoredWeights, *, model: Any) -> None:
 
 
 def _read(sharded: dict[str, Any], stored: StoredWeights) -> dict[str, Any]:
-    """Megatron's load, with its two places that unpickle replaced."""
+    """Calls Megatron's load with its two places that unpickle replaced."""
     loaded = dist_checkpointing.load(
         sharded,
         str(stored.folder),
@@ -138,7 +138,7 @@ def _read(sharded: dict[str, Any], stored: StoredWeights) -> dict[str, Any]:
 
 
 def _load_model(model: Any, loaded: dict[str, Any]) -> None:
-    """`load_state_dict`, with as little of the layers' extra state as the model needs.
+    """Calls `load_state_dict` with as little of the layers' extra state as the model needs.
 
     Transformer Engine unpickles that state. Only delayed FP8 scaling needs it; other recipes keep
     none (before Transformer Engine 2.20 they saved it all the same).
@@ -210,8 +210,8 @@ class _Tensors(TorchDistLoadShardedStrategy):
 
 
 class _Reader(FileSystemReader):
-    """Reads tensors where the metadata, already read, says that they lie. (Without `**kwargs`,
-    by which torch would know that a rank may have metadata of its own.)"""
+    """Reads tensors where the metadata, which is read already, says that they lie. (It has no
+    `**kwargs`, from which torch would conclude that a rank may have metadata of its own.)"""
 
     def __init__(self, folder: Any, metadata: Metadata) -> None:
         super().__init__(folder)
@@ -227,8 +227,8 @@ class _Planner(MCoreLoadPlanner):
         self._folder = folder
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Torch's unpickles any object here. The only ones in our checkpoints are the layers'
-        extra state: a list of one tensor, or of None where a layer keeps nothing."""
+        """Reads one object; torch's planner would unpickle any. Our checkpoints hold only the
+        layers' extra state: a list of one tensor, or of None where a layer keeps nothing."""
         name = read_item.dest_index.fqn
         foreign = refused(self._folder, f"what it holds as {name} is no tensor")
         try:
@@ -241,11 +241,10 @@ class _Planner(MCoreLoadPlanner):
 
 
 def _metadata() -> dict[str, Any]:
-    """How Megatron lays out the optimizer state: by model parameter, so that any layout can
-    read it. The distributed optimizer's is gathered for that in the host memory of data parallel
-    rank 0 (mem_efficient), not on every rank and through the GPUs, where it would need room for
-    all gradients once more. A new dict each time: Megatron keeps its process group in the one it
-    is given."""
+    """Returns how Megatron lays out the optimizer state: by model parameter, so that any layout
+    can read it. For that, the distributed optimizer's is gathered in the host memory of data
+    parallel rank 0 (mem_efficient). Through the GPUs of every rank it would need room for all
+    gradients once more. The dict is new each time, because Megatron keeps a process group in it."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -278,8 +277,8 @@ def _complete_adam_state(optimizer: Any) -> None:
 
 
 def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
-    """`load_state_dict`, with the distributed optimizer's moments apart: Megatron 0.16 looks in
-    them for all that a parameter's state has, and torch's Adam has a `step`, kept elsewhere."""
+    """Calls `load_state_dict`, and loads the distributed optimizer's moments apart: Megatron 0.16
+    looks in them for all of a parameter's state, and the `step` of torch's Adam is elsewhere."""
     part = _only_part(optimizer)
     moments = loaded.pop("param_state", None)
     inner = loaded.get("optimizer", loaded)

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_qlrl.errors import CheckpointError
 
 FILES = ("common.pt", "metadata.json", ".metadata")
-"""What reading needs, beside the tensors' files."""
+"""The files that reading needs beside those of the tensors."""
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
 """Megatron's name of the format, kept in metadata.json."""
@@ -40,7 +40,7 @@ layer's number, as the only objects that are no tensors."""
 
 DAMAGED = (AttributeError, EOFError, IndexError, KeyError, MemoryError, OverflowError, TypeError,
             ValueError, pickle.UnpicklingError)  # fmt: skip
-"""What a pickle that is no longer one makes an unpickler raise."""
+"""The errors that an unpickler raises on a damaged pickle."""
 
 
 @dataclass(frozen=True)
