@@ -18,9 +18,9 @@ from megatron_qlrl.parallel.context import init_parallel, process_group
 from megatron_qlrl.parallel.job import job_on
 from megatron_qlrl.platform.device import weight_dtype
 from megatron_qlrl.platform.env import (
-    free_port,
     init_ranks,
     job_ends_at,
+    listen,
     longest_step_s,
     read_ranks,
 )
@@ -105,11 +105,11 @@ def _run_phases(
         if group.is_last:
             run.recorder.release(job.folder / "hf")
             return None
-        # The last save may take long. The port is drawn after it, so that it is free still when
-        # the new processes take it.
         run.recorder.store.wait()
         run.stop_if_asked(group.phases[-1].end_step)
-        return Handover(gather_objects(free_port())[0], stop.longest_s)
+        listener = listen() if job.context.rank == 0 else None
+        port = gather_objects(listener.getsockname()[1] if listener else 0)[0]
+        return Handover(port, listener.detach() if listener else None, stop.longest_s)
 
 
 def run_sft(config: Config) -> None:

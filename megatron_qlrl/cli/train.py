@@ -182,6 +182,7 @@ def _train(command: checks.Command, path: Path, overrides: list[str], wanted: in
         if handover is not None:
             replace_process(
                 handover.port,
+                listener=handover.listener,
                 longest_step_s=handover.longest_step_s,
                 settings=["checkpoint.resume=true"],
             )

@@ -10,6 +10,7 @@ table of its own; here a failing rank's message is shown once and alone.
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_qlrl.errors import STOPPED
-from megatron_qlrl.platform.env import free_port
+from megatron_qlrl.platform.env import LISTENER, listen
 from megatron_qlrl.platform.stop import STOPPING, heard_signals
 
 ERROR_DIR = "QLRL_ERROR_DIR"
@@ -71,11 +72,13 @@ def launch(
     with (
         received(heard_signals()) as signals,
         tempfile.TemporaryDirectory(prefix="qlrl_") as name,
+        listen("127.0.0.1") as listener,
     ):
         folder = Path(name)
         try:
-            for env in _environments(processes, folder):
+            for env in _environments(processes, folder, listener):
                 children.append(_start([sys.executable, "-m", module, *argv], env, folder))
+            listener.close()  # it is rank 0's now
             return _watch(children, signals, folder, saves=saves)
         finally:
             _kill(children)
@@ -142,14 +145,16 @@ def format_errors(messages: Mapping[int, str]) -> list[str]:
     return list(shown.values())
 
 
-def _environments(processes: int, folder: Path) -> list[dict[str, str]]:
+def _environments(processes: int, folder: Path, listener: socket.socket) -> list[dict[str, str]]:
     """Returns one environment per rank, in rank order."""
     common = dict(os.environ)
     common.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
-    common.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    common.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(listener.getsockname()[1]))
     common[ERROR_DIR] = str(folder)
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    return [common | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
+    environments = [common | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
+    environments[0][LISTENER] = str(listener.fileno())
+    return environments
 
 
 def _start(command: list[str], env: dict[str, str], folder: Path) -> Child:
@@ -164,6 +169,7 @@ def _start(command: list[str], env: dict[str, str], folder: Path) -> Child:
             stderr=output if rank else None,
             # Ctrl-C of the terminal must reach the ranks once, through us.
             start_new_session=True,
+            pass_fds=[int(env[LISTENER])] if LISTENER in env else [],
             # Safe: this process has no other threads.
             preexec_fn=_die_with_parent,  # noqa: PLW1509
         )

@@ -13,6 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_qlrl.platform.device import backend, has_gpu
+from megatron_qlrl.platform.env import take_listener
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 
 JOIN_TIMEOUT = timedelta(minutes=30)
@@ -55,7 +56,14 @@ def process_group(
     """Joins the job's process group (by default at MASTER_ADDR) and leaves it at the end."""
     if has_gpu():
         torch.cuda.set_device(local_rank)
-    store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=JOIN_TIMEOUT))
+    listener = take_listener() if init_method == "env://" else None
+    if listener is None:
+        store, _, _ = next(rendezvous(init_method, rank, world_size, timeout=JOIN_TIMEOUT))
+    else:
+        host, port, descriptor = listener
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            host, port, world_size, True, JOIN_TIMEOUT, master_listen_fd=descriptor
+        )
     dist.init_process_group(
         backend(), store=store, rank=rank, world_size=world_size, timeout=TIMEOUT
     )

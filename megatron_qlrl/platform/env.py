@@ -15,6 +15,13 @@ from megatron_qlrl.errors import ConfigError
 LONGEST_STEP = "QLRL_LONGEST_STEP_S"
 """The longest step so far, which a process leaves to the next one (launch/next_process.py)."""
 
+LISTENER = "QLRL_LISTENER"
+"""The descriptor of a socket that listens at MASTER_PORT already; rank 0 has it where we chose the
+port. A port that is only looked up can be taken by another program before rank 0 binds it."""
+
+BACKLOG = 4096
+"""How many ranks may wait at the socket until rank 0 answers."""
+
 PICKLED_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 """Transformer Engine's name for the user's leave to unpickle its state of delayed FP8 scaling."""
 
@@ -159,17 +166,28 @@ def quiet_foreign_warnings() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def free_port() -> int:
-    """Returns a TCP port of the loopback interface on which nobody listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def listen(host: str = "") -> socket.socket:
+    """Returns a socket that listens at a free port of `host`, by default of every address."""
+    if host or not socket.has_dualstack_ipv6():
+        return socket.create_server((host, 0), backlog=BACKLOG)
+    return socket.create_server(
+        ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
+    )
+
+
+def take_listener() -> tuple[str, int, int] | None:
+    """Returns MASTER_ADDR, MASTER_PORT and the descriptor of the socket that listens there, or None
+    if this process was given no such socket. Whoever takes it owns it."""
+    descriptor = os.environ.pop(LISTENER, None)
+    if descriptor is None:
+        return None
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(descriptor)
 
 
 def _address(ranks: Ranks) -> tuple[str, str]:
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if ranks.world_size == 1:
-        return host or "127.0.0.1", port or str(free_port())
+        return host or "127.0.0.1", port or "0"  # the process group's store chooses the port
     if host and port:
         return host, port
     job = os.environ.get("SLURM_JOB_ID", "")

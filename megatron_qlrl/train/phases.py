@@ -40,10 +40,11 @@ class PhaseGroup:
 
 @dataclass(frozen=True)
 class Handover:
-    """What the processes of the next group need: the port where they meet, and the longest step so
-    far in seconds."""
+    """What the processes of the next group need: the port where they meet, on rank 0 the descriptor
+    of the socket that listens there, and the longest step so far in seconds."""
 
     port: int
+    listener: int | None
     longest_step_s: float
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_qlrl.platform.env import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "examples" / "quickstart" / "base"

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.launch.judge import read_key
-from megatron_qlrl.platform.env import free_port
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_S = 30

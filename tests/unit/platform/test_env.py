@@ -7,13 +7,14 @@ import pytest
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.platform.env import (
     Ranks,
-    free_port,
     init_ranks,
+    listen,
     quiet_foreign_warnings,
     read_job,
     read_ranks,
     read_secret,
     set_engine_env,
+    take_listener,
 )
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
@@ -58,12 +59,11 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def test_one_process_gets_an_address(environ: dict[str, str]) -> None:
     assert init_ranks() == Ranks(0, 0, 1)
-    port = environ["MASTER_PORT"]
-    assert 1024 <= int(port) <= 65535
+    assert environ["MASTER_PORT"] == "0"  # any free port: nobody else has to know it
     assert environ["MASTER_ADDR"] == "127.0.0.1"
     assert (environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"]) == ("0", "0", "1")
     assert init_ranks() == Ranks(0, 0, 1)
-    assert environ["MASTER_PORT"] == port
+    assert environ["MASTER_PORT"] == "0"
 
 
 def test_srun_on_one_node_agrees_on_a_port(environ: dict[str, str]) -> None:
@@ -110,10 +110,17 @@ def test_only_the_known_warnings_are_hidden() -> None:
     assert [str(w.message) for w in seen] == ["the disk is nearly full"]
 
 
-def test_free_port_can_be_bound() -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", free_port()))
-        assert server.getsockname()[1] > 0
+@pytest.mark.parametrize("host", ["", "127.0.0.1"])
+def test_listener_is_reached_before_it_is_taken_and_taken_once(
+    environ: dict[str, str], host: str
+) -> None:
+    with listen(host) as listener:
+        port = listener.getsockname()[1]
+        environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        environ["QLRL_LISTENER"] = str(listener.fileno())
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        assert take_listener() == ("127.0.0.1", port, listener.fileno())
+        assert take_listener() is None
 
 
 def test_a_secret_is_read_by_the_name_of_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
