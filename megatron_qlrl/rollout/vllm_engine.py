@@ -103,6 +103,7 @@ class VllmEngine:
         self._manifest = dict(manifest)
         self._give_up = give_up
         self._counts = dict(_NO_COUNTS)
+        self._read_before = False
         self._llm = LLM(
             model=str(model),
             tensor_parallel_size=tp,
@@ -232,28 +233,38 @@ class VllmEngine:
                 for output in self._step(engine):
                     left.remove(output.request_id)
                     number = int(output.request_id)
-                    completion = _completion(output.outputs[0])
-                    self._counts["decode_tokens"] += len(completion.token_ids)
                     self._counts["prefill_tokens"] += len(requests[number].prompt_ids) - (
                         output.num_cached_tokens or 0
                     )
-                    yield number, completion
+                    yield number, _completion(output.outputs[0])
                     bar.update()
 
     def _step(self, engine: Any) -> list[Any]:
-        """Runs one step of the engine; its time counts as prefill if it reads a prompt."""
-        scheduler = engine.engine_core.engine_core.scheduler
-        reading = any(r.num_computed_tokens < r.num_prompt_tokens for r in scheduler.running)
-        waiting = len(scheduler.waiting)
+        """Runs one step of the engine and returns the responses that are complete. Its time counts
+        as prefill if it reads a prompt; otherwise its time and its tokens count as decode."""
+        core = engine.engine_core.engine_core
+        running = list(core.scheduler.running)
+        reads = any(r.num_computed_tokens < r.num_prompt_tokens for r in running)
+        waiting = len(core.scheduler.waiting)
+        before = sum(r.num_output_tokens for r in running)
         started = time.perf_counter()
         outputs = engine.step()
-        prefill = reading or len(scheduler.waiting) < waiting
-        self._counts["prefill_s" if prefill else "decode_s"] += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        reads = reads or len(core.scheduler.waiting) < waiting
+        # With a batch queue (on a GPU), a step schedules a batch and then waits for the one before.
+        prefill = reads if core.batch_queue is None else self._read_before
+        self._read_before = reads
+        if prefill:
+            self._counts["prefill_s"] += seconds
+        else:
+            self._counts["decode_s"] += seconds
+            self._counts["decode_tokens"] += sum(r.num_output_tokens for r in running) - before
         return outputs
 
     def take_counts(self) -> dict[str, float]:
-        """Returns the tokens read (without those in the prefix cache) and generated, and the
-        seconds of both, since the last call; all are 0 on ranks that do not lead their engine."""
+        """Returns the counts since the last call: the tokens read (without those in the prefix
+        cache), the tokens sampled in steps that read no prompt, and the seconds of both kinds of
+        steps. All are 0 on ranks that do not lead their engine."""
         taken, self._counts = self._counts, dict(_NO_COUNTS)
         return taken if self.leads else dict(_NO_COUNTS)
 

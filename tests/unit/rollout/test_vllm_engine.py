@@ -184,37 +184,62 @@ def test_completion_takes_the_sampled_tokens_logprob(reason: str, finished: bool
 
 
 class FakeEngine:
-    """Request k takes k + 1 steps, of which the first reads its prompt; the calls are recorded."""
+    """Request k has k + 1 tokens, of which the step that reads its prompt samples the first; the
+    calls are recorded. Each step admits `admits` requests."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
-        self.waiting: dict[str, int] = {}
+        self.admits = 100
         self.scheduler = SimpleNamespace(running=[], waiting=[])
-        self.engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=self.scheduler))
+        core = SimpleNamespace(scheduler=self.scheduler, batch_queue=None)
+        self.engine_core = SimpleNamespace(engine_core=core)
 
     def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
         self.calls.append((request_id, prompt, params["seed"], params["output_kind"]))
-        self.waiting[request_id] = int(request_id) + 1
-        self.scheduler.waiting.append(request_id)
+        request = SimpleNamespace(
+            name=request_id, num_computed_tokens=0, num_prompt_tokens=2, num_output_tokens=0
+        )
+        self.scheduler.waiting.append(request)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
     def abort_request(self, request_ids: list[str]) -> None:
         self.calls.append(("abort", request_ids))
 
     def step(self) -> list[Any]:
         self.calls.append("step")
-        self.scheduler.waiting.clear()
-        self.waiting = {name: left - 1 for name, left in self.waiting.items()}
-        ended = [name for name, left in self.waiting.items() if left == 0]
-        for name in ended:
-            del self.waiting[name]
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        running += waiting[: self.admits]
+        del waiting[: self.admits]
+        batch = list(running)
+        for request in batch:
+            request.num_computed_tokens = 2 + request.num_output_tokens
+        queue = self.engine_core.engine_core.batch_queue
+        if queue is not None:
+            queue.append(batch)
+            if len(queue) < 2:
+                return []
+            batch = queue.pop(0)
+        batch = [request for request in batch if request in running]
+        for request in batch:
+            request.num_output_tokens += 1
+        ended = [r for r in batch if r.num_output_tokens > int(r.name)]
+        self.scheduler.running = [r for r in running if r not in ended]
         token = {7: SimpleNamespace(logprob=-0.5)}
-        output = SimpleNamespace(token_ids=[7], logprobs=[token], finish_reason="stop")
         return [
-            SimpleNamespace(request_id=name, outputs=[output], num_cached_tokens=1)
-            for name in ended
+            SimpleNamespace(
+                request_id=r.name,
+                outputs=[
+                    SimpleNamespace(
+                        token_ids=[7] * r.num_output_tokens,
+                        logprobs=[token] * r.num_output_tokens,
+                        finish_reason="stop",
+                    )
+                ],
+                num_cached_tokens=1,
+            )
+            for r in ended
         ]
 
 
@@ -237,6 +262,7 @@ def generating(monkeypatch: pytest.MonkeyPatch, lone_group: Any) -> VllmEngine:
     engine._progress = False
     engine.leads = True
     engine._counts = dict(vllm_engine._NO_COUNTS)
+    engine._read_before = False
     engine._ranks = lone_group
     engine._give_up = lambda: ""
     return engine
@@ -256,7 +282,7 @@ def test_each_response_is_handed_out_while_others_go_on(generating: VllmEngine) 
     assert added == [(str(n), (n, n + 1), 10 + n, "final only") for n in range(3)]
     assert rest[0::2] == ["step"] * 3
     assert [number for number, _ in rest[1::2]] == [0, 1, 2]
-    assert [done.token_ids.tolist() for _, done in rest[1::2]] == [[7]] * 3
+    assert [done.token_ids.tolist() for _, done in rest[1::2]] == [[7], [7] * 2, [7] * 3]
 
 
 def test_prompts_are_counted_without_what_the_cache_held(generating: VllmEngine) -> None:
@@ -268,6 +294,19 @@ def test_prompts_are_counted_without_what_the_cache_held(generating: VllmEngine)
     generating.leads = False
     list(generating._generate(requests(1), Sampling(1.0, 1.0, 4, 1)))
     assert set(generating.take_counts().values()) == {0.0}
+
+
+@pytest.mark.parametrize("queue", [None, []], ids=["synchronous", "a batch ahead"])
+@pytest.mark.parametrize(("admits", "tokens"), [(100, 3), (1, 2)])
+def test_decode_speed_leaves_out_tokens_sampled_beside_a_prompt(
+    generating: VllmEngine, queue: Any, admits: int, tokens: int
+) -> None:
+    """Of 1 + 2 + 3 tokens, each request's first comes with its prompt; admitted one by one, the
+    second request's last one comes with the prompt of the third."""
+    fake: Any = generating._llm.llm_engine
+    fake.admits, fake.engine_core.engine_core.batch_queue = admits, queue
+    list(generating._generate(requests(3), Sampling(1.0, 1.0, 4, 1)))
+    assert generating.take_counts()["decode_tokens"] == tokens
 
 
 def test_generation_is_given_up_soon(generating: VllmEngine) -> None:
