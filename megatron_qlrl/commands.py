@@ -175,8 +175,12 @@ def run_sample(config: Config, num: int, folder: Path) -> None:
 
     Args:
         folder: for what a run writes beside its result; the caller removes it.
+
+    Raises:
+        ConfigError: a run with these settings could not resume.
     """
     config = config.phase_configs()[-1]
+    check_resumable(config.policy)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder)})})
     greedy = config.evaluation.model_copy(update={"temperature": 0.0, "top_p": 1.0, "samples": 1})
     sampling = evaluation_sampling(greedy, config.rollout.max_response_tokens)
