@@ -1,15 +1,26 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run goes on from, and what a step and a save leave behind."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import write_checkpoint
+from fake_policy import FakePolicy
 
+from megatron_qlrl.config.schema import Config, StabilityConfig
 from megatron_qlrl.errors import CheckpointError
-from megatron_qlrl.train.recorder import newest_checkpoint
+from megatron_qlrl.metrics.meter import Meter
+from megatron_qlrl.metrics.monitor import Monitor
+from megatron_qlrl.train import recorder as recorder_file
+from megatron_qlrl.train.recorder import Recorder, newest_checkpoint
+from megatron_qlrl.train.run_log import RunLog
+from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
 from megatron_qlrl.weights.checkpoint import CheckpointStore
-from megatron_qlrl.weights.checkpoint_folder import FORMAT
+from megatron_qlrl.weights.checkpoint_folder import FORMAT, read_state
 
 pytestmark = pytest.mark.usefixtures("lone_group")
 
@@ -48,3 +59,224 @@ def test_run_does_not_go_on_from_another_one(
     checkpoint_of(tmp_path, **state)
     with pytest.raises(CheckpointError, match=message):
         newest(tmp_path)
+
+
+class FakeParts(FakePolicy):
+    """Policy, optimizer, checkpoint store, evaluation and the data's state in one."""
+
+    model = "the model"
+    checkpoint: Path | None = None
+    released = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = {"start: val/score": 0.25}
+        self.saved: list[tuple[int, dict[str, Any]]] = []
+
+    @property
+    def optimizer(self) -> "FakeParts":
+        return self
+
+    @contextmanager
+    def optimizer_at_hand(self) -> Iterator[None]:
+        self.calls.append("optimizer at hand")
+        yield
+
+    def reload_model_params(self) -> None:
+        self.calls.append("optimizer takes the weights")
+
+    def newest(self) -> Path | None:
+        return self.checkpoint
+
+    def save(self, step: int, *, model: Any, optimizer: Any, state: Any, companions: Any) -> None:
+        assert (model, optimizer) == (self.model, self)
+        self.saved.append((step, state))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": dict(self.scores), "released": self.released}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.scores = state["scores"]
+
+    def release(self) -> None:
+        self.released += 1
+
+
+class Made:
+    """A recorder in `folder`, its parts, and what it warned of."""
+
+    def __init__(self, folder: Path) -> None:
+        self.parts: Any = FakeParts()
+        self.warnings: list[str] = []
+        self.monitor = Monitor(
+            StabilityConfig.model_validate({"non_finite": "roll_back"}), warn=lambda _: None
+        )
+        settings = {"model": {"path": "m"}, "run": {"dir": str(folder)}}
+        config = Config.model_validate(settings | {"logging": {"tensorboard": False}})
+        self.log = RunLog(config, is_writer=True)
+        self.recorder = Recorder(
+            policy=self.parts,
+            stream=self.parts,
+            store=self.parts,
+            log=self.log,
+            evaluation=self.parts,
+            monitor=self.monitor,
+            model=config.model,
+            dtype="float32",
+            facts={"base model": "m", "seed": 0},
+            identity={"command": "rl", "fingerprint": {"seed": 0}},
+            rollouts_per_step=1,
+            fresh_steps=frozenset({8}),
+            warn=self.warnings.append,
+        )
+
+    def record(self, step: int, *, data: Any = None, loss: float = 0.0) -> None:
+        """A step of 2 seconds and 52 tokens with two groups."""
+        meter = Meter()
+        meter.add("timing_s/step", 2.0)
+        self.monitor.begin(step, 0, {})
+        self.monitor.permit({"actor/pg_loss": loss})
+        groups = [scored("a:0"), scored("a:1")]
+        self.recorder.record(step, meter, groups, num_tokens=52, data=data)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def scored(uid: str) -> ScoredGroup:
+    ids = np.zeros(2, np.int32)
+    rollout = Rollout(uid, 0, ids, np.zeros(2, np.float32), "yes", True, 0)
+    return ScoredGroup(Prompt(uid, ids, "toy_docqa", "?", "!"), (rollout,), (Score(1.0, 1.0),))
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    """Checkpoints are loaded into nothing; the calls are noted."""
+    made = Made(tmp_path)
+
+    def load(what: str) -> Any:
+        def noted(path: Path, **_: Any) -> dict[str, Any]:
+            made.parts.calls.append(f"load {what}")
+            return read_state(path)
+
+        return noted
+
+    monkeypatch.setattr(recorder_file, "load_checkpoint", load("all"))
+    monkeypatch.setattr(recorder_file, "load_weights", load("weights"))
+    return made
+
+
+STATE = {
+    "format": FORMAT,
+    "step": 3,
+    "version": 5,
+    "evaluation": {"scores": {"short: val/score": 0.5}},
+    "monitor": {
+        "phase": 1,
+        "recent": {"critic/rewards/mean": [0.5], "actor/kl_loss": [], "actor/grad_norm": []},
+        "skips": 0,
+        "roll_backs": 2,
+    },
+    "tracker": {"step": 2, "lines": 1, "wandb_id": None},
+    "facts": {"base model": "of before"},
+}
+
+
+def test_a_step_is_logged_with_its_speed_and_its_first_groups(made: Made, tmp_path: Path) -> None:
+    assert made.recorder.start(None) == {}
+    made.record(0)
+    (line,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert (line["step"], line["perf/total_num_tokens"], line["perf/throughput"]) == (0, 52, 26)
+    assert line["stability/skipped"] == 0
+    (shown,) = read_jsonl(tmp_path / "rollouts" / "step_000000.jsonl")
+    assert (shown["uid"], shown["response"], shown["score"]) == ("a:0", "yes", 1)
+
+
+def test_a_checkpoint_is_the_last_step_recorded_and_is_taken_once(made: Made) -> None:
+    made.recorder.start(None)
+    made.recorder.save()
+    assert made.parts.saved == []
+    made.record(2, data=made.parts)
+    made.parts.version = 7
+    made.recorder.save()
+    made.recorder.save()
+    ((step, state),) = made.parts.saved
+    assert step == state["step"] == 3
+    assert (state["command"], state["fingerprint"]) == ("rl", {"seed": 0})
+    assert (state["version"], state["dtype"]) == (7, "float32")
+    assert state["facts"] == {"base model": "m", "seed": 0, "optimizer updates": 7}
+    assert state["sampler"] == {"scores": {"start: val/score": 0.25}, "released": 0}
+    assert state["evaluation"]["scores"] == {"start: val/score": 0.25}
+    assert state["monitor"] == made.monitor.state_dict()
+    assert state["tracker"] == {"step": 2, "lines": 1, "wandb_id": None}
+
+
+def test_the_line_after_a_save_says_how_long_it_took(made: Made, tmp_path: Path) -> None:
+    made.recorder.start(None)
+    made.record(0)
+    made.recorder.save()
+    made.record(1)
+    made.record(2)
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert ["timing_s/save_checkpoint" in line for line in lines] == [False, True, False]
+
+
+def test_a_roll_back_restores_weights_and_optimizer_and_nothing_else(
+    made: Made, tmp_path: Path
+) -> None:
+    made.recorder.start(None)
+    made.parts.checkpoint = checkpoint_of(tmp_path, **STATE)
+    made.parts.version = 9
+    made.record(4, data=made.parts, loss=float("nan"))
+    assert made.parts.calls == ["optimizer at hand", "load all"]
+    assert made.warnings[-1] == (
+        "step 4: non_finite: actor/pg_loss is nan; weights and optimizer are those of "
+        f"{made.parts.checkpoint} again"
+    )
+    made.recorder.save()
+    ((step, state),) = made.parts.saved
+    assert (step, state["version"]) == (5, 9)
+    assert state["monitor"]["roll_backs"] == 1
+    assert state["sampler"]["released"] == 1  # what waited came from other weights
+    assert state["evaluation"]["scores"] == {"start: val/score": 0.25}
+
+
+def test_a_run_without_a_checkpoint_goes_on(made: Made) -> None:
+    made.recorder.start(None)
+    made.record(0, data=made.parts, loss=float("nan"))
+    assert made.parts.calls == []
+    assert made.parts.released == 0
+    assert made.warnings[-1].endswith("there is no checkpoint to go back to: it goes on")
+    assert made.monitor.state_dict()["roll_backs"] == 0
+
+
+def test_a_start_takes_all_from_its_checkpoint(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 3}\n')  # 3 comes again
+    path = checkpoint_of(tmp_path, **STATE)
+    assert made.recorder.start(path)["step"] == 3
+    assert f"resuming from {path} at step 3" in capsys.readouterr().out
+    assert made.parts.calls == ["optimizer at hand", "load all"]
+    assert made.parts.version == 5
+    assert made.parts.scores == {"short: val/score": 0.5}
+    assert made.monitor.state_dict() == STATE["monitor"]
+    made.record(3)
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [2, 3]
+    made.recorder.save()
+    assert made.parts.saved[0][1]["facts"]["base model"] == "of before"
+
+
+def test_a_phase_with_a_new_optimizer_takes_the_weights_alone(made: Made, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "checkpoints" / "step_00000008", STATE | {"step": 8})
+    assert made.recorder.start(path)["step"] == 8
+    assert made.parts.calls == ["optimizer at hand", "load weights", "optimizer takes the weights"]
+
+
+def test_a_state_that_lacks_a_part_is_the_checkpoints_fault(made: Made, tmp_path: Path) -> None:
+    path = checkpoint_of(tmp_path, **{k: v for k, v in STATE.items() if k != "monitor"})
+    with pytest.raises(
+        CheckpointError, match=r"does not hold the state .* \(KeyError: 'monitor'\)"
+    ):
+        made.recorder.start(path)
