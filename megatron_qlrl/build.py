@@ -299,6 +299,7 @@ def open_run(
             identity={"command": command, "fingerprint": print_of_run},
             rollouts_per_step=config.logging.rollouts_per_step,
             fresh_steps=fresh_steps,
+            progress=job.progress,
             warn=job.warn,
         )
         run = Run(

@@ -199,7 +199,8 @@ def run_sample(config: Config, num: int, folder: Path) -> None:
             build.open_model(job, temperature=1.0) as model,
             model.collector.session(sampling, step=EVALUATION_STEP, meter=Meter()) as collect,
         ):
-            groups = collect(prompts)
+            with job.progress.doing(f"answering {len(prompts)} prompts"):
+                groups = collect(prompts)
             if job.leads:
                 print(report(groups, job.tokenizer), flush=True)
 

@@ -14,6 +14,7 @@ from megatron_qlrl.metrics.rollouts import rollout_records
 from megatron_qlrl.metrics.sinks import Tracker
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.platform.device import memory_high_water
+from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.reward.diagnose import BatchWatch
 from megatron_qlrl.train.run_log import RunLog
@@ -73,6 +74,7 @@ class Recorder:
         identity: Mapping[str, Any],
         rollouts_per_step: int,
         fresh_steps: frozenset[int],
+        progress: Progress,
         warn: Callable[[str], None],
     ) -> None:
         """
@@ -91,7 +93,7 @@ class Recorder:
         self._model, self._folder, self._dtype = model, Path(model.path), dtype
         self._facts, self._identity = dict(facts), dict(identity)
         self._rollouts_per_step, self._fresh_steps = rollouts_per_step, fresh_steps
-        self._warn = warn
+        self._progress, self._warn = progress, warn
         self._is_writer = policy.context.rank == 0
         self._batch_watch = BatchWatch(warn)
         self._unsaved: tuple[int, Mapping[str, Any]] | None = None
@@ -177,7 +179,7 @@ class Recorder:
 
     def _load(self, path: Path) -> dict[str, Any]:
         model, optimizer = self._policy.model, self._policy.optimizer
-        with self._policy.optimizer_at_hand():
+        with self._progress.doing(f"loading {path}"), self._policy.optimizer_at_hand():
             if step_of(path) not in self._fresh_steps:
                 return load_checkpoint(path, model=model, optimizer=optimizer)
             state = load_weights(path, model=model)

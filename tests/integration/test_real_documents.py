@@ -120,6 +120,7 @@ def test_check_answers_and_scores_real_prompts_and_leaves_the_run_alone(
     before = sorted(run.rglob("*"))
     done = qlrl("check", run.parent / "config.yaml", "--sample", 2).check()
     assert sorted(run.rglob("*")) == before
+    assert "answering 2 prompts" in done.err
     assert "[1/2] licences:" in done.out and "[2/2] licences:" in done.out
     assert "<|im_end|>\\n<|im_start|>assistant\\n<think>\\n'" in done.out
     assert done.out.count("score:    0") == 2

@@ -15,6 +15,7 @@ from megatron_qlrl.config.schema import Config, StabilityConfig
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.metrics.monitor import Monitor
+from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.train import recorder as recorder_file
 from megatron_qlrl.train.recorder import Recorder, newest_checkpoint
 from megatron_qlrl.train.run_log import RunLog
@@ -108,6 +109,7 @@ class Made:
     def __init__(self, folder: Path) -> None:
         self.parts: Any = FakeParts()
         self.warnings: list[str] = []
+        self.doing: list[str] = []
         self.monitor = Monitor(
             StabilityConfig.model_validate({"non_finite": "roll_back"}), warn=lambda _: None
         )
@@ -127,6 +129,7 @@ class Made:
             identity={"command": "rl", "fingerprint": {"seed": 0}},
             rollouts_per_step=1,
             fresh_steps=frozenset({8}),
+            progress=Progress(self.doing.append),
             warn=self.warnings.append,
         )
 
@@ -257,6 +260,7 @@ def test_a_start_takes_all_from_its_checkpoint(
     (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 3}\n')  # 3 comes again
     path = checkpoint_of(tmp_path, **STATE)
     assert made.recorder.start(path)["step"] == 3
+    assert made.doing == [f"loading {path}"]
     assert f"resuming from {path} at step 3" in capsys.readouterr().out
     assert made.parts.calls == ["optimizer at hand", "load all"]
     assert made.parts.version == 5
