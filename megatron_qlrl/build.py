@@ -149,9 +149,19 @@ class Model:
     collector: Collector
 
 
+def make_scorer(job: Job) -> Scorer:
+    """Makes the scorer of a run, before the run writes anything; collective.
+
+    Raises:
+        ConfigError: the judge's key is not in the environment (every rank).
+    """
+    return on_all_ranks(lambda: Scorer.of(job.config.reward))
+
+
 @contextmanager
 def open_model(
     job: Job,
+    scorer: Scorer,
     *,
     temperature: float,
     weights: Path | None = None,
@@ -160,12 +170,13 @@ def open_model(
     """Loads the policy; the engine starts at its first use.
 
     Args:
+        scorer: closed at the end.
         temperature: at which the policy's log-probs are taken.
         weights: Hugging Face folder that the policy starts from, by default model.path.
         give_up: asked while responses are generated; returns this rank's reason to stop, or "".
     """
     config, folder = job.config, weights or Path(job.config.model.path)
-    with closing(on_all_ranks(lambda: Scorer.of(config.reward))) as scorer:
+    with closing(scorer):
         with job.progress.doing(f"loading the weights of {folder}"):
             policy = make_policy(
                 config, job.shape, job.context, temperature=temperature, weights=folder
@@ -274,13 +285,13 @@ def open_run(
     """
     config = job.config
     print_of_run = on_all_ranks(partial(_fingerprint, job, command, newest, rows))
+    scorer, benchmarks = make_scorer(job), read_held_out(job)
     log = RunLog(job.whole, is_writer=job.leads)
     log.record_start(world_size=job.context.world_size)
-    benchmarks = read_held_out(job)
     monitor = Monitor(config.stability, warn=job.warn)
     with (
         open_model(
-            job, temperature=temperature, weights=weights, give_up=stop.within_step
+            job, scorer, temperature=temperature, weights=weights, give_up=stop.within_step
         ) as model,
         closing(make_store(config)) as store,
         closing(log),

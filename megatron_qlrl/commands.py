@@ -158,10 +158,10 @@ def run_eval(config: Config) -> None:
     """Scores model.path on data.eval_files; writes eval/eval.json and the answers."""
     with job_on(Path(config.run.dir)):
         job = build.make_job(config)
+        scorer, benchmarks = build.make_scorer(job), build.read_held_out(job)
         log = RunLog(config, is_writer=job.leads)
         log.record_start(world_size=job.context.world_size)
-        benchmarks = build.read_held_out(job)
-        with build.open_model(job, temperature=1.0) as model:
+        with build.open_model(job, scorer, temperature=1.0) as model:
             evaluation = build.make_evaluation(job, model.collector, benchmarks, log)
             metrics = evaluation.score("eval", 0)
             if job.leads:
@@ -196,7 +196,7 @@ def run_sample(config: Config, num: int, folder: Path) -> None:
         with job.progress.doing("reading the prompts"):
             prompts = spread(on_all_ranks(read), num)
         with (
-            build.open_model(job, temperature=1.0) as model,
+            build.open_model(job, build.make_scorer(job), temperature=1.0) as model,
             model.collector.session(sampling, step=EVALUATION_STEP, meter=Meter()) as collect,
         ):
             with job.progress.doing(f"answering {len(prompts)} prompts"):
