@@ -53,6 +53,7 @@ class Run:
 
         Raises:
             StopRequested: somebody asked for it already (every rank).
+            RewardError: the evaluation cannot be scored (every rank).
         """
         if not steps_done:
             self.evaluation.before_training()
@@ -66,8 +67,10 @@ class Run:
         reference, the monitor's stop, evaluation, checkpoint, the stop that somebody asked for.
 
         Raises:
-            StabilityError, StopRequested, CheckpointError: the run ends (every rank); whoever
-                opened it (`build.open_run`) saves it.
+            StabilityError, StopRequested, RewardError: the run ends (every rank), and
+                `build.open_run` saves it. An evaluation may raise the last two.
+            CheckpointError, ConfigError: a checkpoint, a model folder or the log cannot be written
+                (every rank); nothing more is saved.
         """
         steps_done = step + 1
         is_last = steps_done == phase.end_step
