@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_qlrl.errors import RewardError, StopRequested
 from megatron_qlrl.metrics.meter import Meter
-from megatron_qlrl.rollout.collect import Collector, check_masked
+from megatron_qlrl.rollout import collect as collect_file
+from megatron_qlrl.rollout.collect import Collector, check_masked, collect_groups
 from megatron_qlrl.rollout.seeds import share_prompts, token_seed
 from megatron_qlrl.rollout.vllm_engine import Completion, Request, Sampling
 from megatron_qlrl.types import Prompt, Score, ScoredGroup
@@ -96,9 +98,11 @@ class FakeEngine:
 
 
 class FakeScorer:
-    """Pays for even responses; a response is its tokens with points between."""
+    """Pays for even responses; a response is its tokens with points between. It has no verdict on
+    the responses in `silent_on`."""
 
     last_failure = "no verdict on 3"
+    silent_on: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -107,7 +111,7 @@ class FakeScorer:
         self.asked.append((prompt.uid, response))
         value = float(int(response.split(".", maxsplit=1)[0]) % 2 == 0)
         done: Future[Score] = Future()
-        done.set_result(Score(value, value))
+        done.set_result(Score(None if response in self.silent_on else value, value))
         return done
 
     def take_counts(self) -> dict[str, float]:
@@ -198,6 +202,71 @@ def test_engine_without_prompts_makes_no_groups(
 ) -> None:
     with made[0].session(SAMPLING, step=0, meter=Meter()) as collect:
         assert collect([]) == []
+
+
+def ranks(monkeypatch: pytest.MonkeyPatch, groups: dict[int, ScoredGroup]) -> list[Any]:
+    """Has `collect_groups` run as the second of two ranks, of which the first offers `groups`.
+    Returns what the second one offers, once it does."""
+    offered: list[Any] = []
+
+    def gather(mine: Any) -> list[Any]:
+        if mine == "":  # no rank stops
+            return ["", ""]
+        offered.append(mine)
+        return [(groups, ""), mine]
+
+    monkeypatch.setattr(collect_file, "gather_objects", gather)
+    return offered
+
+
+def test_an_engine_answers_its_share_and_gets_the_others(
+    made: tuple[Collector, FakeEngine, FakeScorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collector, engine, scorer = made
+    engine.num_engines, engine.engine_index = 2, 1
+    theirs = group(1.0, 0.0, 0.0)
+    ranks(monkeypatch, {1: theirs})
+    prompts = [*PROMPTS, prompt("a:2", 3)]  # 4 to the first engine, 3 and 2 to the second
+    groups = collect_groups(collector, prompts, engine.generate, 12, SAMPLING, 9, Meter())
+    ((requests, _),) = engine.calls
+    assert [len(r.prompt_ids) for r in requests] == [2, 2, 2, 3, 3, 3]
+    assert requests[3].seed == token_seed(run_seed=4, step=9, prompt_uid="a:2", sample=0)
+    assert groups[1] is theirs
+    assert [g.prompt.uid for g in (groups[0], groups[2])] == ["a:0", "a:2"]
+    assert [groups[k].rewards.tolist() for k in (0, 2)] == [[1, 0, 1], [0, 1, 0]]
+    assert {uid for uid, _ in scorer.asked} == {"a:0", "a:2"}
+
+
+def test_a_rank_that_does_not_lead_generates_and_takes_the_leaders_groups(
+    made: tuple[Collector, FakeEngine, FakeScorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collector, engine, scorer = made
+    engine.leads = False
+    leaders = {0: group(1.0, 0.0, 1.0), 1: group(0.0, 0.0, 1.0)}
+    offered = ranks(monkeypatch, leaders)
+    groups = collect_groups(collector, PROMPTS, engine.generate, 12, SAMPLING, 9, Meter())
+    ((requests, _),) = engine.calls
+    assert len(requests) == 6  # its part of every layer is needed
+    assert scorer.asked == []
+    assert offered == [({}, "no verdict on 3")]
+    assert groups == list(leaders.values())
+
+
+def test_responses_without_a_verdict_stop_the_batch(
+    made: tuple[Collector, FakeEngine, FakeScorer],
+) -> None:
+    collector, engine, scorer = made
+    scorer.silent_on = ("1.1",)
+    with (
+        pytest.raises(RewardError, match=r"no verdict on 1 of 6 responses.*\(no verdict on 3\)"),
+        collector.session(SAMPLING, step=0, meter=Meter()) as collect,
+    ):
+        collect(PROMPTS)
+    assert engine.calls[-1] == "asleep"
+    some = replace(collector, max_masked_share=0.2)
+    with some.session(SAMPLING, step=0, meter=Meter()) as collect:
+        groups = collect(PROMPTS)
+    assert [score.value for score in groups[0].scores] == [1.0, None, 1.0]
 
 
 def group(*values: float | None) -> ScoredGroup:
