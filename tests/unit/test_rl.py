@@ -250,6 +250,22 @@ def test_the_monitor_judges_each_step_before_its_updates() -> None:
     assert run.updates[:4] == [0, 1, 2, 3]
 
 
+def test_the_monitor_is_told_the_phase_of_each_step() -> None:
+    """It compares no rewards of two phases: fewer answers are right from the first step of phase 1
+    on, and that is no collapse."""
+    run = FakeRun()
+    phases = []
+
+    def after_step(step: int) -> None:
+        phases.append(run.monitor.state_dict()["phase"])
+        run.collect_value = float(step < 1)
+
+    run.after_step = after_step
+    run.train()
+    assert phases == [0, 0, 1, 1, 1]
+    assert run.recorded[2][1]["stability/reward_collapse"] == 0
+
+
 def test_what_a_step_raises_ends_the_loop() -> None:
     run = FakeRun()
 
