@@ -4,7 +4,7 @@ World ranks [i * tp, (i + 1) * tp) form engine i. The engine starts with dummy w
 trainer's through `awake`, which always puts it back to sleep, so that it never generates with stale
 weights and its memory is free for the trainer.
 
-The GPU part (sleep level 2, wake tags) has not been run on a GPU yet.
+The GPU part (sleep level 2, wake tags, counts with a batch queue) has not been run on a GPU yet.
 """
 
 import itertools
