@@ -58,8 +58,10 @@ class ModelConfig(Section):
     name: Annotated[str, Field(pattern=f"^{MODEL_NAME}$")] | None = None
     """The base model's name on the model card of a release (Qwen/Qwen3-4B). None: where `path` is a
     release of another run, the base on its card; else the name of the repository or folder."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Type of weights and activations; float32 on a machine without a GPU."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of weights and activations in training and engine; the optimizer keeps float32 weights
+    beside bfloat16 ones. None: bfloat16 with a GPU, float32 without one. CPUs with avx512_bf16 or
+    amx_bf16 multiply bfloat16 several times faster, others slower."""
     rope_scaling: dict[str, Any] | None = None
     """Replaces the model's RoPE scaling (default, linear, yarn, llama3, longrope) in training,
     engine and release: {rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}

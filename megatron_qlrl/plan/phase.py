@@ -28,7 +28,7 @@ from megatron_qlrl.plan.memory import (
 ENGINE_PARTS = ("engine's weights", "weight stream", "engine's share")
 """The parts of a rollout's peak that the engine frees while it sleeps."""
 
-WIDTHS = {"bfloat16": 2, "float32": 4}
+WIDTHS = {None: 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,9 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if has_gpu() else "cpu"
 
 
-def weight_dtype(configured: str) -> str:
-    """Returns `configured` (model.dtype) with a GPU and float32 without one, because bfloat16
-    kernels are slow and rare on CPUs."""
-    return configured if has_gpu() else "float32"
+def weight_dtype(configured: str | None) -> str:
+    """Returns `configured` (model.dtype), or by default bfloat16 with a GPU and float32 without."""
+    return configured or ("bfloat16" if has_gpu() else "float32")
 
 
 def memory_high_water() -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from megatron_qlrl.config.schema import Config, PhaseConfig
 from megatron_qlrl.errors import CheckpointError
+from megatron_qlrl.platform.device import weight_dtype
 from megatron_qlrl.types import Prompt
 from megatron_qlrl.weights.digest import weights_digest
 
@@ -23,7 +24,7 @@ SETTINGS: Mapping[str, Use] = {
     "run": "free",
     "run.seed": "meaning",
     "model": "free",  # the folder's contents are compared
-    "model.dtype": "meaning",
+    "model.dtype": "free",  # the type in use is compared
     "model.rope_scaling": "meaning",
     "data": "free",  # the rows of the files are compared
     "data.enable_thinking": "meaning",
@@ -172,7 +173,8 @@ def _meaning(config: Config, command: str) -> dict[str, Any]:
     """The settings whose change is refused."""
     settings = dict(_flat(config.model_dump(mode="json", exclude={"phases"})))
     settings.setdefault("reward.judge.model", None)
-    return {k: v for k, v in settings.items() if use_of(k) in ("meaning", command)}
+    meaning = {k: v for k, v in settings.items() if use_of(k) in ("meaning", command)}
+    return meaning | {"the weights' type": weight_dtype(config.model.dtype)}
 
 
 def _phase_meaning(phase: PhaseConfig, config: Config, command: str) -> dict[str, Any]:

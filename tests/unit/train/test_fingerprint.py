@@ -85,7 +85,7 @@ def test_nothing_changed() -> None:
         ({"rollout": {"prompts_per_step": 4}}, "rollout.prompts_per_step: 8 -> 4"),
         ({"algorithm": {"updates_per_step": 2}}, "algorithm.updates_per_step: 1 -> 2"),
         ({"algorithm": {"advantage": "rloo"}}, "algorithm.advantage: grpo -> rloo"),
-        ({"model": {"dtype": "float32"}}, "model.dtype: bfloat16 -> float32"),
+        ({"model": {"dtype": "bfloat16"}}, "the weights' type: float32 -> bfloat16"),
         ({"data": {"enable_thinking": False}}, "data.enable_thinking: None -> False"),
         (
             {"reward": {"judge": {"urls": ["http://h:1/v1"], "model": "j"}}},
