@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from megatron_qlrl.cli.ranks import on_ranks
+from megatron_qlrl.cli.ranks import on_ranks, shown_once
+from megatron_qlrl.config.load import load_config
 from megatron_qlrl.platform.env import read_ranks
 
 Count = Annotated[int, typer.Option(min=1)]
@@ -160,6 +161,30 @@ def checkpoint(
 
     shape = make_shape(**sizes, positions=prompt_tokens + 128)
     _print(bench_checkpoint(shape, prompt_tokens=prompt_tokens, rounds=rounds, folder=folder))
+
+
+@app.command()
+def step(
+    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Config of a run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings: a.b=value.")] = None,
+    prompt_tokens: Count = 512,
+    response_tokens: Count = 64,
+    rounds: Rounds = 3,
+) -> None:
+    """Measure the parts of an RL step on a real model, in one process: weights into the engine,
+    prefill, decode and update, beside this machine's copy and matmul."""
+    with shown_once():
+        loaded = load_config(config, overrides or [])
+    from megatron_qlrl.bench.step import bench_step
+
+    _print(
+        bench_step(
+            loaded,
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
+            rounds=rounds,
+        )
+    )
 
 
 def _print(figures: dict[str, Any]) -> None:

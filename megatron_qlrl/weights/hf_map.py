@@ -115,15 +115,20 @@ def to_hf(
     if entry.kind == "whole":
         return [(names[0], shards[0])]
     if entry.kind == "row":
-        return [(names[0], torch.cat(shards, 1))]
+        return [(names[0], _join(shards, 1))]
     if entry.kind == "vocab":
-        return [(names[0], torch.cat(shards)[: shape.vocab_size])]
+        return [(names[0], _join(shards)[: shape.vocab_size])]
     if entry.kind == "gate_up":
         halves = [shard.chunk(2) for shard in shards]
-        return [(name, torch.cat([h[i] for h in halves])) for i, name in enumerate(names)]
+        return [(name, _join([h[i] for h in halves])) for i, name in enumerate(names)]
     groups = shape.num_kv_heads // len(shards)
     parts = [_split_qkv(shard, shape=shape, groups=groups) for shard in shards]
-    return [(name, torch.cat([p[i] for p in parts])) for i, name in enumerate(names)]
+    return [(name, _join([p[i] for p in parts])) for i, name in enumerate(names)]
+
+
+def _join(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """Returns the parts side by side; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _share(size: int, parts: int, index: int) -> tuple[int, int]:

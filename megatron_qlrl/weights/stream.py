@@ -77,7 +77,8 @@ class _Item:
 class WeightStream:
     """Streams the whole model as (Hugging Face name, tensor) pairs, by a plan that is made once.
 
-    Every rank must iterate (gathering is collective) and sees every tensor. A bucket holds
+    Every rank must iterate (gathering is collective) and sees every tensor, which may be the
+    model's own memory: read it before the next update. A bucket holds
     the tp shards of consecutive parameters of one stage: one all-gather over tp, one
     broadcast over pp. A parameter larger than a bucket gets a bucket of its own.
     """
@@ -115,17 +116,17 @@ class WeightStream:
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for bucket in self._buckets:
-            gathered = self._gather(bucket)
-            start = 0
-            for item in bucket:
-                shards = [flat[start : start + item.numel].view(item.size) for flat in gathered]
-                start += item.numel
+            for item, shards in zip(bucket, self._gather(bucket), strict=True):
                 for name, tensor in to_hf(item.entry, shards, shape=self._shape):
                     yield name, tensor.contiguous()
 
-    def _gather(self, bucket: list[_Item]) -> list[torch.Tensor]:
-        """One flat tensor of the bucket for each tensor parallel rank, on every rank."""
+    def _gather(self, bucket: list[_Item]) -> Iterator[list[torch.Tensor]]:
+        """Yields the tensor parallel shards of each parameter in the bucket, on every rank. On a
+        single rank that is the parameter itself, not a copy."""
         tp, pp = self._context.tp, self._context.pp
+        if tp.size * pp.size == 1:
+            yield from ([self._parameters[item.local].detach()] for item in bucket)
+            return
         some = next(iter(self._parameters.values()))
         total = sum(item.numel for item in bucket)
         gathered = torch.empty(tp.size * total, dtype=some.dtype, device=some.device)
@@ -136,7 +137,11 @@ class WeightStream:
         if pp.size > 1:
             source = dist.get_global_rank(pp.group, stage)
             dist.broadcast(gathered, src=source, group=pp.group)
-        return list(gathered.chunk(tp.size))
+        start = 0
+        for item in bucket:
+            end = start + item.numel
+            yield [flat[start:end].view(item.size) for flat in gathered.chunk(tp.size)]
+            start = end
 
 
 def untied(stream: WeightStream) -> Iterator[tuple[str, torch.Tensor]]:

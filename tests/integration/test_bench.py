@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = 8 * 2.0**-23  # units in the last place of float32, relative
@@ -117,6 +118,24 @@ def test_checkpoint(qlrl: Callable[..., Any], tmp_path: Path) -> None:
     assert found["snapshot_s"] > 0
     assert found["stall_ratio"] == found["stall_s"] / found["waited_s"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_step(
+    qlrl: Callable[..., Any], write_config: Callable[..., Path], base_model: Path, tmp_path: Path
+) -> None:
+    weights = load_file(base_model / "model.safetensors").values()
+    sizes = ("--prompt-tokens=200", "--response-tokens=16", "--rounds=1")
+    figures = bench(qlrl, "step", str(write_config(tmp_path)), *sizes)
+    assert figures["sync"]["bytes"] == 4 * sum(tensor.numel() for tensor in weights)
+    assert figures["sync"]["s"] > figures["sync"]["stream_s"] > 0
+    # Siblings take theirs from the cache, except what is left behind the last block of 32 tokens.
+    assert figures["prefill"]["tokens"] == 4 * 200 + 12 * 8
+    assert figures["update"]["tokens"] == 4 * (200 + 4 * 16)
+    assert 0 < figures["decode"]["tokens"] < 4 * 4 * 16
+    assert not (tmp_path / "run").exists()
+    refused = qlrl("bench", "step", str(tmp_path / "config.yaml"), "--prompt-tokens=5000")
+    assert refused.code == 2
+    assert "--prompt-tokens 5000 and --response-tokens 64 are more than" in refused.messages[0]
 
 
 def test_gpu_check_runs_every_part(tmp_path: Path) -> None:

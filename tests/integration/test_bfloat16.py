@@ -1,5 +1,5 @@
-"""bfloat16 weights without a GPU: the mixed precision of a cluster (float32 weights in the optimizer,
-float32 gradients), from the first step to the released folder."""
+"""bfloat16 weights without a GPU: the mixed precision of a cluster (float32 weights in the
+optimizer, float32 gradients), from the first step to the released folder."""
 
 import shutil
 from pathlib import Path
