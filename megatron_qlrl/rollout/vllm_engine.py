@@ -278,9 +278,12 @@ def _platform_settings(max_model_len: int) -> dict[str, Any]:
     if has_gpu():
         return {"enable_sleep_mode": True}
     # A seeded request whose prefill is split into chunks fails on CPU ("CPU Generator does not use
-    # offset"), so every prompt is computed in one step.
+    # offset"), so every prompt is computed in one step. Siblings take whole blocks of their prompt
+    # from the cache and compute the rest again: of the default blocks of 128 that is 64 tokens on
+    # average for each of them, of the smallest that the CPU kernel takes 16.
     return {
         "enforce_eager": True,
+        "block_size": 32,
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(max_model_len, 4096),
     }
