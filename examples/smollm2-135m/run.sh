@@ -58,6 +58,8 @@ fi
 files() { local list; list="$(printf ",$data/$1_%s.parquet" "${sizes[@]}")"; echo "[${list:1}]"; }
 files=("data.train_files=$(files train)" "data.sft_files=[$data/sft.parquet]"
   "data.eval_files=$(files eval)")
+# Such CPUs train in bfloat16 twice as fast as in float32, others several times slower.
+grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && files+=(model.dtype=bfloat16)
 
 echo "== warm-up SFT"
 qlrl sft "$here/config.yaml" "${files[@]}" model.path="$out/model" run.dir="$out/sft" \

@@ -1,0 +1,174 @@
+"""Is short first, then long, better than long alone? Trains the arms of the question from the same
+starts, with the same number of RL steps, over several seeds, and prints what they score.
+
+    bash examples/smollm2-135m/run.sh                                     makes model and data
+    python examples/smollm2-135m/curriculum.py runs/curriculum --jobs 2
+
+Each run is one `qlrl` process on one thread. The same command continues after an interruption.
+`--table` prints the table of what is finished and trains nothing.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+SHORT, LONG = 512, 1280  # input limits in tokens
+PHASED = (
+    f"phases=[{{name: short, max_input_tokens: {SHORT}, steps: 8}},"
+    f" {{name: long, max_input_tokens: {LONG}, steps: 16}}]"
+)
+ARMS = {
+    "phased": (PHASED,),
+    "retrospective": (PHASED, "curriculum.carried_share=0.25"),
+    "single": (f"phases=[{{name: long, max_input_tokens: {LONG}, steps: 24}}]",),
+}
+"""Settings of the arms. `single` has long documents alone; in the second phase `phased` has them
+alone, too, and `retrospective` up to a quarter of short ones that were answered badly."""
+SIZES = ("short", "long")
+NUM_RESAMPLES = 10_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--run", type=Path, default=Path("runs/smollm2-135m"), help="OUT of run.sh")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--starts", nargs="+", choices=("sft", "base"), default=["sft"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    if not args.table:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            if "sft" in args.starts:
+                list(pool.map(lambda seed: train_sft(args.run, args.out, seed), args.seeds))
+            runs = [(s, a, seed) for seed in args.seeds for s in args.starts for a in args.arms]
+            list(pool.map(lambda run: train_rl(args.run, args.out, *run), runs))
+    report(args.out, args.seeds)
+
+
+def train_sft(run: Path, out: Path, seed: int) -> None:
+    data = run / "data"
+    train(
+        out / f"seed_{seed}" / "sft", "sft", run, seed,
+        f"model.path={run}/model", f"data.sft_files=[{data}/sft.parquet]", "optimizer.lr=2.0e-5",
+        "evaluation.before_training=true",
+    )  # fmt: skip
+
+
+def train_rl(run: Path, out: Path, start: str, arm: str, seed: int) -> None:
+    sizes = SIZES if "short" in ARMS[arm][0] else ("long",)
+    files = ",".join(f"{run}/data/train_{size}.parquet" for size in sizes)
+    model = run / "model" if start == "base" else out / f"seed_{seed}" / "sft" / "hf"
+    train(
+        out / f"seed_{seed}" / f"{start}-{arm}", "rl", run, seed,
+        f"model.path={model}", f"data.train_files=[{files}]", *ARMS[arm],
+    )  # fmt: skip
+
+
+def train(folder: Path, command: str, run: Path, seed: int, *settings: str) -> None:
+    """Runs `qlrl` unless the run is finished; the Hugging Face folder is what a run writes last."""
+    if (folder / "hf" / "README.md").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    eval_files = ",".join(f"{run}/data/eval_{size}.parquet" for size in SIZES)
+    argv = [
+        "-m", "megatron_qlrl", command, HERE / "config.yaml", f"run.dir={folder}",
+        f"run.seed={seed}", f"data.eval_files=[{eval_files}]", *settings,
+    ]  # fmt: skip
+    if {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()):
+        argv.append("model.dtype=bfloat16")  # as run.sh
+    with (folder / "log.txt").open("a") as log:
+        done = subprocess.run(
+            [sys.executable, *map(str, argv)],
+            check=False,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    if done.returncode:
+        sys.exit(
+            f"curriculum: {folder}/log.txt ends with an error; mend it, then the same command "
+            "continues"
+        )
+    print(f"done: {folder}", flush=True)
+
+
+def report(out: Path, seeds: list[int]) -> None:
+    """Prints means over seeds and documents, and each pair of arms with the same start."""
+    stages = {"start": "sft/eval/start", "sft": "sft/eval/sft"}
+    stages |= {f"{s}-{a}": f"{s}-{a}/eval/long" for s in ("sft", "base") for a in ARMS}
+    stages["sft-phased, after the short phase"] = "sft-phased/eval/short"
+    scores = {
+        stage: {seed: read(file) for seed in seeds if (file := path(out, seed, name)).exists()}
+        for stage, name in stages.items()
+    }
+    scores = {stage: runs for stage, runs in scores.items() if runs}
+    print("| % right, mean over seeds ± their sample standard deviation | seeds | short | long |")
+    print("|---|---|---|---|")
+    for stage, runs in scores.items():
+        cells = [
+            spread([100 * mean(run[size].values()) for run in runs.values()]) for size in SIZES
+        ]
+        print(f"| {stage} | {len(runs)} | {' | '.join(cells)} |")
+    print("\n| points, 95 % interval over documents and seeds | seeds | short | long |")
+    print("|---|---|---|---|")
+    arms = [stage for stage in scores if "-" in stage and "," not in stage]
+    pairs = [(a, b) for a, b in combinations(arms, 2) if a.split("-")[0] == b.split("-")[0]]
+    for one, two in [*((arm, "sft") for arm in arms if "sft" in scores), *pairs]:
+        both = [seed for seed in scores[one] if seed in scores[two]]
+        cells = [
+            interval(np.array([apart(scores[one][s][size], scores[two][s][size]) for s in both]))
+            for size in SIZES
+        ]
+        print(f"| {one} minus {two} | {len(both)} | {' | '.join(cells)} |")
+
+
+def path(out: Path, seed: int, name: str) -> Path:
+    return out / f"seed_{seed}" / f"{name}.jsonl"
+
+
+def read(answers: Path) -> dict[str, dict[str, float]]:
+    """Returns the scores by size and question."""
+    scores: dict[str, dict[str, float]] = {}
+    for record in map(json.loads, answers.read_text().splitlines()):
+        file, _, row = record["uid"].rpartition(":")
+        scores.setdefault(file.removeprefix("eval_"), {})[row] = record["score"]
+    return scores
+
+
+def apart(one: dict[str, float], two: dict[str, float]) -> list[float]:
+    assert one.keys() == two.keys()
+    return [one[row] - two[row] for row in one]
+
+
+def interval(differences: np.ndarray) -> str:
+    """Returns the mean of differences [seeds, documents] in points, with a percentile interval of a
+    bootstrap that draws documents and seeds again."""
+    rng = np.random.default_rng(0)
+    num_seeds, num_documents = differences.shape
+    means = [
+        differences[rng.integers(num_seeds, size=num_seeds)][
+            :, rng.integers(num_documents, size=num_documents)
+        ].mean()
+        for _ in range(NUM_RESAMPLES)
+    ]
+    low, high = 100 * np.percentile(means, [2.5, 97.5])
+    return f"{100 * differences.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    main()
