@@ -235,7 +235,11 @@ def _make_engine(job: Job, give_up: Callable[[], str]) -> VllmEngine:
 def read_held_out(job: Job) -> dict[str, list[Prompt]]:
     """The evaluation files, read and checked before weights are loaded, for that takes minutes."""
     read = partial(
-        read_benchmarks, job.config, job.tokenizer, max_positions=job.shape.max_positions
+        read_benchmarks,
+        job.config,
+        job.tokenizer,
+        max_positions=job.shape.max_positions,
+        warn=job.warn,
     )
     with job.progress.doing("reading the evaluation files"):
         return on_all_ranks(read)

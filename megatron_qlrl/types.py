@@ -28,6 +28,7 @@ class Prompt:
         question, ground_truth: travel as fields, never cut out of the text again.
         reasoning_open: whether the rendered prompt ends in an open `<think>`, so that a response
             must close its reasoning before its final answer counts.
+        cut: whether the text lost its middle to fit (evaluation).
     """
 
     uid: str
@@ -37,6 +38,7 @@ class Prompt:
     ground_truth: str
     extra: Mapping[str, Any] = field(default_factory=dict)
     reasoning_open: bool = False
+    cut: bool = False
 
     @property
     def num_tokens(self) -> int:

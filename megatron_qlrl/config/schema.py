@@ -26,6 +26,10 @@ alone."""
 YamlOff = BeforeValidator(lambda value: "off" if value is False else value)
 
 
+TEMPLATE_TOKENS = 1024
+"""How many tokens a chat template and a system message may add to an evaluation prompt, whose text
+alone evaluation.max_input_tokens limits."""
+
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
 """A model's name on the Hugging Face hub, with or without its owner."""
 
@@ -473,7 +477,7 @@ class EvaluationConfig(Section):
     samples: int = Field(default=1, gt=0)
     """Responses to each prompt; the score is their mean."""
     max_input_tokens: int = Field(default=120_000, gt=0)
-    """Longer prompts lose their middle."""
+    """Longer text of the user loses its middle, before the chat template is applied."""
 
 
 class LoggingConfig(Section):
@@ -517,9 +521,9 @@ class Config(Section):
     @property
     def longest_generation(self) -> int:
         """The most tokens, prompt and response together, that the engine must hold."""
-        longest = self.max_input_tokens or self.evaluation.max_input_tokens
-        if self.data.eval_files:
-            longest = max(longest, self.evaluation.max_input_tokens)
+        longest = self.max_input_tokens
+        if self.data.eval_files or not longest:
+            longest = max(longest, self.evaluation.max_input_tokens + TEMPLATE_TOKENS)
         return longest + self.rollout.max_response_tokens
 
     @property

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from jinja2 import TemplateError
 
 from megatron_qlrl.data.control import encode_plain
+from megatron_qlrl.data.cut import Limits, cut_and_render
 from megatron_qlrl.data.template import opens_reasoning, render
 from megatron_qlrl.errors import ConfigError, DataError
 from megatron_qlrl.types import Example, Prompt
@@ -43,7 +44,11 @@ def verl_schema(extra_info: Mapping[str, pa.DataType], *, has_response: bool) ->
 
 
 def load_prompts(
-    files: Sequence[str | Path], *, tokenizer: Any, enable_thinking: bool | None = None
+    files: Sequence[str | Path],
+    *,
+    tokenizer: Any,
+    enable_thinking: bool | None = None,
+    limits: Limits | None = None,
 ) -> list[Prompt]:
     """Returns all rows of the files, in order, as tokenized prompts.
 
@@ -52,13 +57,16 @@ def load_prompts(
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
         enable_thinking: passed to the chat template unless it is None.
+        limits: longer prompts lose their middle; None cuts none.
 
     Raises:
         DataError: a file, a column or a row cannot be used. The message names the file and the row.
         ConfigError: the tokenizer has no chat template.
     """
     rows = _rows(files, _REQUIRED)
-    return [_prompt(where, uid, row, tokenizer, enable_thinking) for where, uid, row in rows]
+    return [
+        _prompt(where, uid, row, tokenizer, enable_thinking, limits) for where, uid, row in rows
+    ]
 
 
 def load_examples(
@@ -143,16 +151,6 @@ def drop_overlong(prompts: Sequence[Prompt], max_tokens: int) -> tuple[list[Prom
     return kept, report
 
 
-def middle_truncate(token_ids: np.ndarray, max_tokens: int) -> np.ndarray:
-    """Returns the first and the last `max_tokens` / 2 tokens of a longer sequence (evaluation,
-    QwenLong-L1 section 4.1). The tail, which holds the question, gets the odd token."""
-    assert max_tokens > 0, max_tokens
-    if len(token_ids) <= max_tokens:
-        return token_ids
-    head = max_tokens // 2
-    return np.concatenate([token_ids[:head], token_ids[len(token_ids) - (max_tokens - head) :]])
-
-
 def _rows(
     files: Sequence[str | Path], required: Sequence[str]
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -210,7 +208,12 @@ def _opened(path: Path, required: Sequence[str]) -> Iterator[pq.ParquetFile]:
 
 
 def _prompt(
-    where: str, uid: str, row: dict[str, Any], tokenizer: Any, enable_thinking: bool | None
+    where: str,
+    uid: str,
+    row: dict[str, Any],
+    tokenizer: Any,
+    enable_thinking: bool | None,
+    limits: Limits | None = None,
 ) -> Prompt:
     messages = _messages(where, row["prompt"])
     extra = row.get("extra_info") or {}
@@ -219,8 +222,12 @@ def _prompt(
     question = _question(where, row, extra, messages)
     data_source = _text(where, "data_source", row["data_source"])
     ground_truth = _ground_truth(where, row["reward_model"])
+    kept = messages
     with _located(where):
-        token_ids = render(tokenizer, messages, enable_thinking)
+        if limits is None:
+            token_ids = render(tokenizer, messages, enable_thinking)
+        else:
+            kept, token_ids = cut_and_render(tokenizer, messages, enable_thinking, limits)
     return Prompt(
         uid,
         token_ids,
@@ -229,6 +236,7 @@ def _prompt(
         ground_truth,
         dict(extra),
         reasoning_open=opens_reasoning(tokenizer, token_ids),
+        cut=kept != messages,
     )
 
 

@@ -1,51 +1,70 @@
 """Held-out prompts by benchmark, and the scores of their answers."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_qlrl.config.schema import Config
-from megatron_qlrl.data.dataset import load_prompts, middle_truncate
+from megatron_qlrl.data.cut import Limits
+from megatron_qlrl.data.dataset import load_prompts
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.reward.score import check_sources
 from megatron_qlrl.types import Prompt, ScoredGroup
 
 
 def read_benchmarks(
-    config: Config, tokenizer: Any, *, max_positions: int
+    config: Config, tokenizer: Any, *, max_positions: int, warn: Callable[[str], None]
 ) -> dict[str, list[Prompt]]:
-    """Prompts of data.eval_files by file stem, cut in the middle to evaluation.max_input_tokens
-    and to what the model's positions leave beside a response.
+    """Returns the prompts of data.eval_files by file stem. Their text is cut in the middle to
+    evaluation.max_input_tokens, and again if what the engine has left beside a response is less;
+    `warn` gets a line that counts the cut ones.
 
     Raises:
-        ConfigError: they leave nothing.
+        ConfigError: a response leaves no room for a prompt.
+        DataError: a file or row cannot be used.
     """
-    room = max_positions - config.rollout.max_response_tokens
+    response = config.rollout.max_response_tokens
+    room = min(config.longest_generation, max_positions) - response
     if room <= 0 and config.data.eval_files:
         raise ConfigError(
-            f"rollout.max_response_tokens={config.rollout.max_response_tokens} leaves no room for "
+            f"rollout.max_response_tokens={response} leaves no room for "
             f"a prompt in the model's {max_positions} positions; lower it"
         )
-    limit = min(config.evaluation.max_input_tokens, room)
-    thinking = config.data.enable_thinking
+    limits = Limits(config.evaluation.max_input_tokens, room)
     benchmarks = {
-        Path(file).stem: load_prompts([file], tokenizer=tokenizer, enable_thinking=thinking)
+        Path(file).stem: load_prompts(
+            [file],
+            tokenizer=tokenizer,
+            enable_thinking=config.data.enable_thinking,
+            limits=limits,
+        )
         for file in config.data.eval_files
     }
     check_sources([p for prompts in benchmarks.values() for p in prompts])
-    return {
-        name: [replace(p, token_ids=middle_truncate(p.token_ids, limit)) for p in prompts]
-        for name, prompts in benchmarks.items()
-    }
+    if report := cut_report(benchmarks, limits):
+        warn(report)
+    return benchmarks
+
+
+def cut_report(benchmarks: Mapping[str, Sequence[Prompt]], limits: Limits) -> str:
+    """Returns one line that counts the prompts whose text was cut, or "" if there are none."""
+    counts = {name: sum(p.cut for p in prompts) for name, prompts in benchmarks.items()}
+    total = sum(map(len, benchmarks.values()))
+    by_name = ", ".join(f"{name}: {count}" for name, count in counts.items() if count)
+    return by_name and (
+        f"{sum(counts.values())} of {total} evaluation prompts lose their middle ({by_name}): the "
+        f"text has more than evaluation.max_input_tokens={limits.text_tokens}, or the prompt more "
+        f"than the {limits.prompt_tokens} tokens that are left beside a response"
+    )
 
 
 def benchmark_scores(answers: Mapping[str, Sequence[ScoredGroup]]) -> dict[str, float]:
-    """Metrics `val/<benchmark>/score` (mean over prompts of the mean over verdicts),
-    `.../masked` (responses without a verdict), `.../response_length`, `.../unfinished`, and
-    `val/score`, the mean over benchmarks. Where there is no verdict at all there is no score.
+    """Returns the metrics `val/<benchmark>/score` (mean over prompts of the mean over verdicts),
+    `.../cut` (prompts that lost their middle), `.../masked` (responses without a verdict),
+    `.../response_length`, `.../unfinished`, and `val/score`, the mean over benchmarks. Where there
+    is no verdict at all there is no score.
     """
     metrics: dict[str, float] = {}
     scores = []
@@ -54,6 +73,7 @@ def benchmark_scores(answers: Mapping[str, Sequence[ScoredGroup]]) -> dict[str, 
         rewards = [g.rewards for g in groups]
         means = [r[~np.isnan(r)].mean() for r in rewards if not np.isnan(r).all()]
         values = {
+            "cut": sum(g.prompt.cut for g in groups),
             "masked": sum(np.isnan(r).sum() for r in rewards),
             "response_length": np.mean([len(r.token_ids) for r in rollouts]),
             "unfinished": np.mean([not r.finished for r in rollouts]),

@@ -21,7 +21,7 @@ def sample_prompts(
     names, without those that are too long."""
     data = config.data
     if data.eval_files and not data.train_files:
-        benchmarks = read_benchmarks(config, tokenizer, max_positions=max_positions)
+        benchmarks = read_benchmarks(config, tokenizer, max_positions=max_positions, warn=warn)
         return [prompt for prompts in benchmarks.values() for prompt in prompts]
     prompts = load_prompts(
         data.train_files or data.sft_files,

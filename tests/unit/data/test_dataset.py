@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_qlrl.data.dataset import drop_overlong, load_examples, load_prompts, middle_truncate
+from megatron_qlrl.data.dataset import drop_overlong, load_examples, load_prompts
 from megatron_qlrl.errors import ConfigError, DataError
 from megatron_qlrl.types import Prompt
 
@@ -251,13 +251,3 @@ def test_nothing_left_is_an_error():
     prompts = [Prompt("a:0", np.zeros(61, np.int32), "s", "q", "g")]
     with pytest.raises(DataError, match="1 of 1 prompts.*Nothing is left: raise max_input_tokens"):
         drop_overlong(prompts, 60)
-
-
-@pytest.mark.parametrize(
-    ("max_tokens", "expected"),
-    [(6, [0, 1, 2, 3, 4]), (5, [0, 1, 2, 3, 4]), (4, [0, 1, 3, 4]), (3, [0, 3, 4]), (1, [4])],
-)
-def test_middle_truncation_keeps_head_and_tail(max_tokens, expected):
-    got = middle_truncate(np.arange(5, dtype=np.int32), max_tokens)
-    assert got.tolist() == expected
-    assert got.dtype == np.int32

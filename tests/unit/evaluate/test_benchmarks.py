@@ -1,11 +1,13 @@
 """Held-out scores by hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from megatron_qlrl.evaluate.benchmarks import benchmark_scores
+from megatron_qlrl.data.cut import Limits
+from megatron_qlrl.evaluate.benchmarks import benchmark_scores, cut_report
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
 
 
@@ -38,10 +40,12 @@ def test_mean_over_samples_then_prompts_then_benchmarks() -> None:
     assert metrics == pytest.approx(
         {
             "val/a/score": 0.75,
+            "val/a/cut": 0.0,
             "val/a/masked": 0.0,
             "val/a/response_length": 4.0,
             "val/a/unfinished": 0.25,
             "val/b/score": 0.0,
+            "val/b/cut": 0.0,
             "val/b/masked": 1.0,
             "val/b/response_length": 2.0,
             "val/b/unfinished": 0.5,
@@ -69,3 +73,16 @@ def test_a_benchmark_without_any_verdict_has_no_score() -> None:
     )
     assert "val/a/score" not in metrics
     assert (metrics["val/a/masked"], metrics["val/score"]) == (1.0, 0.5)
+
+
+def test_cut_prompts_are_counted_by_benchmark() -> None:
+    long = replace(prompt("a:1"), cut=True)
+    benchmarks = {"a": [prompt("a:0"), long], "b": [prompt("b:0")]}
+    assert cut_report(benchmarks, Limits(100, 60)) == (
+        "1 of 3 evaluation prompts lose their middle (a: 1): the text has more than "
+        "evaluation.max_input_tokens=100, or the prompt more than the 60 tokens that are left "
+        "beside a response"
+    )
+    assert cut_report({"b": [prompt("b:0")]}, Limits(100, 60)) == ""
+    metrics = benchmark_scores({"a": [group(p, [(1.0, 1, True)]) for p in benchmarks["a"]]})
+    assert metrics["val/a/cut"] == 1.0
