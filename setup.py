@@ -62,7 +62,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_qlrl", "megatron_qlrl.*"]),
-    package_data={"megatron_qlrl": ["py.typed"]},
+    package_data={"megatron_qlrl": ["py.typed", "report/assets/*", "report/assets/uplot/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["qlrl = megatron_qlrl.cli:main"]},

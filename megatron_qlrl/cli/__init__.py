@@ -12,7 +12,18 @@ import sys
 
 import typer
 
-from megatron_qlrl.cli import bench, compare, convert, data, judge, plan, reward, slurm, train
+from megatron_qlrl.cli import (
+    bench,
+    compare,
+    convert,
+    data,
+    judge,
+    plan,
+    report,
+    reward,
+    slurm,
+    train,
+)
 from megatron_qlrl.cli.ranks import show
 from megatron_qlrl.errors import STOPPED, QlrlError, StopRequested
 from megatron_qlrl.platform.env import quiet_foreign_warnings, read_ranks
@@ -27,6 +38,7 @@ app.command()(train.sft)
 app.command()(train.rl)
 app.command("eval")(train.evaluate)
 app.command()(compare.compare)
+app.command()(report.report)
 app.command()(train.distill)
 app.command()(convert.export)
 app.command("import")(convert.import_model)

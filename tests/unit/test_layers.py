@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("parallel", "metrics"),
     ("data", "curriculum", "rollout", "reward", "advantage", "packing", "policy", "weights"),
     ("evaluate", "plan"),
-    ("train",),
+    ("train", "report"),
     ("rl", "sft", "distill"),
     ("build",),
     ("commands", "bench"),

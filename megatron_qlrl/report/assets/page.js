@@ -1,0 +1,435 @@
+"use strict";
+// Draws the page from the JSON in #data. Whatever comes from a run goes into the page as a text
+// node (`el`) or onto a canvas (uPlot), never as markup; the policy in <head> forbids markup too.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const runs = data.runs;
+const many = runs.length > 1;
+const STAGE_NAMES = {
+  update_weights: "weights into the engine", gen: "generating", reward: "waiting for scores",
+  adv: "advantages, packing", ref: "reference log-probs", old_log_prob: "old log-probs",
+  update_actor: "updating the policy", save_checkpoint: "saving checkpoints", testing: "evaluating",
+};
+const CURRICULUM = [
+  "prompts", "passes", "seen", "their reward", "without reward", "new drawn", "solved", "trained on",
+  "carried drawn", "solved", "trained on",
+];
+
+// --- small helpers ---------------------------------------------------------------------
+
+/** An element; `attributes` are ours, children are elements or become text. */
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children.filter((child) => child !== null && child !== undefined)
+    .map((child) => (child instanceof Node ? child : String(child))));
+  return node;
+}
+
+function add(id, ...children) {
+  document.getElementById(id).append(...children.filter(Boolean));
+}
+
+function table(head, rows, kind = "") {
+  const cell = (tag) => (value) => (value instanceof Node && /^T[HD]$/.test(value.tagName)
+    ? value : el(tag, {}, value));
+  const header = el("tr", {}, ...head.map((name) => el("th", { scope: "col" }, name)));
+  return el("div", { class: "scroll" }, el("table", kind ? { class: kind } : {},
+    el("thead", {}, header),
+    el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map(cell("td")))))));
+}
+
+function number(value, digits = 4) {
+  if (value === null || value === undefined) return "–";
+  if (Number.isInteger(value)) return value.toLocaleString("en");
+  const size = Math.abs(value);
+  return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(+value.toPrecision(digits));
+}
+
+function duration(seconds) {
+  if (seconds < 60) return `${seconds.toFixed(1)} s`;
+  if (seconds < 3600) return `${(seconds / 60).toFixed(1)} min`;
+  return `${(seconds / 3600).toFixed(1)} h`;
+}
+
+const points = (share) => (100 * share).toFixed(1);
+const signed = (share) => (share >= 0 ? "+" : "−") + points(Math.abs(share));
+
+function color(index) {
+  return getComputedStyle(document.documentElement).getPropertyValue(`--c${index % 8}`).trim();
+}
+
+/** A run's name with the dot of its colour in the curves. */
+function runName(label) {
+  if (!many) return el("span", {}, label);
+  const dot = el("span", { class: "run", "aria-hidden": "true" });
+  dot.style.background = `var(--c${runs.findIndex((run) => run.label === label) % 8})`;
+  return el("span", {}, dot, label);
+}
+
+// --- summary -----------------------------------------------------------------------------
+
+function summary() {
+  const cards = runs.map((run) => {
+    const { cost } = run;
+    const steps = run.steps_planned ? `${run.steps_done} of ${run.steps_planned}` : run.steps_done;
+    const facts = [
+      ["status", run.status], ["command", run.command ? `qlrl ${run.command}` : "–"],
+      ["steps", steps], ["time on record", duration(cost.seconds)],
+      [`${cost.unit}-hours`, `${number(cost.hours)} (${cost.processes} at last)`],
+      ["tokens", number(cost.tokens)],
+    ];
+    if (cost.money !== null) facts.push(["money", `${number(cost.money)} at ${data.rate} an hour`]);
+    facts.push(["folder", run.folder]);
+    return el("div", { class: "card" }, el("h3", {}, runName(run.label)),
+      el("dl", { class: "facts" },
+        ...facts.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])),
+      run.notes.length ? el("ul", { class: "notes" }, ...run.notes.map((n) => el("li", {}, n))) : null,
+      costTable(cost));
+  });
+  add("summary", el("div", { class: "cards" }, ...cards));
+}
+
+function costTable(cost) {
+  if (!cost.stages.length) return null;
+  const stages = [...cost.stages].sort((a, b) => b[2] - a[2]);
+  const rows = stages.map(([stage, seconds, hours]) => {
+    const bar = el("span", { class: "bar", "aria-hidden": "true" });
+    const share = cost.hours ? hours / cost.hours : 0;
+    bar.style.width = `${6 * share}rem`;
+    const row = [STAGE_NAMES[stage] || stage, duration(seconds), number(hours, 3)];
+    if (cost.money !== null) row.push(number(hours * data.rate, 3));
+    return [...row, `${points(share)} %`, bar];
+  });
+  const head = ["stage", "time", `${cost.unit}-hours`, ...(cost.money !== null ? ["money"] : []), "share", ""];
+  return el("div", {}, el("h3", {}, "Cost by stage"), table(head, rows));
+}
+
+// --- evaluation ----------------------------------------------------------------------------
+
+function evaluation() {
+  const { benchmarks, rows } = data.evaluations;
+  if (!rows.length) return add("evaluation", el("p", { class: "faint" }, "No evaluation yet."));
+  const head = [...(many ? ["run"] : []), "evaluation", ...benchmarks, ...(benchmarks.length > 1 ? ["mean"] : [])];
+  const score = (cell) => {
+    if (cell === null) return "–";
+    return `${points(cell[0])}${cell[1] === null ? "" : ` ± ${points(cell[1])}`}`;
+  };
+  add("evaluation",
+    el("p", { class: "faint" }, "Score of 100 ± its standard error over questions."),
+    table(head, rows.map((row) => [
+      ...(many ? [runName(row.run)] : []), row.name,
+      ...row.cells.slice(0, head.length - (many ? 2 : 1)).map(score),
+    ])));
+  if (data.differences.length) differences(benchmarks);
+}
+
+function differences(benchmarks) {
+  const names = [...benchmarks, ...(benchmarks.length > 1 ? ["mean"] : [])];
+  const cell = (result) => {
+    if (!result) return el("td", {}, "–");
+    const [difference, low, high, p] = result.numbers;
+    const kind = !result.told_apart ? "faint" : difference > 0 ? "good" : "bad";
+    return el("td", { class: kind, title: `p=${number(p, 2)}, ${result.items} questions` },
+      `${signed(difference)} [${signed(low)}, ${signed(high)}]`);
+  };
+  add("evaluation", el("h3", {}, "Differences"),
+    el("p", { class: "faint" },
+      "Paired by question, 95 % interval. What is grey cannot be told apart from 0. ",
+      "The interval is about questions and samples, not about training."),
+    table(["", "minus", ...names], data.differences.map((row) => [
+      row.second, row.first,
+      ...(row.problem ? [el("td", { colspan: names.length }, row.problem)]
+        : names.map((name) => cell(row.cells[name]))),
+    ])));
+}
+
+// --- curves --------------------------------------------------------------------------------
+
+const drawn = [];  // what to draw again in other colours
+
+/** The lines of a chart: [label, colour number, x, y, dash]. */
+function lines(chart, window) {
+  return runs.flatMap((run, r) => chart.metrics.flatMap((metric, m) => {
+    const { x, y } = run.curves[chart.kind];
+    if (!y[metric]) return [];
+    const name = short(metric, chart.metrics);
+    return [[many ? `${run.label}` : name, many ? r : m, x, smooth(y[metric], window)]];
+  }));
+}
+
+/** A metric's name without what all of the chart have in common. */
+function short(metric, metrics) {
+  if (metrics.length === 1) return metric;
+  let start = 0;
+  let end = 0;
+  const parts = metrics.map((name) => name.split("/"));
+  const least = Math.min(...parts.map((p) => p.length));
+  while (start < least - 1 && parts.every((p) => p[start] === parts[0][start])) start += 1;
+  while (end < least - start - 1 && parts.every((p) => p.at(-1 - end) === parts[0].at(-1 - end))) end += 1;
+  const own = metric.split("/");
+  return own.slice(start, own.length - end).join("/") || metric;
+}
+
+function smooth(values, window) {
+  if (window <= 1) return values;
+  return values.map((value, i) => {
+    if (value === null) return null;
+    const near = values.slice(Math.max(0, i - window + 1), i + 1).filter((v) => v !== null);
+    return near.reduce((sum, v) => sum + v, 0) / near.length;
+  });
+}
+
+/** Phase boundaries and stability events, drawn under the lines. */
+function marks(plot) {
+  const { ctx, bbox } = plot;
+  ctx.save();
+  ctx.font = `${11 * devicePixelRatio}px system-ui`;
+  ctx.setLineDash([4 * devicePixelRatio, 4 * devicePixelRatio]);
+  const style = getComputedStyle(document.documentElement);
+  const inside = (x) => x >= bbox.left && x <= bbox.left + bbox.width;
+  ctx.strokeStyle = ctx.fillStyle = style.getPropertyValue("--faint");
+  const seen = new Set();
+  for (const phase of runs.flatMap((run) => run.phases)) {
+    const key = `${phase.start} ${phase.name}`;
+    const x = Math.round(plot.valToPos(phase.start - 0.5, "x", true));
+    if (seen.has(key)) continue;
+    seen.add(key);
+    if (phase.start > 0 && inside(x)) {
+      ctx.beginPath();
+      ctx.moveTo(x, bbox.top);
+      ctx.lineTo(x, bbox.top + bbox.height);
+      ctx.stroke();
+      ctx.fillText(phase.name, x + 4 * devicePixelRatio, bbox.top + 12 * devicePixelRatio);
+    }
+  }
+  ctx.fillStyle = style.getPropertyValue("--bad");
+  for (const [step] of runs.flatMap((run) => run.events)) {
+    const x = plot.valToPos(step, "x", true);
+    const size = 4 * devicePixelRatio;
+    if (!inside(x)) continue;
+    ctx.beginPath();
+    ctx.moveTo(x - size, bbox.top);
+    ctx.lineTo(x + size, bbox.top);
+    ctx.lineTo(x, bbox.top + 2 * size);
+    ctx.fill();
+  }
+  ctx.restore();
+}
+
+function draw(card, chart, window) {
+  const shown = lines(chart, window);
+  const faint = getComputedStyle(document.documentElement).getPropertyValue("--faint").trim();
+  const grid = getComputedStyle(document.documentElement).getPropertyValue("--line").trim();
+  const axis = { stroke: faint, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid } };
+  const few = shown.every(([, , x]) => x.length < 40);
+  const series = shown.map(([label, index]) => ({
+    label, stroke: color(index), width: 1.7, spanGaps: true,
+    dash: index >= 8 ? [6, 3] : undefined,
+    points: { show: few, size: 5, fill: color(index) },
+    value: (_, value) => number(value),
+  }));
+  const options = {
+    width: card.clientWidth - 28, height: 210, series: [{ label: "step", value: (_, v) => number(v) }, ...series],
+    scales: { x: { time: false } }, cursor: { points: { size: 7 } },
+    axes: [
+      { ...axis, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 100000], size: 32 },
+      { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => number(tick, 3)) },
+    ],
+    hooks: { drawClear: [], drawAxes: [marks] },
+  };
+  const aligned = uPlot.join(shown.map(([, , x, y]) => [x, y]));
+  card.querySelector(".uplot")?.remove();
+  const plot = new uPlot(options, aligned, card);
+  card.onkeydown = (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const x = plot.data[0];
+    const at = Math.min(Math.max((plot.cursor.idx ?? x.length) + step, 0), x.length - 1);
+    plot.setCursor({ left: plot.valToPos(x[at], "x"), top: 5 });
+  };
+  return plot;
+}
+
+function curves() {
+  // Several runs have the colours, so each metric gets a chart of its own.
+  const charts = many
+    ? data.charts.flatMap((chart) => chart.metrics.map((metric) => ({
+      ...chart, metrics: [metric],
+      title: chart.metrics.length > 1 ? `${chart.title}: ${short(metric, chart.metrics)}` : chart.title,
+    })))
+    : data.charts;
+  if (!charts.length) return add("curves", el("p", { class: "faint" }, "No step yet."));
+  const select = el("select", {}, ...[1, 5, 20, 100].map((n) => (
+    el("option", { value: n }, n === 1 ? "none" : `mean of ${n} points`))));
+  const grid = el("div", { class: "cards" });
+  add("curves", el("form", {}, el("label", {}, "Smoothing", select)),
+    el("p", { class: "faint" }, "Dashed: a phase begins. Red: a stability rule fired. Drag to zoom, ",
+      "double click to zoom out; in a chart, ← and → move the cursor."),
+    grid, events());
+  for (const chart of charts) {
+    const card = el("div", { class: "card", tabindex: "0", role: "group", "aria-label": label(chart) },
+      el("h3", {}, chart.title));
+    grid.append(card);
+    drawn.push({ card, chart, plot: null });
+  }
+  const again = () => {
+    for (const item of drawn) item.plot = draw(item.card, item.chart, Number(select.value));
+  };
+  again();
+  select.addEventListener("change", again);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+  let width = innerWidth;
+  addEventListener("resize", () => {
+    if (innerWidth !== width) for (const { plot, card } of drawn) plot.setSize({ width: card.clientWidth - 28, height: 210 });
+    width = innerWidth;
+  });
+}
+
+/** What a chart says to those who do not see it. */
+function label(chart) {
+  const ends = lines(chart, 1).map(([name, , , y]) => {
+    const values = y.filter((v) => v !== null);
+    return `${name} from ${number(values[0])} to ${number(values.at(-1))}`;
+  });
+  return `${chart.title}: ${ends.join(", ")}`;
+}
+
+function events() {
+  const rows = runs.flatMap((run) => run.events.map(([step, what, count]) => [
+    ...(many ? [runName(run.label)] : []), step, what, count]));
+  if (!rows.length) return el("p", { class: "faint" }, "No stability rule fired.");
+  return el("details", {}, el("summary", {}, `${rows.length} stability events`),
+    el("div", {}, table([...(many ? ["run"] : []), "step", "what", "times"], rows)));
+}
+
+// --- curriculum ----------------------------------------------------------------------------
+
+function curriculum() {
+  const rows = runs.flatMap((run) => run.phases.map((phase) => [
+    ...(many ? [runName(run.label)] : []), phase.name, number(phase.max_input_tokens),
+    `${phase.steps_done} of ${phase.steps}`, duration(phase.seconds),
+    phase.reward.map((value) => number(value, 3)).join(" → "),
+    ...phase.curriculum.map((value) => number(value, 3)),
+  ]));
+  if (!rows.length) return add("curriculum", el("p", { class: "faint" }, "No phases."));
+  add("curriculum",
+    el("p", { class: "faint" }, "Counts of prompts since the phase began. New prompts are the phase's own; ",
+      "carried ones come from an earlier phase. Solved: some response had a reward."),
+    table([...(many ? ["run"] : []), "phase", "up to tokens", "steps", "time", "reward", ...CURRICULUM], rows));
+}
+
+// --- samples -------------------------------------------------------------------------------
+
+const SCORES = {
+  all: () => true, "right (1)": (s) => s.score === 1, "wrong (0)": (s) => s.score === 0,
+  between: (s) => s.score > 0 && s.score < 1, "no verdict": (s) => s.score === null,
+  "rule and judge differ": (s) => s.judge !== null && s.judge !== s.rule,
+  unfinished: (s) => s.finished === false,
+};
+const PAGE = 20;
+
+function samples() {
+  const everything = runs.flatMap((run) => run.samples.map((sample) => ({ ...sample, run: run.label })));
+  if (!everything.length) return add("samples", el("p", { class: "faint" }, "No rollout log."));
+  const choices = (name) => ["all", ...new Set(everything.map((sample) => String(sample[name])))];
+  const select = (id, name, options) => el("label", {}, name,
+    el("select", { id }, ...options.map((option) => el("option", {}, option))));
+  const steps = choices("step").sort((a, b) => b - a);
+  const form = el("form", {},
+    many ? select("filter-run", "Run", choices("run")) : null,
+    select("filter-score", "Score", Object.keys(SCORES)),
+    select("filter-source", "Source", choices("data_source")),
+    select("filter-step", "Step", ["all", ...steps.filter((step) => step !== "all")]),
+    el("label", {}, "Text", el("input", { id: "filter-text", type: "search" })));
+  const count = el("p", { id: "count", class: "faint", "aria-live": "polite" });
+  const list = el("div", { id: "list" });
+  const more = el("button", { type: "button" }, "Show more");
+  let chosen = [];
+  const show = () => {
+    const start = list.childElementCount;
+    list.append(...chosen.slice(start, start + PAGE).map(sampleView));
+    more.hidden = list.childElementCount >= chosen.length;
+  };
+  const value = (id) => form.querySelector(`#filter-${id}`)?.value ?? "all";
+  const filter = () => {
+    const text = value("text").toLowerCase();
+    const same = (id, actual) => value(id) === "all" || value(id) === String(actual);
+    chosen = everything.filter((s) => SCORES[value("score")](s) && same("run", s.run)
+      && same("source", s.data_source) && same("step", s.step)
+      && (!text || [s.uid, s.question, s.response, s.ground_truth].join("\n").toLowerCase().includes(text)));
+    chosen.sort((a, b) => b.step - a.step);
+    list.replaceChildren();
+    count.textContent = `${chosen.length} of ${everything.length} responses`;
+    show();
+  };
+  form.addEventListener("input", filter);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  more.addEventListener("click", show);
+  add("samples", form, count, list, more);
+  filter();
+}
+
+function sampleView(sample) {
+  const kind = sample.score === null ? "faint" : sample.score > 0 ? "good" : "bad";
+  const start = sample.question.slice(-120);
+  const view = el("details", {},
+    el("summary", {}, el("strong", { class: kind }, number(sample.score, 3)),
+      ` · step ${sample.step} · ${many ? `${sample.run} · ` : ""}${sample.data_source} · ${start}`));
+  view.addEventListener("toggle", () => {
+    if (view.childElementCount > 1) return;
+    const facts = [
+      ["question", sample.uid], ["rule", number(sample.rule, 3)], ["judge", number(sample.judge, 3)],
+      ["gold", sample.ground_truth], ["answer as read", sample.prediction || "none"],
+      ["read from", sample.matched || "nothing"],
+      ["tokens", `${number(sample.num_tokens)}${sample.finished === false ? ", cut at the limit" : ""}`],
+    ];
+    view.append(el("div", {},
+      el("h3", {}, "End of the prompt"), el("pre", { tabindex: "0" }, sample.question),
+      el("h3", {}, "Response"), response(sample),
+      el("dl", { class: "facts" },
+        ...facts.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)]))));
+  });
+  return view;
+}
+
+/** The response with the answer that was read from it marked, at its last place. */
+function response({ response: text, prediction }) {
+  const at = prediction ? text.lastIndexOf(prediction) : -1;
+  if (at < 0) return el("pre", { tabindex: "0" }, text);
+  const end = at + prediction.length;
+  return el("pre", { tabindex: "0" }, text.slice(0, at), el("mark", {}, prediction), text.slice(end));
+}
+
+// --- settings and environment ----------------------------------------------------------------
+
+function settings() {
+  const head = ["setting", "default", ...(many ? runs.map((run) => run.label) : ["this run"])];
+  const differ = (row) => row.values.some((value) => value !== row.values[0]);
+  const box = el("input", { type: "checkbox", id: "only" });
+  const place = el("div", {});
+  const show = () => {
+    const rows = data.settings.filter((row) => !box.checked || differ(row));
+    place.replaceChildren(table(head, rows.map((row) => [
+      differ(row) && many ? el("strong", {}, row.name) : row.name, row.default, ...row.values,
+    ]), "words"));
+  };
+  box.checked = many;
+  box.addEventListener("change", show);
+  add("settings", el("p", { class: "faint" }, "Settings that differ from their default."),
+    many ? el("label", { class: "inline" }, box, "only those that differ between the runs") : null, place);
+  show();
+}
+
+function environment() {
+  const names = [...new Set(runs.flatMap((run) => run.starts.flatMap((start) => Object.keys(start))))];
+  const rows = runs.flatMap((run) => run.starts.map((start) => [
+    ...(many ? [runName(run.label)] : []), ...names.map((name) => start[name] ?? "–")]));
+  add("environment", el("p", { class: "faint" }, "One line for each start of a run."),
+    table([...(many ? ["run"] : []), ...names], rows, "words"));
+}
+
+document.title = `qlrl report: ${runs.map((run) => run.label).join(", ")}`;
+add("written", `Written ${data.written} by megatron_qlrl ${data.version}.`);
+for (const part of [summary, evaluation, curves, curriculum, samples, settings, environment]) part();

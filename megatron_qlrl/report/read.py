@@ -1,0 +1,204 @@
+"""Reads what a run has left in its folder so far."""
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_qlrl.config.load import load_config
+from megatron_qlrl.config.schema import Config
+from megatron_qlrl.errors import ConfigError, DataError
+from megatron_qlrl.evaluate.compare import RunScores, read_run
+from megatron_qlrl.platform.lock import SILENCE_S
+
+TRACES = ("metrics.jsonl", "config.yaml", "starts.jsonl", "eval")
+"""A folder that has none of these is no run."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run.
+
+    Attributes:
+        name: stem of its files: `start`, a phase's name, `step_<n>` or `eval`.
+        scores: every question's score; None where the answers are missing or damaged.
+        means: score by benchmark, in [0, 1].
+    """
+
+    name: str
+    scores: RunScores | None
+    means: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run folder holds.
+
+    Attributes:
+        label: how the page names the run.
+        config: None where config.yaml is missing or of another version.
+        settings: the content of config.yaml by dotted name.
+        starts: lines of starts.jsonl.
+        steps: lines of metrics.jsonl about a training step; finite numbers only.
+        tests: lines of metrics.jsonl about an evaluation, each with "steps_done" before it.
+        is_held: whether a process is working in the folder.
+        notes: what could not be read.
+    """
+
+    label: str
+    folder: Path
+    config: Config | None
+    settings: Mapping[str, Any]
+    starts: Sequence[Mapping[str, Any]]
+    steps: Sequence[Mapping[str, float]]
+    tests: Sequence[Mapping[str, float]]
+    evaluations: Sequence[Evaluation]
+    is_held: bool
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def command(self) -> str:
+        """Returns "rl", "sft" or "eval", as the record shows, or "" before its first line."""
+        if any("sft/nll" in line for line in self.steps):
+            return "sft"
+        return "rl" if self.steps else "eval" if self.evaluations else ""
+
+    @property
+    def steps_done(self) -> int:
+        return int(self.steps[-1]["step"]) + 1 if self.steps else 0
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads each folder once, in the order given.
+
+    Raises:
+        DataError: a folder is no run.
+    """
+    resolved = list(dict.fromkeys(folder.resolve() for folder in folders))
+    for folder in resolved:
+        if not any((folder / name).exists() for name in TRACES):
+            raise DataError(
+                f"{folder} is no run folder: it has none of {', '.join(TRACES)}; name the run.dir "
+                "of a run"
+            )
+    return [_read(f, label) for f, label in zip(resolved, _labels(resolved), strict=True)]
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """Returns as many of the last parts of each path as tell the folders apart."""
+    for length in range(1, max(len(folder.parts) for folder in folders)):
+        names = ["/".join(folder.parts[-length:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _read(folder: Path, label: str) -> Run:
+    notes: list[str] = []
+    steps: list[dict[str, float]] = []
+    tests: list[dict[str, float]] = []
+    for line in read_jsonl(folder / "metrics.jsonl", notes):
+        numbers = {k: v for k, v in line.items() if is_number(v)}
+        if not isinstance(numbers.get("step"), int):
+            continue
+        if any(name.startswith("val/") for name in numbers):
+            tests.append(numbers | {"steps_done": steps[-1]["step"] + 1 if steps else 0})
+        else:
+            steps.append(numbers)
+    config, settings = _config(folder / "config.yaml", notes)
+    return Run(
+        label=label,
+        folder=folder,
+        config=config,
+        settings=settings,
+        starts=list(read_jsonl(folder / "starts.jsonl", notes)),
+        steps=steps,
+        tests=tests,
+        evaluations=[_evaluation(path, notes) for path in _by_age(folder.glob("eval/*.json"))],
+        is_held=any(time.time() - _changed(p) < SILENCE_S for p in folder.glob("run.lock.*")),
+        notes=notes,
+    )
+
+
+def read_jsonl(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a file that may still be written; adds to `notes` what is no object,
+    unless it is a last line without an end."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error.strerror}")
+        return
+    *lines, unfinished = text.split("\n")  # not splitlines: answers may hold other line ends
+    damaged = 0
+    for line in [*lines, *filter(None, [unfinished])]:
+        try:
+            value = json.loads(line, parse_constant=lambda _: None)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            yield value
+        else:
+            damaged += line is not unfinished
+    if damaged:
+        notes.append(f"{path.name}: {damaged} line(s) are damaged and left out")
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether `value` can be drawn: finite, and within what a float holds."""
+    return isinstance(value, int | float) and -1e300 < value < 1e300
+
+
+def _config(path: Path, notes: list[str]) -> tuple[Config | None, dict[str, Any]]:
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        notes.append(f"compared with no defaults: {str(error).splitlines()[0]}")
+    else:
+        return config, flat(config.model_dump(mode="json"))
+    try:
+        return None, flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None, {}
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested mappings and of lists of mappings by dotted name."""
+    if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, dict) or (prefix and not tree):
+        return {prefix: tree} if prefix else {}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+def _evaluation(path: Path, notes: list[str]) -> Evaluation:
+    try:
+        scores = read_run(path)
+        return Evaluation(path.stem, scores, {name: scores.mean(name) for name in scores.scores})
+    except DataError as error:
+        notes.append(f"evaluation {path.stem} has no errors: {error}")
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8")).items()
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return Evaluation(path.stem, None, {})
+    scores = {re.fullmatch(r"val/([^/]+)/score", name): value for name, value in metrics}
+    means = {name[1]: float(value) for name, value in scores.items() if name and is_number(value)}
+    return Evaluation(path.stem, None, means)
+
+
+def _by_age(paths: Iterator[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (_changed(path), path.name))
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # removed since it was listed
+        return 0.0

@@ -1,0 +1,76 @@
+"""A run folder as a run writes it, small enough to work out by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+STEP_S, TOKENS, PROCESSES = 10.0, 4_000, 2
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+
+
+def step_line(step: int, **more: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "critic/rewards/mean": 0.1 * step,
+        "timing_s/step": STEP_S,
+        "timing_s/gen": 6.0,
+        "timing_s/update_actor": 3.0,
+        "perf/total_num_tokens": TOKENS,
+        "perf/throughput": TOKENS / STEP_S / PROCESSES,
+        **more,
+    }
+
+
+def sample(text: str = "the answer is 4", **more: Any) -> dict[str, Any]:
+    return {
+        "uid": "train:0",
+        "data_source": "math",
+        "sample": 0,
+        "question": "2 + 2?",
+        "ground_truth": "4",
+        "response": text,
+        "num_tokens": 5,
+        "finished": True,
+        "score": 1.0,
+        "rule": 1.0,
+        "judge": None,
+        "matched": "words",
+        "prediction": "4",
+    } | more
+
+
+def write_evaluation(folder: Path, name: str, scores: list[float]) -> None:
+    records = [
+        {"uid": f"set:{i}", "score": s, "question": f"q{i}", "ground_truth": "a"}
+        for i, s in enumerate(scores)
+    ]
+    write_jsonl(folder / "eval" / f"{name}.jsonl", records)
+    metrics = {"val/set/score": sum(scores) / len(scores), "val/set/masked": 0}
+    (folder / "eval" / f"{name}.json").write_text(json.dumps(metrics))
+
+
+def write_run(folder: Path, *, steps: int = 4, lr: float = 1e-5) -> Path:
+    """Writes a run of two phases of 2 steps, of which `steps` are done, evaluated at its start."""
+    write_evaluation(folder, "start", [0.0, 1.0, 0.0, 1.0])
+    config = {
+        "model": {"path": "m"},
+        "optimizer": {"lr": lr},
+        "phases": [
+            {"name": "short", "max_input_tokens": 100, "steps": 2},
+            {"name": "long", "max_input_tokens": 200, "steps": 2},
+        ],
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    test = {"step": 0, "val/set/score": 0.5, "timing_s/testing": 20.0}
+    lines = [test, *(step_line(step) for step in range(steps))]
+    write_jsonl(folder / "metrics.jsonl", lines)
+    write_jsonl(folder / "starts.jsonl", [{"commit": "abc", "world_size": PROCESSES}])
+    for step in range(steps):
+        write_jsonl(folder / "rollouts" / f"step_{step:06d}.jsonl", [sample()])
+    return folder

@@ -1,0 +1,61 @@
+"""Missing and damaged files cost their part of the page; a folder that is no run is refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_qlrl.errors import DataError
+from megatron_qlrl.report.page import report_page
+from megatron_qlrl.report.read import flat, read_runs
+from tests.unit.report.run_folder import write_run
+
+
+def test_no_run_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is no run folder: it has none of") as caught:
+        read_runs([write_run(tmp_path / "a"), tmp_path])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "starts.jsonl"])
+@pytest.mark.parametrize("damage", [None, b"", b"\xff\x00 {", b"[1, 2]\n", b'{"step": 1e999}\n'])
+def test_page_shows_what_there_is(tmp_path: Path, name: str, damage: bytes | None) -> None:
+    folder = write_run(tmp_path / "a")
+    (folder / name).unlink()
+    if damage is not None:
+        (folder / name).write_bytes(damage)
+    assert report_page(read_runs([folder]))
+
+
+def test_run_that_has_just_begun(tmp_path: Path) -> None:
+    (tmp_path / "starts.jsonl").write_text("")
+    assert report_page(read_runs([tmp_path]))
+
+
+def test_line_that_is_being_written_is_no_damage(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "critic')
+    (run,) = read_runs([folder])
+    assert (run.steps_done, run.notes) == (4, [])
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write("\n")
+    assert read_runs([folder])[0].notes == ["metrics.jsonl: 1 line(s) are damaged and left out"]
+
+
+def test_labels_tell_folders_apart(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name / "rl") for name in ("a", "b")]
+    assert [run.label for run in read_runs([*folders, folders[0]])] == ["a/rl", "b/rl"]
+
+
+def test_flat_names_leaves() -> None:
+    tree = {"a": {"b": 1, "c": {}}, "d": [{"e": 2}], "f": [3, 4]}
+    assert flat(tree) == {"a.b": 1, "a.c": {}, "d.0.e": 2, "f": [3, 4]}
+
+
+def test_other_line_ends_within_an_answer(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    path = folder / "rollouts" / "step_000000.jsonl"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(re.sub("the answer is", "the\u2028answer\x85is", text), encoding="utf-8")
+    assert b"the\\u2028answer\xc2\x85is" in report_page(read_runs([folder]))
