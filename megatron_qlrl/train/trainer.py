@@ -62,6 +62,7 @@ class Trainer:
         present one, and the extra forward pass is left out.
         """
         shares = split_updates(groups, self._updates_per_step)
+        self._check_sharing(groups, meter)
         with meter.timed("adv"):
             packed = [self._pack(share) for share in shares]
             batches = [rows for rows, _ in packed]
@@ -88,8 +89,10 @@ class Trainer:
         new = [i for i, group in enumerate(groups) if group.old_logprobs is None]
         if not new:
             return list(groups)
+        waiting = [_without_advantages(groups[i]) for i in new]
+        self._check_sharing(waiting, meter)
         with meter.timed("old_log_prob"):
-            rows, _ = self._pack([_without_advantages(groups[i]) for i in new])
+            rows, _ = self._pack(waiting)
             logprobs = gather_dicts(
                 {
                     (group, sample): row.columns["old_logprobs"][place]
@@ -105,7 +108,6 @@ class Trainer:
 
     def _pack(self, groups: Sequence[TrainGroup]) -> tuple[list[PackedRow], float]:
         """This data-parallel rank's rows, and the forward FLOPs of all ranks' rows."""
-        self._check_sharing(groups)
         dp = self.policy.context.dp
         ranks = make_rows(
             groups,
@@ -124,7 +126,7 @@ class Trainer:
         )
         return ranks[dp.rank], flops
 
-    def _check_sharing(self, groups: Sequence[TrainGroup]) -> None:
+    def _check_sharing(self, groups: Sequence[TrainGroup], meter: Meter) -> None:
         """Once, before the first batch with a shared prompt is trained on."""
         if self._sharing_checked:
             return
@@ -143,7 +145,8 @@ class Trainer:
             )
             for share in (True, False)
         )
-        check_sharing(self.policy, shared, separate)
+        with meter.timed("self_check"):
+            check_sharing(self.policy, shared, separate)
         self._sharing_checked = True
 
     def _speed(
