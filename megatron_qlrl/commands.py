@@ -12,6 +12,7 @@ from megatron_qlrl.config.shape import read_shape
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.evaluate.evaluation import evaluation_sampling
 from megatron_qlrl.evaluate.sample import report, sample_prompts, spread
+from megatron_qlrl.evaluate.statistics import score_lines
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import init_parallel, process_group
@@ -165,7 +166,10 @@ def run_eval(config: Config) -> None:
             evaluation = build.make_evaluation(job, model.collector, benchmarks, log)
             metrics = evaluation.score("eval", 0)
             if job.leads:
-                print(json.dumps(metrics), flush=True)
+                print(
+                    "\n".join([*score_lines(metrics, list(benchmarks)), json.dumps(metrics)]),
+                    flush=True,
+                )
             gather_objects(None)  # no rank leaves before the last one has ended
 
 

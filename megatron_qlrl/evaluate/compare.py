@@ -7,14 +7,16 @@ benchmark counts as its mean over questions, all benchmarks as the unweighted me
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_qlrl.errors import DataError
+from megatron_qlrl.evaluate.statistics import largest, mean_error, points, standard_error
 
 NUM_RESAMPLES = 10_000
 _CHUNK = 1 << 22  # numbers drawn at once
@@ -29,19 +31,21 @@ class RunScores:
         scores: by benchmark and uid, the mean of the verdicts, in [0, 1]; without questions that
             have no verdict.
         asked: by uid, the question and its gold.
+        several: what `statistics` makes of several samples, by benchmark: pass@k and maj@n.
+        masked: responses without a verdict, by benchmark.
     """
 
     label: str
     scores: Mapping[str, Mapping[str, float]]
     asked: Mapping[str, tuple[str, str]]
+    several: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    masked: Mapping[str, int] = field(default_factory=dict)
 
     def mean(self, benchmark: str) -> float:
         return float(np.mean(list(self.scores[benchmark].values())))
 
     def standard_error(self, benchmark: str) -> float:
-        """Returns the standard error of the mean over questions, NaN for a single one."""
-        values = list(self.scores[benchmark].values())
-        return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else np.nan
+        return standard_error(list(self.scores[benchmark].values()))
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ def read_run(path: Path) -> RunScores:
         path = answers[-1]
     label = f"{path.parent.parent} ({path.stem})"
     verdicts: dict[str, list[float]] = {}
+    masked = Counter[str]()
     asked: dict[str, tuple[str, str]] = {}
     for number, line in enumerate(_read(path.with_suffix(".jsonl")).splitlines(), start=1):
         where = f"{path.with_suffix('.jsonl')}, line {number}"
@@ -146,22 +151,36 @@ def read_run(path: Path) -> RunScores:
             uid, score = str(record["uid"]), record["score"]
             asked[uid] = (record["question"], record["ground_truth"])
             verdicts.setdefault(uid, []).extend([] if score is None else [float(score)])
+            masked[uid.rpartition(":")[0]] += score is None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(f"{where}: no answer of an evaluation ({error!r})") from error
     scores: dict[str, dict[str, float]] = {}
     for uid, values in verdicts.items():
         if values:
             scores.setdefault(uid.rpartition(":")[0], {})[uid] = float(np.mean(values))
-    result = RunScores(label, scores, asked)
-    _check_metrics(path.with_suffix(".json"), result)
-    return result
+    result = RunScores(label, scores, asked, masked=masked)
+    metrics = _checked_metrics(path.with_suffix(".json"), result)
+    several = {
+        name: {
+            key.rpartition("/")[2]: value
+            for key, value in metrics.items()
+            if key.startswith((f"val/{name}/pass@", f"val/{name}/maj@"))
+        }
+        for name in scores
+    }
+    return replace(result, several=several)
 
 
-def _check_metrics(path: Path, run: RunScores) -> None:
+def _checked_metrics(path: Path, run: RunScores) -> dict[str, float]:
+    """Returns the metrics of the file.
+
+    Raises:
+        DataError: they do not follow from the answers beside them.
+    """
     try:
-        metrics = json.loads(_read(path))
-        known = {name: float(metrics[f"val/{name}/score"]) for name in run.scores}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        metrics = {key: float(value) for key, value in json.loads(_read(path)).items()}
+        known = {name: metrics[f"val/{name}/score"] for name in run.scores}
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: no scores of the answers beside it ({error!r})") from error
     for name, value in known.items():
         if abs(value - run.mean(name)) > 1e-6:
@@ -169,6 +188,7 @@ def _check_metrics(path: Path, run: RunScores) -> None:
                 f"{path}: val/{name}/score is {value:g}, the answers beside it give "
                 f"{run.mean(name):g}; one of the files is of another evaluation"
             )
+    return metrics
 
 
 def _read(path: Path) -> str:
@@ -181,7 +201,8 @@ def _read(path: Path) -> str:
 def comparison_lines(
     runs: Sequence[RunScores], compared: Sequence[Mapping[str, Difference]]
 ) -> list[str]:
-    """Returns the scores of all runs with standard errors, then each later run against the first,
+    """Returns the scores of all runs with standard errors (with pass@k of the largest k and maj@n,
+    and how many responses are masked, where there are any), then each later run against the first,
     as lines of text in points of 100."""
     width = max(len("benchmark"), *(len(name) for run in runs for name in run.scores)) + 2
     columns = [max(len(run.label), 14) + 2 for run in runs]
@@ -189,6 +210,14 @@ def comparison_lines(
     names = list(dict.fromkeys(name for run in runs for name in run.scores))
     for name in names:
         lines.append(f"{name:<{width}}" + _cells([_score(run, name) for run in runs], columns))
+        for kind in ("pass@", "maj@"):
+            cells = [largest(run.several.get(name, {}), kind) for run in runs]
+            if set(cells) != {"-"}:
+                lines.append(f"{'':<{width}}" + _cells(cells, columns))
+        masked = [run.masked.get(name, 0) for run in runs]
+        if any(masked):
+            cells = [f"masked {count}" for count in masked]
+            lines.append(f"{'':<{width}}" + _cells(cells, columns))
     shared = [run for run in runs if set(names) == set(run.scores)]
     if len(names) > 1:
         cells = [_mean(run, names) if run in shared else "-" for run in runs]
@@ -210,13 +239,9 @@ def _cells(texts: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _score(run: RunScores, name: str) -> str:
-    if name not in run.scores:
-        return "-"
-    error = run.standard_error(name)
-    return f"{100 * run.mean(name):.1f} ± " + ("?" if np.isnan(error) else f"{100 * error:.1f}")
+    return points(run.mean(name), run.standard_error(name)) if name in run.scores else "-"
 
 
 def _mean(run: RunScores, names: Sequence[str]) -> str:
-    mean = np.mean([run.mean(name) for name in names])
-    error = np.sqrt(np.sum([run.standard_error(name) ** 2 for name in names])) / len(names)
-    return f"{100 * mean:.1f} ± " + ("?" if np.isnan(error) else f"{100 * error:.1f}")
+    mean = float(np.mean([run.mean(name) for name in names]))
+    return points(mean, mean_error([run.standard_error(name) for name in names]))

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_qlrl.config.schema import EvaluationConfig
 from megatron_qlrl.evaluate.benchmarks import benchmark_scores
+from megatron_qlrl.evaluate.statistics import statistics
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.metrics.rollouts import rollout_records
 from megatron_qlrl.metrics.sinks import Tracker
@@ -77,7 +78,8 @@ class Evaluation:
         self.scores, self._steps_done = dict(state["scores"]), state["steps_done"]
 
     def _score(self, name: str, steps_done: int) -> dict[str, float]:
-        """Writes <folder>/<name>.json and, in .jsonl, the answers."""
+        """Writes <folder>/<name>.json and, in .jsonl, the answers. The statistics go into the file
+        alone: they would make the tracker's lines too long to read."""
         if not self._benchmarks:
             return {}
         meter, answering = Meter(), Meter()
@@ -96,17 +98,18 @@ class Evaluation:
             for key, value in answering.summary().items()
             if key.startswith("reward/judge/")
         }
+        details = statistics(answers)
         groups = [group for answered in answers.values() for group in answered]
 
         def write(tracker: Tracker) -> None:
             tracker.log(max(steps_done - 1, 0), metrics | meter.summary())  # steps count from 0
-            self._write_answers(name, metrics, groups)
+            self._write_answers(name, metrics | details, groups)
 
         self._write(write)
         if problem := diagnosis(groups):
             self._warn(f"evaluation {name!r}: {problem}")
         self._steps_done = steps_done
-        return metrics
+        return metrics | details
 
     def _write_answers(
         self, name: str, metrics: Mapping[str, float], answers: Sequence[ScoredGroup]

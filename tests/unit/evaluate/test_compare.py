@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from megatron_qlrl.cli import app
 from megatron_qlrl.errors import DataError
-from megatron_qlrl.evaluate.compare import compare, paired_bootstrap, read_run
+from megatron_qlrl.evaluate.compare import compare, comparison_lines, paired_bootstrap, read_run
 from megatron_qlrl.evaluate.paper import COLUMNS, MEANS, TABLE_4, paper_lines
 
 
@@ -152,6 +152,25 @@ def test_damaged_runs_are_named(tmp_path):
     (folder / "eval" / "eval.jsonl").write_text('{"uid": "x:0"}\n')
     with pytest.raises(DataError, match=r"eval.jsonl, line 1: no answer of an evaluation"):
         read_run(folder)
+
+
+def test_the_table_shows_several_samples_and_what_is_masked(tmp_path):
+    one = read_run(
+        write_run(
+            tmp_path / "a",
+            {"x:0": [1, 0, None], "x:1": [0, 0, 0]},
+            **{"val/x/pass@2": 0.5, "val/x/maj@3": 0.25},
+        )
+    )
+    two = read_run(write_run(tmp_path / "b", {"x:0": [1], "x:1": [0]}))
+    assert one.several == {"x": {"pass@2": 0.5, "maj@3": 0.25}}
+    lines = [line.split() for line in comparison_lines([one, two], [{}])[2:6]]
+    assert lines == [
+        "x 25.0 ± 25.0 50.0 ± 50.0".split(),
+        "pass@2 50.0 -".split(),
+        "maj@3 25.0 -".split(),
+        "masked 1 masked 0".split(),
+    ]
 
 
 def test_command_says_what_cannot_be_told_apart(tmp_path):
