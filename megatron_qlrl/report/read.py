@@ -1,6 +1,7 @@
 """Reads what a run has left in its folder so far."""
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,6 +112,7 @@ def _read(folder: Path, label: str) -> Run:
         else:
             steps.append(numbers)
     config, settings = _config(folder / "config.yaml", notes)
+    evaluations = [_evaluation(path, notes) for path in folder.glob("eval/*.json")]
     return Run(
         label=label,
         folder=folder,
@@ -119,7 +121,7 @@ def _read(folder: Path, label: str) -> Run:
         starts=list(read_jsonl(folder / "starts.jsonl", notes)),
         steps=steps,
         tests=tests,
-        evaluations=[_evaluation(path, notes) for path in _by_age(folder.glob("eval/*.json"))],
+        evaluations=sorted(evaluations, key=lambda evaluation: _place(evaluation.name, config)),
         is_held=any(time.time() - _changed(p) < SILENCE_S for p in folder.glob("run.lock.*")),
         notes=notes,
     )
@@ -193,8 +195,16 @@ def _evaluation(path: Path, notes: list[str]) -> Evaluation:
     return Evaluation(path.stem, None, means)
 
 
-def _by_age(paths: Iterator[Path]) -> list[Path]:
-    return sorted(paths, key=lambda path: (_changed(path), path.name))
+def _place(name: str, config: Config | None) -> tuple[float, str]:
+    """Returns what sorts evaluations: the step before which one was made. The times of its files
+    do not say it, because copies have others."""
+    step = re.fullmatch(r"step_(\d{1,9})", name)
+    places = {"start": 0.0} | ({name: float(step[1])} if step else {})
+    end = 0
+    for phase in config.phases if config else ():
+        end += phase.steps
+        places[phase.name] = end
+    return places.get(name, math.inf), name
 
 
 def _changed(path: Path) -> float:

@@ -41,9 +41,11 @@ function table(head, rows, kind = "") {
 
 function number(value, digits = 4) {
   if (value === null || value === undefined) return "–";
+  if (typeof value !== "number") return String(value);
   if (Number.isInteger(value)) return value.toLocaleString("en");
   const size = Math.abs(value);
-  return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(+value.toPrecision(digits));
+  if (size >= 1e5 || size < 1e-3) return value.toExponential(2).replace(/\.?0+e/, "e");
+  return String(+value.toPrecision(digits));
 }
 
 function duration(seconds) {
@@ -55,8 +57,10 @@ function duration(seconds) {
 const points = (share) => (100 * share).toFixed(1);
 const signed = (share) => (share >= 0 ? "+" : "−") + points(Math.abs(share));
 
-function color(index) {
-  return getComputedStyle(document.documentElement).getPropertyValue(`--c${index % 8}`).trim();
+/** A colour of page.css as it is now, light or dark; by name, or by a line's number. */
+function color(name) {
+  const property = Number.isInteger(name) ? `--c${name % 8}` : `--${name}`;
+  return getComputedStyle(document.documentElement).getPropertyValue(property).trim();
 }
 
 /** A run's name with the dot of its colour in the curves. */
@@ -70,39 +74,53 @@ function runName(label) {
 // --- summary -----------------------------------------------------------------------------
 
 function summary() {
-  const cards = runs.map((run) => {
-    const { cost } = run;
-    const steps = run.steps_planned ? `${run.steps_done} of ${run.steps_planned}` : run.steps_done;
-    const facts = [
-      ["status", run.status], ["command", run.command ? `qlrl ${run.command}` : "–"],
-      ["steps", steps], ["time on record", duration(cost.seconds)],
-      [`${cost.unit}-hours`, `${number(cost.hours)} (${cost.processes} at last)`],
-      ["tokens", number(cost.tokens)],
-    ];
-    if (cost.money !== null) facts.push(["money", `${number(cost.money)} at ${data.rate} an hour`]);
-    facts.push(["folder", run.folder]);
-    return el("div", { class: "card" }, el("h3", {}, runName(run.label)),
-      el("dl", { class: "facts" },
-        ...facts.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])),
-      run.notes.length ? el("ul", { class: "notes" }, ...run.notes.map((n) => el("li", {}, n))) : null,
-      costTable(cost));
-  });
-  add("summary", el("div", { class: "cards" }, ...cards));
+  const money = data.rate !== null;
+  const rows = runs.map(({ label, status, command, steps_done, steps_planned, cost, folder }) => [
+    ["run", runName(label)], ["status", status], ["command", command ? `qlrl ${command}` : "–"],
+    ["steps", steps_planned ? `${steps_done} of ${steps_planned}` : steps_done],
+    ["time on record", duration(cost.seconds)],
+    ["hours", `${number(cost.hours)} ${cost.unit}-hours`], ["tokens", number(cost.tokens)],
+    ...(money ? [[`money at ${data.rate} an hour`, number(cost.money)]] : []), ["folder", folder],
+  ]);
+  if (many) {
+    const texts = rows.map((facts) => facts.map(([, value]) => value));
+    add("summary", table(rows[0].map(([name]) => name), texts, "words"), notes());
+    return add("summary", stagesOfRuns());
+  }
+  const facts = rows[0].flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]);
+  return add("summary", el("div", { class: "cards" },
+    el("div", { class: "card" }, el("dl", { class: "facts" }, ...facts), notes()), costTable(runs[0])));
 }
 
-function costTable(cost) {
-  if (!cost.stages.length) return null;
+/** What could not be read or is not shown. */
+function notes() {
+  const texts = runs.flatMap((run) => run.notes.map((note) => (many ? `${run.label}: ${note}` : note)));
+  return texts.length ? el("ul", { class: "notes" }, ...texts.map((text) => el("li", {}, text))) : null;
+}
+
+function stagesOfRuns() {
+  const stages = [...new Set(runs.flatMap((run) => run.cost.stages.map(([stage]) => stage)))];
+  if (!stages.length) return null;
+  return el("div", {}, el("h3", {}, "Hours by stage"),
+    table(["run", ...stages.map((stage) => STAGE_NAMES[stage] || stage)], runs.map((run) => {
+      const hours = Object.fromEntries(run.cost.stages.map(([stage, , value]) => [stage, value]));
+      return [runName(run.label), ...stages.map((stage) => number(hours[stage], 3))];
+    })));
+}
+
+function costTable({ cost }) {
+  if (!cost.stages.length) return el("div", {});
   const stages = [...cost.stages].sort((a, b) => b[2] - a[2]);
   const rows = stages.map(([stage, seconds, hours]) => {
     const bar = el("span", { class: "bar", "aria-hidden": "true" });
     const share = cost.hours ? hours / cost.hours : 0;
-    bar.style.width = `${6 * share}rem`;
+    bar.style.width = `${4 * share}rem`;
     const row = [STAGE_NAMES[stage] || stage, duration(seconds), number(hours, 3)];
     if (cost.money !== null) row.push(number(hours * data.rate, 3));
     return [...row, `${points(share)} %`, bar];
   });
-  const head = ["stage", "time", `${cost.unit}-hours`, ...(cost.money !== null ? ["money"] : []), "share", ""];
-  return el("div", {}, el("h3", {}, "Cost by stage"), table(head, rows));
+  const head = ["stage", "time", "hours", ...(cost.money !== null ? ["money"] : []), "share", ""];
+  return el("div", { class: "card" }, el("h3", {}, `${cost.unit}-hours by stage`), table(head, rows));
 }
 
 // --- evaluation ----------------------------------------------------------------------------
@@ -185,10 +203,10 @@ function marks(plot) {
   const { ctx, bbox } = plot;
   ctx.save();
   ctx.font = `${11 * devicePixelRatio}px system-ui`;
+  ctx.textAlign = "left";
   ctx.setLineDash([4 * devicePixelRatio, 4 * devicePixelRatio]);
-  const style = getComputedStyle(document.documentElement);
   const inside = (x) => x >= bbox.left && x <= bbox.left + bbox.width;
-  ctx.strokeStyle = ctx.fillStyle = style.getPropertyValue("--faint");
+  ctx.strokeStyle = ctx.fillStyle = color("faint");
   const seen = new Set();
   for (const phase of runs.flatMap((run) => run.phases)) {
     const key = `${phase.start} ${phase.name}`;
@@ -203,7 +221,7 @@ function marks(plot) {
       ctx.fillText(phase.name, x + 4 * devicePixelRatio, bbox.top + 12 * devicePixelRatio);
     }
   }
-  ctx.fillStyle = style.getPropertyValue("--bad");
+  ctx.fillStyle = color("bad");
   for (const [step] of runs.flatMap((run) => run.events)) {
     const x = plot.valToPos(step, "x", true);
     const size = 4 * devicePixelRatio;
@@ -217,10 +235,15 @@ function marks(plot) {
   ctx.restore();
 }
 
+/** Bounds of the y axis; uPlot's own go from 0 to 100 where all values are 0. */
+function range(low, high) {
+  if (low === null || (low === 0 && high === 0)) return [0, 1];
+  return uPlot.rangeNum(low, high, 0.1, true);
+}
+
 function draw(card, chart, window) {
   const shown = lines(chart, window);
-  const faint = getComputedStyle(document.documentElement).getPropertyValue("--faint").trim();
-  const grid = getComputedStyle(document.documentElement).getPropertyValue("--line").trim();
+  const [faint, grid] = [color("faint"), color("line")];
   const axis = { stroke: faint, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid } };
   const few = shown.every(([, , x]) => x.length < 40);
   const series = shown.map(([label, index]) => ({
@@ -231,12 +254,12 @@ function draw(card, chart, window) {
   }));
   const options = {
     width: card.clientWidth - 28, height: 210, series: [{ label: "step", value: (_, v) => number(v) }, ...series],
-    scales: { x: { time: false } }, cursor: { points: { size: 7 } },
+    scales: { x: { time: false }, y: { range: (_, low, high) => range(low, high) } }, cursor: { points: { size: 7 } },
     axes: [
       { ...axis, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 100000], size: 32 },
-      { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => number(tick, 3)) },
+      { ...axis, size: 64, values: (_, ticks) => ticks.map((tick) => number(tick, 3)) },
     ],
-    hooks: { drawClear: [], drawAxes: [marks] },
+    hooks: { drawAxes: [marks] },
   };
   const aligned = uPlot.join(shown.map(([, , x, y]) => [x, y]));
   card.querySelector(".uplot")?.remove();

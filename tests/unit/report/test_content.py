@@ -7,7 +7,7 @@ import pytest
 
 from megatron_qlrl.report.content import contents
 from megatron_qlrl.report.read import read_runs
-from tests.unit.report.run_folder import step_line, write_evaluation, write_jsonl, write_run
+from tests.run_folder import step_line, write_evaluation, write_jsonl, write_run
 
 
 def shown(*folders: Path, rate: float | None = None) -> dict[str, Any]:

@@ -14,32 +14,7 @@ from megatron_qlrl.errors import DataError
 from megatron_qlrl.report import page as page_module
 from megatron_qlrl.report.page import MAX_BYTES, as_script_data, report_page
 from megatron_qlrl.report.read import read_runs
-from tests.unit.report.run_folder import sample, write_jsonl, write_run
-
-PAYLOADS = [
-    "<script>alert(1)</script>",
-    "</script><script>alert(1)</script>",
-    "</ScRiPt\n><img src=x onerror=alert(1)>",
-    "<!--<script>",
-    "--><script>alert(1)</script>",
-    "<![CDATA[<script>alert(1)</script>]]>",
-    "<img src=x onerror=alert(1)>",
-    "<svg/onload=alert(1)>",
-    "<iframe srcdoc='<script>alert(1)</script>'></iframe>",
-    "<a href='javascript:alert(1)'>x</a>",
-    "<meta http-equiv=refresh content='0;url=http://example.com'>",
-    "<base href='http://example.com/'>",
-    "<link rel=stylesheet href=http://example.com/a.css>",
-    "<style>*{background:url(http://example.com)}</style>",
-    "'\"><script>alert(1)</script>",
-    '"};alert(1);//',
-    "\u2028alert(1)\u2029",
-    "{{script}}{{data}}{{policy}}",
-    "<template><script>alert(1)</script></template>",
-    "<math><mtext></mtext><mglyph><style><!--</style><img src onerror=alert(1)>",
-    "\ud800<script>\x00alert(1)</script>",
-    "&lt;script&gt;alert(1)&lt;/script&gt;",
-]
+from tests.run_folder import PAYLOADS, sample, write_jsonl, write_run
 
 
 class _Elements(HTMLParser):

@@ -8,7 +8,7 @@ import pytest
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.report.page import report_page
 from megatron_qlrl.report.read import flat, read_runs
-from tests.unit.report.run_folder import write_run
+from tests.run_folder import write_run
 
 
 def test_no_run_is_one_message(tmp_path: Path) -> None:

@@ -6,12 +6,38 @@ from typing import Any
 
 import yaml
 
+PAYLOADS = [
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "</ScRiPt\n><img src=x onerror=alert(1)>",
+    "<!--<script>",
+    "--><script>alert(1)</script>",
+    "<![CDATA[<script>alert(1)</script>]]>",
+    "<img src=x onerror=alert(1)>",
+    "<svg/onload=alert(1)>",
+    "<iframe srcdoc='<script>alert(1)</script>'></iframe>",
+    "<a href='javascript:alert(1)'>x</a>",
+    "<meta http-equiv=refresh content='0;url=http://example.com'>",
+    "<base href='http://example.com/'>",
+    "<link rel=stylesheet href=http://example.com/a.css>",
+    "<style>*{background:url(http://example.com)}</style>",
+    "'\"><script>alert(1)</script>",
+    '"};alert(1);//',
+    "\u2028alert(1)\u2029",
+    "{{script}}{{data}}{{policy}}",
+    "<template><script>alert(1)</script></template>",
+    "<math><mtext></mtext><mglyph><style><!--</style><img src onerror=alert(1)>",
+    "\ud800<script>\x00alert(1)</script>",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+]
+"""Texts that would be script or markup if a page took them as such."""
+
 STEP_S, TOKENS, PROCESSES = 10.0, 4_000, 2
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
 def step_line(step: int, **more: Any) -> dict[str, Any]:
