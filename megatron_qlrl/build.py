@@ -28,6 +28,7 @@ from megatron_qlrl.data.tokenizer import check_vocabulary, load_tokenizer, stop_
 from megatron_qlrl.errors import RewardError, StabilityError, StopRequested
 from megatron_qlrl.evaluate.benchmarks import read_benchmarks
 from megatron_qlrl.evaluate.evaluation import Evaluation
+from megatron_qlrl.evaluate.journal import AnswerJournal, open_answers
 from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.collectives import on_all_ranks
@@ -50,6 +51,7 @@ from megatron_qlrl.train.trainer import Trainer
 from megatron_qlrl.types import Prompt
 from megatron_qlrl.weights.checkpoint import CheckpointStore
 from megatron_qlrl.weights.checkpoint_folder import read_state, taking_up
+from megatron_qlrl.weights.digest import weights_digest
 from megatron_qlrl.weights.release import base_name
 from megatron_qlrl.weights.stream import WeightStream, load_hf, untied
 
@@ -245,8 +247,33 @@ def read_held_out(job: Job) -> dict[str, list[Prompt]]:
         return on_all_ranks(read)
 
 
+def open_journal(job: Job) -> AnswerJournal:
+    """Opens the journal of `qlrl eval`; collective.
+
+    Raises:
+        DataError: it cannot be read or written (every rank).
+    """
+    config = job.config
+    return open_answers(
+        job.folder / "eval" / "eval.journal",
+        rank=job.context.rank,
+        run_seed=config.run.seed,
+        settings={
+            "weights": on_all_ranks(partial(weights_digest, Path(config.model.path))),
+            "dtype": weight_dtype(config.model.dtype),
+            "positions": dict(job.shape.position_fields()),
+            **config.evaluation.model_dump(include={"temperature", "top_p"}),
+            "max_tokens": config.rollout.max_response_tokens,
+        },
+    )
+
+
 def make_evaluation(
-    job: Job, collector: Collector, benchmarks: Mapping[str, Sequence[Prompt]], log: RunLog
+    job: Job,
+    collector: Collector,
+    benchmarks: Mapping[str, Sequence[Prompt]],
+    log: RunLog,
+    journal: AnswerJournal | None = None,
 ) -> Evaluation:
     return Evaluation(
         job.config.evaluation,
@@ -257,6 +284,7 @@ def make_evaluation(
         write=log.write,
         warn=job.warn,
         progress=job.progress,
+        journal=journal,
     )
 
 

@@ -1,6 +1,7 @@
 """What the command line calls, once on every rank: the table of contents of each command."""
 
 import json
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -162,8 +163,11 @@ def run_eval(config: Config) -> None:
         scorer, benchmarks = build.make_scorer(job), build.read_held_out(job)
         log = RunLog(config, is_writer=job.leads)
         log.record_start(world_size=job.context.world_size)
-        with build.open_model(job, scorer, temperature=1.0) as model:
-            evaluation = build.make_evaluation(job, model.collector, benchmarks, log)
+        with (
+            closing(build.open_journal(job)) as journal,
+            build.open_model(job, scorer, temperature=1.0) as model,
+        ):
+            evaluation = build.make_evaluation(job, model.collector, benchmarks, log, journal)
             metrics = evaluation.score("eval", 0)
             if job.leads:
                 print(

@@ -13,7 +13,7 @@ from megatron_qlrl.metrics.rollouts import rollout_records
 from megatron_qlrl.metrics.sinks import Tracker
 from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.reward.diagnose import diagnosis
-from megatron_qlrl.rollout.collect import Collector
+from megatron_qlrl.rollout.collect import Answers, Collector
 from megatron_qlrl.rollout.seeds import EVALUATION_STEP
 from megatron_qlrl.rollout.vllm_engine import Sampling
 from megatron_qlrl.types import Prompt, ScoredGroup
@@ -38,16 +38,17 @@ class Evaluation:
         write: Callable[[Callable[[Tracker], None]], object],
         warn: Callable[[str], None],
         progress: Progress,
+        journal: Answers | None = None,
     ) -> None:
         """`write` runs what it is given on rank 0, with the run's tracker; answers go into
-        `folder`."""
+        `folder`, and into the journal as they come."""
         self.scores: dict[str, float] = {}
         self._steps_done: int | None = None  # at the newest evaluation
         self._config, self._benchmarks = config, benchmarks
         self._collector = collector
         self._sampling = evaluation_sampling(config, max_response_tokens)
         self._folder, self._write, self._warn = folder, write, warn
-        self._progress = progress
+        self._progress, self._journal = progress, journal
 
     def before_training(self) -> None:
         """Scores the model that a fresh run starts from, if the config asks for it."""
@@ -86,7 +87,7 @@ class Evaluation:
         with (
             meter.timed("testing"),
             self._collector.session(
-                self._sampling, step=EVALUATION_STEP, meter=answering
+                self._sampling, step=EVALUATION_STEP, meter=answering, answers=self._journal
             ) as collect,
         ):
             answers = {}

@@ -35,6 +35,18 @@ class Scorer(Protocol):
     def take_counts(self) -> dict[str, float]: ...
 
 
+class Answers(Protocol):
+    """Answers that are kept as they come, so that a run that was killed need not ask again."""
+
+    def known(self, prompt: Prompt, sample: int) -> Rollout | None:
+        """Returns the answer that is there already, the same on every rank."""
+        ...
+
+    def add(self, prompt: Prompt, rollout: Rollout) -> None:
+        """Keeps an answer (on the leading rank of the engine that gave it)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Collector:
     """What `collect_groups` needs beside the prompts. Methods are collective.
@@ -58,9 +70,12 @@ class Collector:
     max_masked_share: float
 
     @contextmanager
-    def session(self, sampling: Sampling, *, step: int, meter: Meter) -> Iterator[Collect]:
+    def session(
+        self, sampling: Sampling, *, step: int, meter: Meter, answers: Answers | None = None
+    ) -> Iterator[Collect]:
         """Yields `collect`. Its first call wakes the engine with the present weights; at the end
-        the engine sleeps, and the meter gets what engine and judge did."""
+        the engine sleeps, and the meter gets what engine and judge did. What `answers` holds is not
+        asked for again."""
         with ExitStack() as stack:
             running: list[tuple[Generate, int]] = []
 
@@ -70,7 +85,7 @@ class Collector:
                         stream, version = self.weights()
                         generate = stack.enter_context(self.engine().awake(stream))
                     running.append((generate, version))
-                return collect_groups(self, prompts, *running[0], sampling, step, meter)
+                return collect_groups(self, prompts, *running[0], sampling, step, meter, answers)
 
             yield collect
             if not running:
@@ -90,6 +105,7 @@ def collect_groups(
     sampling: Sampling,
     step: int,
     meter: Meter,
+    answers: Answers | None = None,
 ) -> list[ScoredGroup]:
     """The prompts' groups by engines that are awake (`generate`) with weights of `version`.
 
@@ -103,7 +119,14 @@ def collect_groups(
     stopped = ""
     with meter.timed("gen"):
         mine = share_prompts(prompts, engine.num_engines)[engine.engine_index]
-        keys = [(index, sample) for index in mine for sample in range(sampling.n)]
+        everything = [(index, sample) for index in mine for sample in range(sampling.n)]
+        for index, sample in everything:
+            rollout = answers.known(prompts[index], sample) if answers is not None else None
+            if rollout is not None:
+                rollouts[index, sample] = rollout
+                if engine.leads:
+                    scores[index, sample] = scorer.score(prompts[index], rollout.text)
+        keys = [key for key in everything if key not in rollouts]
         requests = [
             Request(prompts[i].token_ids, token_seed(collector.run_seed, step, prompts[i].uid, k))
             for i, k in keys
@@ -121,6 +144,8 @@ def collect_groups(
                     weight_version=version,
                 )
                 if engine.leads:
+                    if answers is not None:
+                        answers.add(prompts[index], rollout)
                     scores[index, sample] = scorer.score(prompts[index], rollout.text)
         except StopRequested as request:
             stopped = str(request)

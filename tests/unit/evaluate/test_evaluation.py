@@ -26,7 +26,9 @@ class FakeCollector:
     stopped = False
 
     @contextmanager
-    def session(self, sampling: Sampling, *, step: int, meter: Meter) -> Iterator[Any]:
+    def session(
+        self, sampling: Sampling, *, step: int, meter: Meter, answers: Any = None
+    ) -> Iterator[Any]:
         assert (sampling.max_tokens, step) == (7, -1)
         yield self.collect
         meter.update({"reward/judge/asked": 3.0, "perf/decode_tokens_per_s": 9.0})
