@@ -20,7 +20,16 @@ MAX_POINTS, MAX_SAMPLE_BYTES = 6_000, 3_000_000
 """For all runs together."""
 MAX_EVENTS, MAX_SETTING = 300, 500
 
-STAGES = ("update_weights", "gen", "reward", "adv", "ref", "old_log_prob", "update_actor")
+STAGES = (
+    "update_weights",
+    "gen",
+    "reward",
+    "adv",
+    "ref",
+    "old_log_prob",
+    "update_actor",
+    "self_check",
+)
 """Parts of a step whose seconds are on record as timing_s/<stage>."""
 
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -187,7 +196,7 @@ def _phases(run: Run) -> list[dict[str, Any]]:
 
 def _evaluations(runs: Sequence[Run]) -> dict[str, Any]:
     """Returns the table of scores: a row for each evaluation, a pair [mean, standard error] for
-    each benchmark, None where there is none."""
+    each benchmark, None where there is none; and the other figures, a row for each benchmark."""
     everything = [(run, evaluation) for run in runs for evaluation in run.evaluations]
     names = list(dict.fromkeys(name for _, e in everything for name in e.means))
     rows = [
@@ -198,7 +207,18 @@ def _evaluations(runs: Sequence[Run]) -> dict[str, Any]:
         }
         for run, evaluation in everything
     ]
-    return {"benchmarks": names, "rows": rows}
+    figures = dict.fromkeys(f for _, e in everything for own in e.figures.values() for f in own)
+    more = [
+        {
+            "run": run.label,
+            "name": evaluation.name,
+            "benchmark": benchmark,
+            "values": [_short(own.get(figure)) for figure in figures],
+        }
+        for run, evaluation in everything
+        for benchmark, own in evaluation.figures.items()
+    ]
+    return {"benchmarks": names, "rows": rows, "figures": list(figures), "more": more}
 
 
 def _score(evaluation: Evaluation, name: str) -> list[float | None] | None:

@@ -29,11 +29,13 @@ class Evaluation:
         name: stem of its files: `start`, a phase's name, `step_<n>` or `eval`.
         scores: every question's score; None where the answers are missing or damaged.
         means: score by benchmark, in [0, 1].
+        figures: other metrics by benchmark and name: {"frames": {"pass@2": 0.7}}.
     """
 
     name: str
     scores: RunScores | None
     means: Mapping[str, float]
+    figures: Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -182,17 +184,21 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _evaluation(path: Path, notes: list[str]) -> Evaluation:
     try:
-        scores = read_run(path)
-        return Evaluation(path.stem, scores, {name: scores.mean(name) for name in scores.scores})
-    except DataError as error:
-        notes.append(f"evaluation {path.stem} has no errors: {error}")
-    try:
         metrics = json.loads(path.read_text(encoding="utf-8")).items()
     except (OSError, ValueError, RecursionError, AttributeError):
-        return Evaluation(path.stem, None, {})
-    scores = {re.fullmatch(r"val/([^/]+)/score", name): value for name, value in metrics}
-    means = {name[1]: float(value) for name, value in scores.items() if name and is_number(value)}
-    return Evaluation(path.stem, None, means)
+        metrics = ()
+    figures: dict[str, dict[str, float]] = {}
+    for name, value in metrics:
+        parts = re.fullmatch(r"val/([^/]+)/(.+)", name)
+        if parts and parts[1] != "reward" and is_number(value):
+            figures.setdefault(parts[1], {})[parts[2]] = float(value)
+    means = {name: own.pop("score") for name, own in figures.items() if "score" in own}
+    try:
+        scores = read_run(path)
+    except DataError as error:
+        notes.append(f"evaluation {path.stem} has no errors: {error}")
+        scores = None
+    return Evaluation(path.stem, scores, means, figures)
 
 
 def _place(name: str, config: Config | None) -> tuple[float, str]:

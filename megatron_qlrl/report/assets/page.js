@@ -8,7 +8,7 @@ const many = runs.length > 1;
 const STAGE_NAMES = {
   update_weights: "weights into the engine", gen: "generating", reward: "waiting for scores",
   adv: "advantages, packing", ref: "reference log-probs", old_log_prob: "old log-probs",
-  update_actor: "updating the policy", save_checkpoint: "saving checkpoints", testing: "evaluating",
+  update_actor: "updating the policy", self_check: "check of shared prompts", save_checkpoint: "saving checkpoints", testing: "evaluating",
 };
 const CURRICULUM = [
   "prompts", "passes", "seen", "their reward", "without reward", "new drawn", "solved", "trained on",
@@ -140,6 +140,16 @@ function evaluation() {
       ...row.cells.slice(0, head.length - (many ? 2 : 1)).map(score),
     ])));
   if (data.differences.length) differences(benchmarks);
+  if (data.evaluations.more.length) figures(data.evaluations);
+}
+
+/** What else the evaluations say: pass@k, scores by length, cut prompts and the like. */
+function figures({ figures: names, more }) {
+  add("evaluation", el("details", {}, el("summary", {}, "Other figures of each evaluation"),
+    el("div", {}, table([...(many ? ["run"] : []), "evaluation", "benchmark", ...names],
+      more.map(({ run, name, benchmark, values }) => [
+        ...(many ? [runName(run)] : []), name, benchmark, ...values.map((value) => number(value, 3)),
+      ])))));
 }
 
 function differences(benchmarks) {

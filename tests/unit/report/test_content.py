@@ -64,6 +64,8 @@ def test_evaluations_and_differences(tmp_path: Path) -> None:
         ("b", "start", [half, half]),
         ("b", "long", [whole, whole]),
     ]
+    assert page["evaluations"]["figures"] == ["masked"]
+    assert [row["values"] for row in page["evaluations"]["more"]] == [[0.0]] * 3
     pairs = [(d["second"], d["first"]) for d in page["differences"]]
     assert pairs == [("b: long", "b: start"), ("b: long", "a: start")]
     assert [d["cells"]["set"]["numbers"][0] for d in page["differences"]] == [0.5, 0.5]
