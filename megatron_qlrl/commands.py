@@ -29,6 +29,7 @@ from megatron_qlrl.platform.env import (
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.platform.stop import StopSignals
 from megatron_qlrl.policy.model import build_model
+from megatron_qlrl.report.write import report_at_end
 from megatron_qlrl.rl import train_rl
 from megatron_qlrl.rollout.seeds import EVALUATION_STEP
 from megatron_qlrl.sft import num_sft_steps, train_sft
@@ -106,6 +107,7 @@ def _run_phases(
         train_rl(parts, group.phases, first_step=steps_done)
         if group.is_last:
             run.recorder.release(job.folder / "hf")
+            _report(job)
             return None
         run.recorder.store.wait()
         run.stop_if_asked(group.phases[-1].end_step)
@@ -143,6 +145,13 @@ def run_sft(config: Config) -> None:
                 seed=config.run.seed,
             )
             run.recorder.release(job.folder / "hf")
+            _report(job)
+
+
+def _report(job: build.Job) -> None:
+    """Leaves a page about the run in its folder; the run has succeeded without it, too."""
+    if job.leads and (problem := report_at_end(job.folder)):
+        job.warn(f"no report was written ({problem}); `qlrl report {job.folder}` tries again")
 
 
 def _newest(config: Config, command: str) -> Path | None:

@@ -20,13 +20,7 @@ def report(
 ) -> None:
     """Write a page about runs that have ended or are going on: cost, evaluations, curves, samples,
     settings. It opens from disk and loads nothing."""
-    from megatron_qlrl.platform.files import replaced
-    from megatron_qlrl.report.page import report_page
-    from megatron_qlrl.report.read import read_runs
+    from megatron_qlrl.report.write import write_report
 
-    read = read_runs(runs)
-    target = out or (Path("report.html") if len(read) > 1 else read[0].folder / "report.html")
-    page = report_page(read, rate=rate)
-    with replaced(target) as fresh:
-        fresh.write_bytes(page)
-    typer.echo(f"{target}: {len(page) / 1e6:.2f} MB")
+    target, size = write_report(runs, out, rate=rate)
+    typer.echo(f"{target}: {size / 1e6:.2f} MB")

@@ -22,6 +22,7 @@ def test_sft_learns_and_leaves_a_model(
     assert all(tensor.isfinite().all() for tensor in end.values())
     assert not [name for name, tensor in end.items() if torch.equal(tensor, start[name])]
     assert (answering_model / "tokenizer.json").is_file()
+    assert (answering_model.parent / "report.html").is_file()
 
 
 def test_metrics_are_in_the_glossary(answering_model: Path, read_jsonl: Any) -> None:

@@ -413,13 +413,13 @@ function sampleView(sample) {
   view.addEventListener("toggle", () => {
     if (view.childElementCount > 1) return;
     const facts = [
-      ["question", sample.uid], ["rule", number(sample.rule, 3)], ["judge", number(sample.judge, 3)],
+      ["row", sample.uid], ["rule", number(sample.rule, 3)], ["judge", number(sample.judge, 3)],
       ["gold", sample.ground_truth], ["answer as read", sample.prediction || "none"],
       ["read from", sample.matched || "nothing"],
       ["tokens", `${number(sample.num_tokens)}${sample.finished === false ? ", cut at the limit" : ""}`],
     ];
     view.append(el("div", {},
-      el("h3", {}, "End of the prompt"), el("pre", { tabindex: "0" }, sample.question),
+      el("h3", {}, "Question"), el("pre", { tabindex: "0" }, sample.question),
       el("h3", {}, "Response"), response(sample),
       el("dl", { class: "facts" },
         ...facts.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)]))));
