@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.schema import TEMPLATE_TOKENS, Config
 from megatron_qlrl.data.cut import Limits
 from megatron_qlrl.data.dataset import load_prompts
 from megatron_qlrl.errors import ConfigError
@@ -53,10 +53,13 @@ def cut_report(benchmarks: Mapping[str, Sequence[Prompt]], limits: Limits) -> st
     counts = {name: sum(p.cut for p in prompts) for name, prompts in benchmarks.items()}
     total = sum(map(len, benchmarks.values()))
     by_name = ", ".join(f"{name}: {count}" for name, count in counts.items() if count)
+    room = limits.prompt_tokens
+    too_few = room is not None and room < limits.text_tokens + TEMPLATE_TOKENS
+    positions = f", or the prompt more than the {room} tokens that are left beside a response"
     return by_name and (
         f"{sum(counts.values())} of {total} evaluation prompts lose their middle ({by_name}): the "
-        f"text has more than evaluation.max_input_tokens={limits.text_tokens}, or the prompt more "
-        f"than the {limits.prompt_tokens} tokens that are left beside a response"
+        f"text has more than evaluation.max_input_tokens={limits.text_tokens}"
+        f"{positions if too_few else ''}"
     )
 
 

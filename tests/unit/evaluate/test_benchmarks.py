@@ -83,6 +83,7 @@ def test_cut_prompts_are_counted_by_benchmark() -> None:
         "evaluation.max_input_tokens=100, or the prompt more than the 60 tokens that are left "
         "beside a response"
     )
+    assert cut_report(benchmarks, Limits(100, 1124)).endswith("max_input_tokens=100")
     assert cut_report({"b": [prompt("b:0")]}, Limits(100, 60)) == ""
     metrics = benchmark_scores({"a": [group(p, [(1.0, 1, True)]) for p in benchmarks["a"]]})
     assert metrics["val/a/cut"] == 1.0
