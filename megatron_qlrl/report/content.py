@@ -123,7 +123,7 @@ def _status(run: Run) -> str:
 def _processes(line: Mapping[str, float], otherwise: float) -> float:
     """Returns how many processes took a step: perf/throughput is tokens a second of each."""
     alone = line.get("perf/throughput", 0) * line.get("timing_s/step", 0)
-    return round(line["perf/total_num_tokens"] / alone) if alone > 0 else otherwise
+    return round(line.get("perf/total_num_tokens", 0) / alone) if alone > 0 else otherwise
 
 
 def _cost(run: Run, rate: float | None) -> dict[str, Any]:
@@ -131,7 +131,8 @@ def _cost(run: Run, rate: float | None) -> dict[str, Any]:
     that a resumed run repeats count once; starting a run counts nowhere."""
     seconds: dict[str, float] = {}
     hours: dict[str, float] = {}
-    world = float(run.starts[0].get("world_size", 1)) if run.starts else 1.0
+    ranks = [start["world_size"] for start in run.starts if is_number(start.get("world_size"))]
+    world = float(ranks[0]) if ranks else 1.0
 
     def add(stage: str, value: float) -> None:
         seconds[stage] = seconds.get(stage, 0.0) + value
@@ -224,14 +225,13 @@ def _evaluations(runs: Sequence[Run]) -> dict[str, Any]:
 def _score(evaluation: Evaluation, name: str) -> list[float | None] | None:
     if name not in evaluation.means:
         return None
-    error = evaluation.scores.standard_error(name) if evaluation.scores else None
-    return [_short(evaluation.means[name]), _short(error)]
+    return [_short(evaluation.means[name]), _short(evaluation.standard_error(name))]
 
 
 def _mean(evaluation: Evaluation, names: Sequence[str]) -> list[float | None] | None:
     if not set(names) <= evaluation.means.keys():
         return None
-    errors = [evaluation.scores.standard_error(n) for n in names] if evaluation.scores else [np.nan]
+    errors = [evaluation.standard_error(name) for name in names]
     error = float(np.sqrt(np.sum(np.square(errors))) / len(names))
     return [_short(float(np.mean([evaluation.means[name] for name in names]))), _short(error)]
 

@@ -37,6 +37,12 @@ class Evaluation:
     means: Mapping[str, float]
     figures: Mapping[str, Mapping[str, float]]
 
+    def standard_error(self, benchmark: str) -> float:
+        """Returns the standard error of a mean, NaN where it is not known."""
+        if self.scores and benchmark in self.scores.scores:
+            return self.scores.standard_error(benchmark)
+        return self.figures[benchmark].get("standard_error", math.nan)
+
 
 @dataclass(frozen=True)
 class Run:

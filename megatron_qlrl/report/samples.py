@@ -51,7 +51,7 @@ def _sample(file: Path, record: dict[str, Any]) -> dict[str, Any]:
     kept = {name: _shortened(text) for name, text in texts.items()}
     step = file.stem.removeprefix("step_")
     return {
-        "step": int(step) if step.isdigit() else 0,
+        "step": int(step) if step.isdecimal() else 0,
         **{name: _plain(record.get(name)) for name in FIELDS},
         **kept,
         "cut": kept != texts,

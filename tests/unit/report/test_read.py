@@ -1,5 +1,6 @@
 """Missing and damaged files cost their part of the page; a folder that is no run is refused."""
 
+import random
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.report.page import report_page
 from megatron_qlrl.report.read import flat, read_runs
-from tests.run_folder import write_run
+from tests.run_folder import write_evaluation, write_run
 
 
 def test_no_run_is_one_message(tmp_path: Path) -> None:
@@ -25,6 +26,30 @@ def test_page_shows_what_there_is(tmp_path: Path, name: str, damage: bytes | Non
     if damage is not None:
         (folder / name).write_bytes(damage)
     assert report_page(read_runs([folder]))
+
+
+def test_damaged_folders_never_break_the_page(tmp_path: Path, fuzz_cases: int) -> None:
+    """Bytes of a random file are overwritten, left out or doubled, or a value becomes another."""
+    rng = random.Random(0)
+    values = [b'"x"', b"null", b"-1", b"1e999", b"[]", b"{}", b"true", b"NaN"]
+    folder = write_run(tmp_path / "a")
+    write_evaluation(folder, "long", [0.0, 1.0, 1.0])
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for _ in range(fuzz_cases):
+        path = rng.choice(files)
+        whole = path.read_bytes()
+        at, end = sorted(rng.randrange(len(whole)) for _ in range(2))
+        numbers = [m.span() for m in re.finditer(rb"(?<=: )[^,}]+", whole)] or [(at, end)]
+        start, stop = rng.choice(numbers)
+        damaged = [
+            whole[:at] + rng.randbytes(end - at) + whole[end:],
+            whole[:at] + whole[end:],
+            whole[:end] + whole[at:],
+            whole[:start] + rng.choice(values) + whole[stop:],
+        ]
+        path.write_bytes(rng.choice(damaged))
+        assert report_page(read_runs([folder]))
+        path.write_bytes(whole)
 
 
 def test_run_that_has_just_begun(tmp_path: Path) -> None:
