@@ -71,13 +71,15 @@ def sample(text: str = "the answer is 4", **more: Any) -> dict[str, Any]:
     } | more
 
 
-def write_evaluation(folder: Path, name: str, scores: list[float]) -> None:
+def write_evaluation(
+    folder: Path, name: str, scores: list[float], *, benchmark: str = "set"
+) -> None:
     records = [
-        {"uid": f"set:{i}", "score": s, "question": f"q{i}", "ground_truth": "a"}
+        {"uid": f"{benchmark}:{i}", "score": s, "question": f"q{i}", "ground_truth": "a"}
         for i, s in enumerate(scores)
     ]
     write_jsonl(folder / "eval" / f"{name}.jsonl", records)
-    metrics = {"val/set/score": sum(scores) / len(scores), "val/set/masked": 0}
+    metrics = {f"val/{benchmark}/score": sum(scores) / len(scores), f"val/{benchmark}/masked": 0}
     (folder / "eval" / f"{name}.json").write_text(json.dumps(metrics))
 
 

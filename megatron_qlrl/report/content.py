@@ -11,6 +11,7 @@ import numpy as np
 from megatron_qlrl import __version__
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import DataError
+from megatron_qlrl.evaluate import paper
 from megatron_qlrl.evaluate.compare import Difference, RunScores, compare
 from megatron_qlrl.metrics.monitor import RULES
 from megatron_qlrl.report.read import Evaluation, Run, flat, is_number
@@ -77,6 +78,7 @@ def contents(runs: Sequence[Run], *, rate: float | None, detail: float = 1.0) ->
         "charts": _charts(shown),
         "evaluations": _evaluations(runs),
         "differences": _differences(runs),
+        "published": _published(runs),
         "settings": _settings(runs),
         "runs": shown,
     }
@@ -256,6 +258,16 @@ def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
         {"second": second, "first": first, **_compared(base, scores)}
         for second, first, scores, base in pairs
     ]
+
+
+def _published(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Returns the paper's table if some run was evaluated on one of its benchmarks."""
+    measured = {name for run in runs for evaluation in run.evaluations for name in evaluation.means}
+    if measured.isdisjoint(paper.COLUMNS):
+        return None
+    empty = (None,) * len(paper.COLUMNS)
+    rows = [[name, *paper.TABLE_4.get(name, empty), mean] for name, mean in paper.MEANS.items()]
+    return {"source": paper.SOURCE, "columns": paper.COLUMNS, "rows": rows}
 
 
 def _compared(base: RunScores, scores: RunScores) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def test_page_in_a_browser(tmp_path: Path, qlrl: Callable[..., Any]) -> None:
     events = [step_line(step, **{"stability/kl_spike": 1}) for step in range(4)]
     write_jsonl(second / "metrics.jsonl", events)
     write_evaluation(second, "short", [1.0, 1.0, 1.0, 1.0])
+    write_evaluation(second, "eval", [1.0, 0.0], benchmark="frames")
     out = tmp_path / "report.html"
     qlrl("report", first, second, "--out", out, "--rate", "2").check()
     asyncio.run(_look(out, tmp_path / "profile"))

@@ -145,6 +145,13 @@ function evaluation() {
     ])));
   if (data.differences.length) differences(benchmarks);
   if (data.evaluations.more.length) figures(data.evaluations);
+  if (data.published) published(data.published);
+}
+
+function published({ source, columns, rows }) {
+  add("evaluation", el("details", {}, el("summary", {}, `From the paper, not measured here (${source})`),
+    el("div", {}, table(["model", ...columns, "mean"], rows.map(([model, ...scores]) => [
+      model, ...scores.map((score) => (score === null ? "–" : score.toFixed(1)))])))));
 }
 
 /** What else the evaluations say: pass@k, scores by length, cut prompts and the like. */

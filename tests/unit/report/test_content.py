@@ -72,6 +72,16 @@ def test_evaluations_and_differences(tmp_path: Path) -> None:
     assert page["differences"][0]["cells"]["set"]["items"] == 4
 
 
+def test_the_papers_table_stands_beside_its_benchmarks(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    assert shown(folder)["published"] is None
+    write_evaluation(folder, "eval", [1.0, 0.0], benchmark="frames")
+    table = shown(folder)["published"]
+    rows = {name: scores for name, *scores in table["rows"]}
+    assert rows["QwenLong-L1-32B-GRPO"] == [68.0, 72.2, 87.0, 82.0, 66.0, 61.0, 56.0, 70.3]
+    assert rows["QwenLong-L1-14B-GRPO"] == [None] * 7 + [68.2]
+
+
 def test_evaluation_without_answers_keeps_its_score(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     (folder / "eval" / "start.jsonl").unlink()
