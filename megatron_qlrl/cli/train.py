@@ -52,7 +52,16 @@ def rl(config: ConfigPath, overrides: Overrides = None, processes: Processes = N
 
 
 def evaluate(config: ConfigPath, overrides: Overrides = None, processes: Processes = None) -> None:
-    """Score model.path on data.eval_files."""
+    """Score model.path, or the model of evaluation.endpoint, on data.eval_files."""
+    loaded = load_config(config, overrides or [])
+    if loaded.evaluation.endpoint is not None:
+        _check_files(loaded, "eval")
+        checks.check_run_dir(loaded)
+        _check_judge(loaded)
+        from megatron_qlrl.distill.endpoint import evaluate_endpoint
+
+        evaluate_endpoint(loaded)
+        return
     _train("eval", config, overrides or [], processes)
 
 

@@ -377,7 +377,7 @@ class JudgeConfig(EndpointConfig):
 
 
 class TeacherConfig(EndpointConfig):
-    """The service that `qlrl distill` asks for answers."""
+    """The service that `qlrl distill`, or `qlrl eval` of another model, asks for answers."""
 
     timeout_s: float = Field(default=1800.0, gt=0)
     """Time limit of one request, which has a long document and a long reasoning."""
@@ -478,6 +478,9 @@ class EvaluationConfig(Section):
     """Responses to each prompt; the score is their mean."""
     max_input_tokens: int = Field(default=120_000, gt=0)
     """Longer text of the user loses its middle, before the chat template is applied."""
+    endpoint: TeacherConfig | None = None
+    """`qlrl eval` scores the model of this service in place of model.path, of which it loads only
+    the tokenizer. Evaluations of a training run do not use it."""
 
 
 class LoggingConfig(Section):

@@ -104,7 +104,7 @@ class Evaluation:
 
         def write(tracker: Tracker) -> None:
             tracker.log(max(steps_done - 1, 0), metrics | meter.summary())  # steps count from 0
-            self._write_answers(name, metrics | details, groups)
+            write_answers(self._folder, name, metrics | details, groups)
 
         self._write(write)
         if problem := diagnosis(groups):
@@ -112,17 +112,19 @@ class Evaluation:
         self._steps_done = steps_done
         return metrics | details
 
-    def _write_answers(
-        self, name: str, metrics: Mapping[str, float], answers: Sequence[ScoredGroup]
-    ) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / f"{name}.json").write_text(json.dumps(metrics, indent=1))
-        rollouts = (r for g in answers for r in g.rollouts)
-        with (self._folder / f"{name}.jsonl").open("w") as out:
-            for record, rollout in zip(rollout_records(answers), rollouts, strict=True):
-                record["token_ids"] = rollout.token_ids.tolist()
-                record["logprobs"] = rollout.engine_logprobs.tolist()
-                out.write(json.dumps(record) + "\n")
+
+def write_answers(
+    folder: Path, name: str, metrics: Mapping[str, float], answers: Sequence[ScoredGroup]
+) -> None:
+    """Writes <folder>/<name>.json, and the answers beside it in .jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(metrics, indent=1))
+    rollouts = (r for g in answers for r in g.rollouts)
+    with (folder / f"{name}.jsonl").open("w") as out:
+        for record, rollout in zip(rollout_records(answers), rollouts, strict=True):
+            record["token_ids"] = rollout.token_ids.tolist()
+            record["logprobs"] = rollout.engine_logprobs.tolist()
+            out.write(json.dumps(record) + "\n")
 
 
 def evaluation_sampling(config: EvaluationConfig, max_response_tokens: int) -> Sampling:

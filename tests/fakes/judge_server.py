@@ -78,7 +78,8 @@ def running(judge: FakeJudge, *, port: int = 0) -> Iterator[FakeJudge]:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if not self._allowed():
                 return
-            fields = json.loads(request["messages"][-1]["content"])
+            text = request["messages"][-1]["content"]
+            fields = json.loads(text) if text.startswith("{") else {"prompt": text}
             with judge.lock:
                 judge.requests.append(request)
                 judge.asked.append(fields)
