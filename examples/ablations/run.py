@@ -8,14 +8,12 @@ curves under OUT/report from the runs' records.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from arms import ARMS, SFT_STEPS, Arm, Start
 from report import report
+from runs import qlrl, train
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "quickstart" / "base"
@@ -44,6 +42,7 @@ def main() -> None:
 
 def train_sft(out: Path, start: Start, seed: int) -> None:
     train(
+        HERE / "config.yaml",
         out / start / f"seed_{seed}",
         "sft",
         f"data.sft_files=[{out}/data/sft.parquet]",
@@ -59,6 +58,7 @@ def train_sft(out: Path, start: Start, seed: int) -> None:
 
 def train_rl(out: Path, arm: Arm, seed: int) -> None:
     train(
+        HERE / "config.yaml",
         out / arm.name / f"seed_{seed}",
         "rl",
         f"data.train_files=[{out}/data/train.parquet]",
@@ -77,29 +77,6 @@ def start_folder(out: Path, start: Start, seed: int) -> Path:
 
 def eval_files(out: Path) -> str:
     return f"[{out}/data/eval_short.parquet,{out}/data/eval_long.parquet]"
-
-
-def train(folder: Path, command: str, *settings: str) -> None:
-    """Runs `qlrl` unless the run is finished; the Hugging Face folder is what a run writes last."""
-    if (folder / "hf" / "README.md").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    qlrl(folder / "log.txt", command, HERE / "config.yaml", f"run.dir={folder}", *settings)
-    print(f"done: {folder}", flush=True)
-
-
-def qlrl(log: Path, *argv: object) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as out:
-        done = subprocess.run(
-            [sys.executable, "-m", "megatron_qlrl", *map(str, argv)],
-            check=False,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    if done.returncode:
-        sys.exit(f"ablations: {log} ends with an error; mend it, then the same command continues")
 
 
 if __name__ == "__main__":

@@ -101,3 +101,95 @@ def test_curve_is_over_the_tokens_used_so_far(ablations: Any) -> None:
     tokens, values = report.curve(record, "actor/kl_loss")
     assert tokens.tolist() == [100, 400]
     assert values.tolist() == pytest.approx([0.5, 0.4])  # a running mean
+
+
+@pytest.fixture
+def curriculum(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(FOLDER)
+    import curriculum  # pyright: ignore[reportMissingImports]
+
+    yield curriculum
+    for name in ("curriculum", "runs"):
+        sys.modules.pop(name)
+
+
+def test_arms_of_the_curriculum_take_the_same_number_of_steps(curriculum: Any) -> None:
+    configs = {
+        arm: load_config(curriculum.CONFIG, ["model.path=m", *settings])
+        for arm, settings in curriculum.ARMS.items()
+    }
+    assert {sum(p.steps for p in config.phases) for config in configs.values()} == {24}
+    shares = {arm: config.curriculum.carried_share for arm, config in configs.items()}
+    assert shares == {"phased": 0.0, "retrospective": 0.25, "single": 0.0}
+
+
+def test_arms_are_compared_seed_by_seed_and_question_by_question(
+    curriculum: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # By hand: phased is right on 3 of 4 and 4 of 4 long documents, single on 1 and 2 of the same.
+    long = {"sft-phased": ([1, 1, 1, 0], [1, 1, 1, 1]), "sft-single": ([0, 0, 1, 0], [0, 0, 1, 1])}
+    for arm, seeds in long.items():
+        for seed, scores in enumerate(seeds):
+            file = tmp_path / f"seed_{seed}" / arm / "eval" / "long.jsonl"
+            file.parent.mkdir(parents=True)
+            records = [{"uid": f"eval_long:{i}", "score": s} for i, s in enumerate(scores)]
+            records += [{"uid": f"eval_short:{i}", "score": 1} for i in range(2)]
+            file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    curriculum.report(tmp_path, [0, 1, 2])
+    lines = capsys.readouterr().out.splitlines()
+    assert "| sft-phased | 2 | 100.0 ± 0.0 | 87.5 ± 17.7 |" in lines
+    assert "| sft-single | 2 | 100.0 ± 0.0 | 37.5 ± 17.7 |" in lines
+    assert lines[-1].startswith("| sft-phased minus sft-single | 2 | +0.0 (+0.0 to +0.0) | +50.0 (")
+    # Two of four documents differ in each seed: the mean of four draws lies between 0 and 100.
+    assert lines[-1].endswith("(+0.0 to +100.0) |")
+
+
+@pytest.fixture
+def forgetting(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(FOLDER)
+    import forgetting  # pyright: ignore[reportMissingImports]
+
+    yield forgetting
+    for name in ("forgetting", "runs"):
+        sys.modules.pop(name)
+
+
+def test_arms_of_forgetting_change_phase_2_alone(forgetting: Any) -> None:
+    configs = {
+        arm: load_config(forgetting.CONFIG, settings).phase_configs()
+        for arm, settings in forgetting.ARMS.items()
+    }
+    for arm, (first, second) in configs.items():
+        assert (first.optimizer.lr, first.algorithm.kl_coef) == (8e-4, 0), arm
+        assert second.curriculum.carried_share == 0.0 or "KL" not in arm
+    second = {arm: phases[1] for arm, phases in configs.items()}
+    assert second["learning rate 2e-4, carried_share 0.5"].optimizer.lr == 2e-4
+    assert second["KL with coefficient 0.1"].algorithm.kl_coef == 0.1
+    shares = [phase.curriculum.carried_share for phase in second.values()]
+    assert shares == [0, 0.25, 0.5, 0, 0.25, 0.5, 0]
+
+
+def test_forgetting_is_measured_against_sft(
+    forgetting: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # By hand: of two short documents phase 2 loses one, of two long ones it gains both.
+    stages = {
+        "sft/seed_0/eval/sft": ([1, 1], [0, 0]),
+        "carried_share-0.25/seed_0/eval/phase1": ([1, 1], [0, 1]),
+        "carried_share-0.25/seed_0/eval/phase2": ([1, 0], [1, 1]),
+    }
+    for name, scores in stages.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        records = [
+            {"uid": f"eval_{size}:{i}", "score": score}
+            for size, values in zip(("short", "long"), scores, strict=True)
+            for i, score in enumerate(values)
+        ]
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    forgetting.report(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| carried_share 0.25 | 0 | 100.0 / 0.0 | 100.0 / 50.0 | 50.0 / 100.0 |" in lines
+    assert lines[-1] == (
+        "| carried_share 0.25 | 1 | -50.0 (-100.0 to +0.0) | +100.0 (+100.0 to +100.0) |"
+    )

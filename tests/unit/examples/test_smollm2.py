@@ -171,46 +171,6 @@ def test_what_is_downloaded_is_pinned_by_its_hash() -> None:
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+ --hash=sha256:[0-9a-f]{64}", p) for p in pins)
 
 
-@pytest.fixture
-def curriculum(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(FOLDER)
-    import curriculum  # pyright: ignore[reportMissingImports]
-
-    yield curriculum
-    sys.modules.pop("curriculum")
-
-
-def test_arms_of_the_curriculum_take_the_same_number_of_steps(curriculum: Any) -> None:
-    configs = {
-        arm: load_config(FOLDER / "config.yaml", ["model.path=m", *settings])
-        for arm, settings in curriculum.ARMS.items()
-    }
-    assert {sum(p.steps for p in config.phases) for config in configs.values()} == {24}
-    shares = {arm: config.curriculum.carried_share for arm, config in configs.items()}
-    assert shares == {"phased": 0.0, "retrospective": 0.25, "single": 0.0}
-
-
-def test_arms_are_compared_seed_by_seed_and_question_by_question(
-    curriculum: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # By hand: phased is right on 3 of 4 and 4 of 4 long documents, single on 1 and 2 of the same.
-    long = {"sft-phased": ([1, 1, 1, 0], [1, 1, 1, 1]), "sft-single": ([0, 0, 1, 0], [0, 0, 1, 1])}
-    for arm, seeds in long.items():
-        for seed, scores in enumerate(seeds):
-            file = tmp_path / f"seed_{seed}" / arm / "eval" / "long.jsonl"
-            file.parent.mkdir(parents=True)
-            records = [{"uid": f"eval_long:{i}", "score": s} for i, s in enumerate(scores)]
-            records += [{"uid": f"eval_short:{i}", "score": 1} for i in range(2)]
-            file.write_text("".join(json.dumps(r) + "\n" for r in records))
-    curriculum.report(tmp_path, [0, 1, 2])
-    lines = capsys.readouterr().out.splitlines()
-    assert "| sft-phased | 2 | 100.0 ± 0.0 | 87.5 ± 17.7 |" in lines
-    assert "| sft-single | 2 | 100.0 ± 0.0 | 37.5 ± 17.7 |" in lines
-    assert lines[-1].startswith("| sft-phased minus sft-single | 2 | +0.0 (+0.0 to +0.0) | +50.0 (")
-    # Two of four documents differ in each seed: the mean of four draws lies between 0 and 100.
-    assert lines[-1].endswith("(+0.0 to +100.0) |")
-
-
 STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
 case "$*" in *model.py*) mkdir -p "${@: -1}"; touch "${@: -1}/model.safetensors";; esac

@@ -1,26 +1,24 @@
-"""Is short first, then long, better than long alone? Trains the arms of the question from the same
-starts, with the same number of RL steps, over several seeds, and prints what they score.
+"""Is short first, then long, better than long alone, on the real model of examples/smollm2-135m?
+Trains the arms of the question from the same starts, with the same number of RL steps, over several
+seeds, and prints what they score.
 
     bash examples/smollm2-135m/run.sh                                     makes model and data
-    python examples/smollm2-135m/curriculum.py runs/curriculum --jobs 2
+    python examples/ablations/curriculum.py runs/curriculum --jobs 2
 
 Each run is one `qlrl` process on one thread. The same command continues after an interruption.
 `--table` prints the table of what is finished and trains nothing.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
+from runs import differences, read_scores, train
 
-HERE = Path(__file__).resolve().parent
+CONFIG = Path(__file__).resolve().parents[1] / "smollm2-135m" / "config.yaml"
 SHORT, LONG = 512, 1280  # input limits in tokens
 PHASED = (
     f"phases=[{{name: short, max_input_tokens: {SHORT}, steps: 8}},"
@@ -59,8 +57,8 @@ def main() -> None:
 def train_sft(run: Path, out: Path, seed: int) -> None:
     data = run / "data"
     train(
-        out / f"seed_{seed}" / "sft", "sft", run, seed,
-        f"model.path={run}/model", f"data.sft_files=[{data}/sft.parquet]", "optimizer.lr=2.0e-5",
+        CONFIG, out / f"seed_{seed}" / "sft", "sft", *settings_of_all(run, seed),
+        f"model.path={run}/model", f"data.sft_files=[{data}/sft.parquet]", "optimizer.lr=6.0e-5",
         "evaluation.before_training=true",
     )  # fmt: skip
 
@@ -70,37 +68,21 @@ def train_rl(run: Path, out: Path, start: str, arm: str, seed: int) -> None:
     files = ",".join(f"{run}/data/train_{size}.parquet" for size in sizes)
     model = run / "model" if start == "base" else out / f"seed_{seed}" / "sft" / "hf"
     train(
-        out / f"seed_{seed}" / f"{start}-{arm}", "rl", run, seed,
+        CONFIG, out / f"seed_{seed}" / f"{start}-{arm}", "rl", *settings_of_all(run, seed),
         f"model.path={model}", f"data.train_files=[{files}]", *ARMS[arm],
     )  # fmt: skip
 
 
-def train(folder: Path, command: str, run: Path, seed: int, *settings: str) -> None:
-    """Runs `qlrl` unless the run is finished; the Hugging Face folder is what a run writes last."""
-    if (folder / "hf" / "README.md").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    eval_files = ",".join(f"{run}/data/eval_{size}.parquet" for size in SIZES)
-    argv = [
-        "-m", "megatron_qlrl", command, HERE / "config.yaml", f"run.dir={folder}",
-        f"run.seed={seed}", f"data.eval_files=[{eval_files}]", *settings,
-    ]  # fmt: skip
+def settings_of_all(run: Path, seed: int) -> list[str]:
+    files = ",".join(f"{run}/data/eval_{size}.parquet" for size in SIZES)
+    settings = [
+        f"run.seed={seed}",
+        f"data.eval_files=[{files}]",
+        "evaluation.max_input_tokens=1280",
+    ]
     if {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()):
-        argv.append("model.dtype=bfloat16")  # as run.sh
-    with (folder / "log.txt").open("a") as log:
-        done = subprocess.run(
-            [sys.executable, *map(str, argv)],
-            check=False,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    if done.returncode:
-        sys.exit(
-            f"curriculum: {folder}/log.txt ends with an error; mend it, then the same command "
-            "continues"
-        )
-    print(f"done: {folder}", flush=True)
+        settings.append("model.dtype=bfloat16")  # as run.sh
+    return settings
 
 
 def report(out: Path, seeds: list[int]) -> None:
@@ -109,7 +91,9 @@ def report(out: Path, seeds: list[int]) -> None:
     stages |= {f"{s}-{a}": f"{s}-{a}/eval/long" for s in ("sft", "base") for a in ARMS}
     stages["sft-phased, after the short phase"] = "sft-phased/eval/short"
     scores = {
-        stage: {seed: read(file) for seed in seeds if (file := path(out, seed, name)).exists()}
+        stage: {
+            seed: read_scores(file) for seed in seeds if (file := path(out, seed, name)).exists()
+        }
         for stage, name in stages.items()
     }
     scores = {stage: runs for stage, runs in scores.items() if runs}
@@ -127,7 +111,7 @@ def report(out: Path, seeds: list[int]) -> None:
     for one, two in [*((arm, "sft") for arm in arms if "sft" in scores), *pairs]:
         both = [seed for seed in scores[one] if seed in scores[two]]
         cells = [
-            interval(np.array([apart(scores[one][s][size], scores[two][s][size]) for s in both]))
+            interval(np.array([differences(scores[one][s], scores[two][s], size) for s in both]))
             for size in SIZES
         ]
         print(f"| {one} minus {two} | {len(both)} | {' | '.join(cells)} |")
@@ -137,33 +121,19 @@ def path(out: Path, seed: int, name: str) -> Path:
     return out / f"seed_{seed}" / f"{name}.jsonl"
 
 
-def read(answers: Path) -> dict[str, dict[str, float]]:
-    """Returns the scores by size and question."""
-    scores: dict[str, dict[str, float]] = {}
-    for record in map(json.loads, answers.read_text().splitlines()):
-        file, _, row = record["uid"].rpartition(":")
-        scores.setdefault(file.removeprefix("eval_"), {})[row] = record["score"]
-    return scores
-
-
-def apart(one: dict[str, float], two: dict[str, float]) -> list[float]:
-    assert one.keys() == two.keys()
-    return [one[row] - two[row] for row in one]
-
-
-def interval(differences: np.ndarray) -> str:
-    """Returns the mean of differences [seeds, documents] in points, with a percentile interval of a
+def interval(values: np.ndarray) -> str:
+    """Returns the mean of `values` [seeds, documents] in points, with a percentile interval of a
     bootstrap that draws documents and seeds again."""
     rng = np.random.default_rng(0)
-    num_seeds, num_documents = differences.shape
+    num_seeds, num_documents = values.shape
     means = [
-        differences[rng.integers(num_seeds, size=num_seeds)][
+        values[rng.integers(num_seeds, size=num_seeds)][
             :, rng.integers(num_documents, size=num_documents)
         ].mean()
         for _ in range(NUM_RESAMPLES)
     ]
     low, high = 100 * np.percentile(means, [2.5, 97.5])
-    return f"{100 * differences.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{100 * values.mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def spread(values: list[float]) -> str:
