@@ -63,7 +63,7 @@ grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && files+=(model.dtype=bfloat16)
 
 echo "== warm-up SFT"
 qlrl sft "$here/config.yaml" "${files[@]}" model.path="$out/model" run.dir="$out/sft" \
-  evaluation.before_training=true optimizer.lr=2.0e-5 "${shape[@]}" "$@"
+  evaluation.before_training=true optimizer.lr=6.0e-5 "${shape[@]}" "$@"
 echo "== RL: ${sizes[*]}"
 qlrl rl "$here/config.yaml" "${files[@]}" model.path="$out/sft/hf" run.dir="$out/rl" \
   "${shape[@]}" "$@"
