@@ -51,7 +51,6 @@ from megatron_qlrl.train.trainer import Trainer
 from megatron_qlrl.types import Prompt
 from megatron_qlrl.weights.checkpoint import CheckpointStore
 from megatron_qlrl.weights.checkpoint_folder import read_state, taking_up
-from megatron_qlrl.weights.digest import weights_digest
 from megatron_qlrl.weights.release import base_name
 from megatron_qlrl.weights.stream import WeightStream, load_hf, untied
 
@@ -259,7 +258,10 @@ def open_journal(job: Job) -> AnswerJournal:
         rank=job.context.rank,
         run_seed=config.run.seed,
         settings={
-            "weights": on_all_ranks(partial(weights_digest, Path(config.model.path))),
+            "contents": on_all_ranks(
+                partial(fingerprint, config, "eval", tokenizer=job.tokenizer, rows="")
+            )["contents"],
+            "stop_tokens": stop_tokens(Path(config.model.path), job.tokenizer),
             "dtype": weight_dtype(config.model.dtype),
             "positions": dict(job.shape.position_fields()),
             **config.evaluation.model_dump(include={"temperature", "top_p"}),

@@ -15,7 +15,9 @@ import torch
 from megatron_qlrl import build
 from megatron_qlrl.bench.measure import machine
 from megatron_qlrl.bench.policy import LOSS, make_group
+from megatron_qlrl.config.checks import check_layout
 from megatron_qlrl.config.schema import Config
+from megatron_qlrl.config.shape import read_shape
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.packing.distribute import group_rows
 from megatron_qlrl.parallel.context import process_group
@@ -33,9 +35,11 @@ def bench_step(
     and `rollout.prompts_per_step` groups of `rollout.group_size`.
 
     Raises:
-        ConfigError: the config's engine takes no sequences of this length.
+        ConfigError: the config takes no sequences of this length, or more than one process.
     """
-    longest = min(config.longest_generation, config.policy.max_tokens_per_row)
+    shape = read_shape(config.model.path, rope_scaling=config.model.rope_scaling)
+    check_layout(config, shape, world_size=1)
+    longest = min(config.longest_generation, config.policy.max_tokens_per_row, shape.max_positions)
     if prompt_tokens + response_tokens > longest:
         raise ConfigError(
             f"--prompt-tokens {prompt_tokens} and --response-tokens {response_tokens} are more "

@@ -168,7 +168,7 @@ def step(
     config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Config of a run.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings: a.b=value.")] = None,
     prompt_tokens: Count = 512,
-    response_tokens: Count = 64,
+    response_tokens: Annotated[int, typer.Option(min=2)] = 64,
     rounds: Rounds = 3,
 ) -> None:
     """Measure the parts of an RL step on a real model, in one process: weights into the engine,

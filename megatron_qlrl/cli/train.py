@@ -53,7 +53,14 @@ def rl(config: ConfigPath, overrides: Overrides = None, processes: Processes = N
 
 def evaluate(config: ConfigPath, overrides: Overrides = None, processes: Processes = None) -> None:
     """Score model.path, or the model of evaluation.endpoint, on data.eval_files."""
-    loaded = load_config(config, overrides or [])
+    with shown_once():
+        loaded = load_config(config, overrides or [])
+        world_size = max(processes or 1, read_ranks().world_size)
+        if loaded.evaluation.endpoint is not None and world_size > 1:
+            raise ConfigError(
+                f"{world_size} processes for evaluation.endpoint, which the model does not run "
+                "on; start one"
+            )
     if loaded.evaluation.endpoint is not None:
         _check_files(loaded, "eval")
         checks.check_run_dir(loaded)

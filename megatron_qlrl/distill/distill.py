@@ -100,7 +100,8 @@ async def _collect(
 ) -> int:
     settings = config.distill
     assert settings.teacher is not None
-    teacher = Teacher(settings.teacher, key=read_secret(settings.teacher.api_key_env))
+    key = read_secret(settings.teacher.api_key_env, of="distill.teacher")
+    teacher = Teacher(settings.teacher, key=key)
     async with open_session(settings.teacher.concurrency) as session:
 
         async def ask(number: int, sample: int) -> Sample | None:
@@ -175,9 +176,9 @@ async def collect(
             failed_in_row += 1
             if failed_in_row >= GIVE_UP_AFTER:
                 raise DataError(
-                    f"the teacher failed {failed_in_row} times in a row; "
+                    f"the service failed {failed_in_row} times in a row; "
                     f"{len(journal.samples)} of {len(prompts) * samples} samples are in the "
-                    "journal: mend the teacher and start the same command again"
+                    "journal: mend the service and start the same command again"
                 )
 
     try:

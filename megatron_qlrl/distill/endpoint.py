@@ -24,7 +24,7 @@ from megatron_qlrl.data.tokenizer import load_tokenizer
 from megatron_qlrl.distill.distill import collect
 from megatron_qlrl.distill.journal import Journal, Sample
 from megatron_qlrl.distill.teacher import Teacher
-from megatron_qlrl.errors import DataError
+from megatron_qlrl.errors import ConfigError, DataError
 from megatron_qlrl.evaluate.benchmarks import benchmark_scores, cut_report
 from megatron_qlrl.evaluate.evaluation import write_answers
 from megatron_qlrl.evaluate.statistics import score_lines, statistics
@@ -42,20 +42,25 @@ def evaluate_endpoint(config: Config) -> None:
     them with every answer. A second start continues from the journal.
 
     Raises:
+        ConfigError: data.enable_thinking is set, or the key is not.
         DataError: rows cannot be used, or an answer could not be had.
         RewardError: too many responses have no verdict.
     """
     settings, service = config.evaluation, config.evaluation.endpoint
     assert service is not None  # checked before
-    key = read_secret(service.api_key_env)
+    if config.data.enable_thinking is not None:
+        raise ConfigError(
+            "data.enable_thinking is for the chat template of model.path, and the service of "
+            "evaluation.endpoint uses its own: leave it out here, and set it where the service is "
+            "started"
+        )
+    key = read_secret(service.api_key_env, of="evaluation.endpoint")
     tokenizer = load_tokenizer(Path(config.model.path))
     limits = Limits(settings.max_input_tokens)
     benchmarks: dict[str, list[Prompt]] = {}
     chats: list[Messages] = []
     for file in config.data.eval_files:
-        own = load_prompts([file], tokenizer=tokenizer, limits=limits)
-        # Another model's template, and what it opens, is not known.
-        benchmarks[Path(file).stem] = [replace(p, reasoning_open=False) for p in own]
+        benchmarks[Path(file).stem] = load_prompts([file], tokenizer=tokenizer, limits=limits)
         for row in load_rows([file]):
             chat = [{key: m[key] for key in ("role", "content")} for m in row["prompt"]]
             kept = cut_messages(tokenizer, chat, limits.text_tokens)
@@ -148,7 +153,11 @@ def _scored(
     num_samples: int,
 ) -> dict[str, list[ScoredGroup]]:
     """Returns the groups of the journal's answers; lengths are counted by model.path's
-    tokenizer."""
+    tokenizer.
+
+    The template of another model, and what it opens, is not known: a finished answer without
+    `</think>` counts as a whole, an unfinished one as reasoning if model.path's template opens it.
+    """
     result: dict[str, list[ScoredGroup]] = {}
     for name, prompts in benchmarks.items():
         rollouts = [
@@ -156,7 +165,11 @@ def _scored(
             for p in prompts
         ]
         futures = [
-            [scorer.score(p, r.text) for r in own] for p, own in zip(prompts, rollouts, strict=True)
+            [
+                scorer.score(replace(p, reasoning_open=p.reasoning_open and not r.finished), r.text)
+                for r in own
+            ]
+            for p, own in zip(prompts, rollouts, strict=True)
         ]
         result[name] = [
             ScoredGroup(p, own, tuple(score.result() for score in scores))
@@ -166,10 +179,14 @@ def _scored(
 
 
 def _rollout(sample: Sample, tokenizer: Any) -> Rollout:
+    try:
+        token_ids = encode_plain(tokenizer, sample.response)
+    except DataError:  # control tokens as text; only the length counts
+        token_ids = tokenizer(sample.response, add_special_tokens=False)["input_ids"]
     return Rollout(
         prompt_uid=sample.uid,
         sample=sample.sample,
-        token_ids=np.asarray(encode_plain(tokenizer, sample.response), dtype=np.int32),
+        token_ids=np.asarray(token_ids, dtype=np.int32),
         engine_logprobs=np.zeros(0, np.float32),  # the service gives none
         text=sample.response,
         finished=sample.finished,

@@ -44,8 +44,8 @@ class Journal:
             # Until here nothing is changed: the file may be no journal at all.
             if first != head and not head.startswith(text.decode("utf-8")):
                 raise DataError(
-                    f"{path} was begun with other settings ({first[:300]}); use the same, name "
-                    "another OUT, or remove it to start again"
+                    f"{path} was begun with other settings ({first[:300]}); use the same, "
+                    "write to another place, or remove it to start again"
                 )
             self._file = JournalFile(path)
             for number, line in enumerate(self._file.lines[1:], 2):

@@ -64,10 +64,17 @@ class AnswerJournal:
         return self._known.get(self._digest(prompt, sample))
 
     def add(self, prompt: Prompt, rollout: Rollout) -> None:
-        """Records an answer; it survives whatever comes next."""
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = JournalFile(self._path)
+        """Records an answer; it survives whatever comes next.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = JournalFile(self._path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"journal {self._path} cannot be written: {error}") from error
         answer = Answer(
             uid=prompt.uid,
             sample=rollout.sample,

@@ -28,23 +28,23 @@ def pass_at_k(scores: Sequence[float], k: int) -> float:
 
 
 def majority(answers: Sequence[str], scores: Sequence[float | None]) -> float | None:
-    """Returns the score of the most frequent answer, or None if no sample with it has a verdict.
+    """Returns the score of the most frequent answer, or None if no sample has a verdict.
 
-    Answers are the same if `normalize` makes them so. Empty ones have no vote, and without a vote
-    the score is 0. Answers with equally many votes share: the result is the mean of their scores,
-    which is what a draw among them is expected to give. The score of an answer is the mean over its
-    samples, since a judge may have given two verdicts.
+    Answers are the same if `normalize` makes them so. Empty ones and those without a verdict have
+    no vote, and without a vote the score is 0. Answers with equally many votes share: the result is
+    the mean of their scores, which is what a draw among them is expected to give. The score of an
+    answer is the mean over its samples, since a judge may have given two verdicts.
     """
-    votes: dict[str, list[float | None]] = {}
+    if all(score is None for score in scores):
+        return None
+    votes: dict[str, list[float]] = {}
     for answer, score in zip(answers, scores, strict=True):
-        if answer.strip():
+        if answer.strip() and score is not None:
             votes.setdefault(normalize(answer) or answer.strip(), []).append(score)
     if not votes:
         return 0.0
     most = max(map(len, votes.values()))
-    known = [[s for s in own if s is not None] for own in votes.values() if len(own) == most]
-    means = [float(np.mean(own)) for own in known if own]
-    return float(np.mean(means)) if means else None
+    return float(np.mean([np.mean(own) for own in votes.values() if len(own) == most]))
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -130,8 +130,11 @@ def may_unpickle_state() -> bool:
     return os.environ.get(PICKLED_STATE) == "1"
 
 
-def read_secret(variable: str | None) -> str | None:
+def read_secret(variable: str | None, *, of: str = "reward.judge") -> str | None:
     """Returns the key in the environment `variable`, or None if no key is needed.
+
+    Args:
+        of: the section that names the variable, for the message.
 
     Raises:
         ConfigError: the variable is not set.
@@ -141,8 +144,8 @@ def read_secret(variable: str | None) -> str | None:
     value = os.environ.get(variable, "").strip()
     if not value:
         raise ConfigError(
-            f"the judge's key is to come from the environment variable {variable}, which is not "
-            f"set; export {variable}, or name none (reward.judge.api_key_env) if no key is needed"
+            f"the key of {of} is to come from the environment variable {variable}, which is not "
+            f"set; export {variable}, or name none ({of}.api_key_env) if no key is needed"
         )
     return value
 

@@ -24,10 +24,17 @@ class JournalFile:
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, line: str) -> None:
-        """Appends a line; it survives whatever comes next."""
-        self._file.write(line + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Appends a line; it survives whatever comes next.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise DataError(f"journal {self._file.name} cannot be written: {error}") from error
 
     def close(self) -> None:
         self._file.close()

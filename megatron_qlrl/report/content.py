@@ -13,6 +13,7 @@ from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.evaluate import paper
 from megatron_qlrl.evaluate.compare import Difference, RunScores, compare
+from megatron_qlrl.evaluate.statistics import mean_error
 from megatron_qlrl.metrics.monitor import RULES
 from megatron_qlrl.report.read import Evaluation, Run, flat, is_number
 from megatron_qlrl.report.samples import choose_samples
@@ -234,8 +235,8 @@ def _mean(evaluation: Evaluation, names: Sequence[str]) -> list[float | None] | 
     if not set(names) <= evaluation.means.keys():
         return None
     errors = [evaluation.standard_error(name) for name in names]
-    error = float(np.sqrt(np.sum(np.square(errors))) / len(names))
-    return [_short(float(np.mean([evaluation.means[name] for name in names]))), _short(error)]
+    mean = float(np.mean([evaluation.means[name] for name in names]))
+    return [_short(mean), _short(mean_error(errors))]
 
 
 def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_qlrl.errors import RewardError, StopRequested
+from megatron_qlrl.errors import DataError, RewardError, StopRequested
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.metrics.rollouts import engine_metrics, judge_metrics
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
@@ -43,7 +43,11 @@ class Answers(Protocol):
         ...
 
     def add(self, prompt: Prompt, rollout: Rollout) -> None:
-        """Keeps an answer (on the leading rank of the engine that gave it)."""
+        """Keeps an answer (on the leading rank of the engine that gave it).
+
+        Raises:
+            DataError: it cannot be kept.
+        """
         ...
 
 
@@ -110,10 +114,12 @@ def collect_groups(
     """The prompts' groups by engines that are awake (`generate`) with weights of `version`.
 
     Raises:
+        DataError: an answer cannot be kept (every rank).
         RewardError: too many responses have no verdict.
         StopRequested: some engine was asked to stop (raised on every rank).
     """
     engine, scorer = collector.engine(), collector.scorer
+    unwritten: DataError | None = None
     rollouts: dict[tuple[int, int], Rollout] = {}
     scores: dict[tuple[int, int], Future[Score]] = {}
     stopped = ""
@@ -144,8 +150,7 @@ def collect_groups(
                     weight_version=version,
                 )
                 if engine.leads:
-                    if answers is not None:
-                        answers.add(prompts[index], rollout)
+                    unwritten = unwritten or _recorded(answers, prompts[index], rollout)
                     scores[index, sample] = scorer.score(prompts[index], rollout.text)
         except StopRequested as request:
             stopped = str(request)
@@ -156,6 +161,8 @@ def collect_groups(
     def groups_of_this_engine() -> dict[int, ScoredGroup]:
         if not engine.leads:
             return {}
+        if unwritten is not None:
+            raise unwritten
         wait(scores.values())  # one awakening in place of one for each
         samples = range(sampling.n)
         return {
@@ -190,3 +197,13 @@ def check_masked(groups: Sequence[ScoredGroup], *, max_share: float, reason: str
             f"reward.max_masked_share={max_share:g} ({reason}). Bring the judge back and start "
             "again: the run resumes"
         )
+
+
+def _recorded(answers: Answers | None, prompt: Prompt, rollout: Rollout) -> DataError | None:
+    """Keeps an answer. An error is returned, because the other ranks of the engine go on."""
+    try:
+        if answers is not None:
+            answers.add(prompt, rollout)
+    except DataError as error:
+        return error
+    return None

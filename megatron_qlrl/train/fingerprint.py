@@ -86,6 +86,7 @@ def fingerprint(config: Config, command: str, *, tokenizer: Any, rows: str) -> d
             "the chat template": _digest(json.dumps(tokenizer.chat_template)),
             "the training data, as the model sees it": rows,
         },
+        "dtype": weight_dtype(config.model.dtype),
         "meaning": {} if command == "rl" else _meaning(config, command),
         "phases": [
             {"steps": p.steps, "meaning": _phase_meaning(p, config.for_phase(k), command)}
@@ -151,6 +152,8 @@ def check_resume(path: Path, state: Mapping[str, Any], now: Mapping[str, Any]) -
             "it could not be compared with today's"
         )
     refused, told = compare(state["fingerprint"], json.loads(json.dumps(now)), state["step"])
+    if state["dtype"] != now["dtype"]:
+        refused.append(f"the weights' type: {state['dtype']} -> {now['dtype']}")
     if refused:
         raise CheckpointError(
             f"{path} is of another run: {'; '.join(refused)} changed. Undo the change, or set "
@@ -173,8 +176,7 @@ def _meaning(config: Config, command: str) -> dict[str, Any]:
     """The settings whose change is refused."""
     settings = dict(_flat(config.model_dump(mode="json", exclude={"phases"})))
     settings.setdefault("reward.judge.model", None)
-    meaning = {k: v for k, v in settings.items() if use_of(k) in ("meaning", command)}
-    return meaning | {"the weights' type": weight_dtype(config.model.dtype)}
+    return {k: v for k, v in settings.items() if use_of(k) in ("meaning", command)}
 
 
 def _phase_meaning(phase: PhaseConfig, config: Config, command: str) -> dict[str, Any]:

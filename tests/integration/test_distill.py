@@ -51,7 +51,7 @@ def test_killed_and_started_again_no_sample_is_lost_or_doubled(
 
     dead = qlrl("distill", config, out)
     assert dead.code == 2
-    assert "the teacher failed 16 times in a row; 0 of 36 samples" in dead.messages[0]
+    assert "the service failed 16 times in a row; 0 of 36 samples" in dead.messages[0]
     assert not out.exists()
 
     serve(answering_model)

@@ -61,8 +61,9 @@ def test_pass_at_2_of_one_right_in_four_is_a_half() -> None:
         ([("", 0), ("", 0), ("Paris", 1)], 1),  # what is empty has no vote
         ([("", 0), ("", 0)], 0),
         ([("5", 1), ("5", 0)], 0.5),  # the judge was of two minds
-        ([("5", None), ("5", 1), ("6", 0)], 1),
-        ([("5", None), ("5", None), ("6", 0)], None),
+        ([("5", None), ("5", 1), ("6", 0)], 0.5),  # without a verdict there is no vote: a tie
+        ([("5", None), ("5", None), ("6", 0)], 0),
+        ([("5", None), ("5", None)], None),
         ([("1,000", 1), ("1000", 1), ("1", 0)], 1),
         ([("?!", 0), ("?!", 0), ("5", 1)], 0),
     ],

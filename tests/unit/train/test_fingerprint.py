@@ -85,7 +85,6 @@ def test_nothing_changed() -> None:
         ({"rollout": {"prompts_per_step": 4}}, "rollout.prompts_per_step: 8 -> 4"),
         ({"algorithm": {"updates_per_step": 2}}, "algorithm.updates_per_step: 1 -> 2"),
         ({"algorithm": {"advantage": "rloo"}}, "algorithm.advantage: grpo -> rloo"),
-        ({"model": {"dtype": "bfloat16"}}, "the weights' type: float32 -> bfloat16"),
         ({"data": {"enable_thinking": False}}, "data.enable_thinking: None -> False"),
         (
             {"reward": {"judge": {"urls": ["http://h:1/v1"], "model": "j"}}},
@@ -260,7 +259,7 @@ def test_what_another_version_does_not_know_is_not_compared() -> None:
 
 
 def test_message_names_the_ways_out() -> None:
-    state = {"step": 2, "fingerprint": _print()}
+    state = {"step": 2, "dtype": "float32", "fingerprint": _print()}
     with pytest.raises(CheckpointError) as caught:
         check_resume(Path("run/step_2"), state, _print(rollout={"group_size": 4}))
     said = str(caught.value)
@@ -279,3 +278,11 @@ def test_judge_is_part_of_the_meaning_by_its_model_alone() -> None:
     saved = _print(reward={"judge": keys})
     moved = _print(reward={"judge": keys | {"urls": ["http://other:2/v1"]}})
     assert compare(saved, moved, 2) == ([], "")
+
+
+def test_type_of_the_weights_is_that_of_the_checkpoint_whatever_the_config_said() -> None:
+    # Before model.dtype was honoured without a GPU, such a config was trained in float32.
+    state = {"step": 2, "dtype": "float32", "fingerprint": _print(model={"dtype": "bfloat16"})}
+    assert check_resume(Path("run/step_2"), state, _print()) == ""
+    with pytest.raises(CheckpointError, match="the weights' type: float32 -> bfloat16 changed"):
+        check_resume(Path("run/step_2"), state, _print(model={"dtype": "bfloat16"}))
