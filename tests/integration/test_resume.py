@@ -156,9 +156,9 @@ def _copy(whole: Path, folder: Path, write_config: Any) -> Path:
 
 
 def _long_evaluation(write_config: Any, folder: Path) -> Path:
-    """Config of a run that ends in an evaluation of 9,600 responses, long on any machine."""
+    """Config of a run that ends in an evaluation of 48,000 responses, long on any machine."""
     phase = {"name": "phase1", "max_input_tokens": 250, "steps": 2}
-    return write_config(folder, phases=[phase], evaluation={"samples": 600, "temperature": 1.0})
+    return write_config(folder, phases=[phase], evaluation={"samples": 3000, "temperature": 1.0})
 
 
 def _wait_for(process: Any, condition: Callable[[], bool]) -> None:
