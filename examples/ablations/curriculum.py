@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-from runs import differences, read_scores, train
+from studies import differences, read_scores, train
 
 CONFIG = Path(__file__).resolve().parents[1] / "smollm2-135m" / "config.yaml"
 SHORT, LONG = 512, 1280  # input limits in tokens

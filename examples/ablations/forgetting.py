@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from runs import Scores, differences, qlrl, read_scores, train
+from studies import Scores, differences, qlrl, read_scores, train
 
 from megatron_qlrl.evaluate.compare import paired_bootstrap
 

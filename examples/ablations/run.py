@@ -13,7 +13,7 @@ from pathlib import Path
 
 from arms import ARMS, SFT_STEPS, Arm, Start
 from report import report
-from runs import qlrl, train
+from studies import qlrl, train
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "quickstart" / "base"

@@ -109,7 +109,7 @@ def curriculum(monkeypatch: pytest.MonkeyPatch) -> Any:
     import curriculum  # pyright: ignore[reportMissingImports]
 
     yield curriculum
-    for name in ("curriculum", "runs"):
+    for name in ("curriculum", "studies"):
         sys.modules.pop(name)
 
 
@@ -150,7 +150,7 @@ def forgetting(monkeypatch: pytest.MonkeyPatch) -> Any:
     import forgetting  # pyright: ignore[reportMissingImports]
 
     yield forgetting
-    for name in ("forgetting", "runs"):
+    for name in ("forgetting", "studies"):
         sys.modules.pop(name)
 
 
