@@ -5,7 +5,8 @@ Prompts are random tokens. Times are by the clock and with all threads: measure 
 """
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 from typing import Any
@@ -91,33 +92,17 @@ def _measure(
     b = torch.randn(shape.ffn_size, shape.hidden_size, device=device()).to(a.dtype)
     parts: dict[str, Callable[[], Any]] = {
         "copy": lambda: target.copy_(source),
-        "stream": lambda: [tensor for _, tensor in untied(model.stream)] and None,
+        "stream": lambda: deque(untied(model.stream), maxlen=0),
         "matmul": lambda: torch.nn.functional.linear(a, b),
         "update": lambda: model.policy.update(rows, LOSS, lr=0.0),
-        "rollout": partial(_rollout, engine, model, requests, response_tokens),
     }
-    seconds: dict[str, list[float]] = {}
-    counts: list[dict[str, float]] = []
-    for number in range(rounds + 1):
-        for name, part in parts.items():
-            began = time.perf_counter()
-            result = part()
-            if has_gpu():
-                torch.cuda.synchronize()
-            took = time.perf_counter() - began
-            if number:
-                seconds.setdefault(name, []).append(took)
-                if name == "rollout":
-                    counts.append(result)
-    wall = {name: median(values) for name, values in seconds.items()}
-    counted = {name: median(count[name] for count in counts) for name in counts[0]}
-    flops = UPDATE_TO_FORWARD * sum(
-        block_flops(shape, prompt_tokens, [response_tokens] * size) for _ in groups
-    )
+    rollout = partial(_rollout, engine, model, requests, response_tokens)
+    wall, counted = _medians(parts, rollout, rounds)
+    forward = len(groups) * block_flops(shape, prompt_tokens, [response_tokens] * size)
     prefill = len(groups) * prefill_flops(shape, prompt_tokens)
     # Some responses end early, and steps that read prompts are counted as prefill.
     decoded = counted["decode_tokens"] / (len(requests) * response_tokens)
-    decode = (flops / UPDATE_TO_FORWARD - prefill) * decoded
+    decode = (forward - prefill) * decoded
     return {
         "bench": "step",
         "dtype": dtype,
@@ -134,9 +119,36 @@ def _measure(
         },
         "prefill": _rates(counted["prefill_tokens"], counted["prefill_s"], prefill),
         "decode": _rates(counted["decode_tokens"], counted["decode_s"], decode),
-        "update": _rates(sum(row.num_tokens for row in rows), wall["update"], flops),
+        "update": _rates(
+            sum(row.num_tokens for row in rows),
+            wall["update"],
+            UPDATE_TO_FORWARD * forward,
+        ),
         "machine": machine(),
     }
+
+
+def _medians(
+    parts: Mapping[str, Callable[[], Any]],
+    rollout: Callable[[], dict[str, float]],
+    rounds: int,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the medians of the seconds of each part and of what a rollout counts, over `rounds`
+    in which all take turns, after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    counts: list[dict[str, float]] = []
+    for _ in range(rounds + 1):
+        for name, part in parts.items():
+            began = time.perf_counter()
+            part()
+            if has_gpu():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+        counts.append(rollout())
+    return (
+        {name: median(values[1:]) for name, values in seconds.items()},
+        {name: median(count[name] for count in counts[1:]) for name in counts[0]},
+    )
 
 
 def _rollout(

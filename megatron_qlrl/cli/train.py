@@ -58,8 +58,8 @@ def evaluate(config: ConfigPath, overrides: Overrides = None, processes: Process
         world_size = max(processes or 1, read_ranks().world_size)
         if loaded.evaluation.endpoint is not None and world_size > 1:
             raise ConfigError(
-                f"{world_size} processes for evaluation.endpoint, which the model does not run "
-                "on; start one"
+                f"{world_size} processes, and evaluation.endpoint needs one, because its service "
+                "runs the model; start one"
             )
     if loaded.evaluation.endpoint is not None:
         _check_files(loaded, "eval")
