@@ -20,6 +20,7 @@ import lzma
 import random
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ QUESTIONS = {
 SHOWN = ("Package", *QUESTIONS, "Description")
 SIZES = {"short": (2, 4), "long": (6, 12), "longer": (24, 46)}
 HELD_OUT_PERCENT = 10
+NUMERIC_ROUNDS = 4  # how often training shows a numeric question, with other reports each time
 
 Stanza = dict[str, Any]
 
@@ -68,10 +70,13 @@ def main() -> None:
             name = f"{part}_{size}"
             files[name] = draw(stanzas, size, count, seed=f"{args.seed} {name}")
     if args.tatqa:
-        for part, reports in zip(("train", "eval"), split(read_reports(args.tatqa)), strict=True):
+        parts = split_reports(read_reports(args.tatqa), args.eval)
+        for part, reports in zip(("train", "eval"), parts, strict=True):
             name = f"{part}_numeric"
-            records = draw_numeric(reports, seed=f"{args.seed} {name}")
-            files[name] = records[: args.train if part == "train" else args.eval]
+            rounds = NUMERIC_ROUNDS if part == "train" else 1
+            records = draw_numeric(reports, rounds=rounds, seed=f"{args.seed} {name}")
+            # A small model answers few of them, so they are a part of the training only.
+            files[name] = records[: args.train // 4 if part == "train" else args.eval]
             texts |= {document_name(report["Source"]): report["text"] for report in reports}
     write(args.out, files, texts)
     print(f"{args.out}: {len(train)} packages for training, {len(held_out)} held out")
@@ -146,6 +151,16 @@ def read_reports(path: Path) -> list[Stanza]:
     return reports
 
 
+def split_reports(reports: Sequence[Stanza], count: int) -> tuple[list[Stanza], list[Stanza]]:
+    """Returns the reports for training, and enough held-out ones for `count` questions; of a small
+    file, five sixths at most."""
+    reports = sorted(reports, key=lambda report: zlib.crc32(report["Source"].encode()))
+    totals = accumulate(len(report["questions"]) for report in reports)
+    held_out = 1 + sum(total < count for total in totals)
+    held_out = min(held_out, len(reports) * 5 // 6)
+    return reports[held_out:], reports[:held_out]
+
+
 def numeric_question(question: dict[str, Any]) -> dict[str, str] | None:
     """Returns the text, gold and kind of a question of TAT-QA, or None if no number answers it."""
     answer, kind, scale = question["answer"], question["answer_type"], question["scale"]
@@ -160,12 +175,13 @@ def numeric_question(question: dict[str, Any]) -> dict[str, str] | None:
     return {"question": text, "answer": gold, "kind": kind}
 
 
-def draw_numeric(reports: Sequence[Stanza], *, seed: str) -> list[dict[str, Any]]:
-    """Returns every numeric question in random order, its report among up to two others."""
+def draw_numeric(reports: Sequence[Stanza], *, rounds: int, seed: str) -> list[dict[str, Any]]:
+    """Returns every numeric question `rounds` times in random order, its report among up to two
+    others."""
     rng = random.Random(seed)
     records = []
     for report in reports:
-        for asked in report["questions"]:
+        for asked in rounds * report["questions"]:
             others = [other for other in rng.sample(reports, 3) if other is not report]
             shown = [report, *others[: rng.randint(0, 2)]]
             rng.shuffle(shown)

@@ -137,8 +137,8 @@ def test_numeric_questions_have_one_number_and_name_their_report(data: Any, tmp_
     path.write_text(json.dumps(reports), encoding="utf-8")
     read = data.read_reports(path)
     assert read[0]["text"] == "Report report-0\nFirst.\nSecond.\n | 2019\nSales | $1,496.5"
-    records = data.draw_numeric(read, seed="0")
-    assert records == data.draw_numeric(read, seed="0") and len(records) == 4 * 3
+    records = data.draw_numeric(read, rounds=2, seed="0")
+    assert records == data.draw_numeric(read, rounds=2, seed="0") and len(records) == 2 * 4 * 3
     assert {(r["answer"], r["data_source"]) for r in records} == {
         ("-12.6", "docs_docmath_arithmetic"),
         ("3.5%", "docs_docmath_arithmetic"),
@@ -148,6 +148,26 @@ def test_numeric_questions_have_one_number_and_name_their_report(data: Any, tmp_
         report = re.search(r"report (report-\d)\.", record["question"])
         assert report and f"{report[1]}.txt" in record["document"]
         assert len(set(record["document"])) == len(record["document"]) <= 3
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out"),
+    [
+        (1, 1),
+        (12, 4),  # three questions each
+        (13, 5),
+        (1000, 10),  # five sixths of 12
+    ],
+)
+def test_reports_are_held_out_until_there_are_enough_questions(
+    data: Any, count: int, held_out: int
+) -> None:
+    reports = [{"Source": f"report-{i}", "questions": ["a", "b", "c"]} for i in range(12)]
+    parts = data.split_reports(reports, count)
+    assert [len(part) for part in parts] == [12 - held_out, held_out]
+    assert sorted(r["Source"] for part in parts for r in part) == sorted(
+        r["Source"] for r in reports
+    )
 
 
 def test_the_config_and_the_phases_of_quick_are_loadable(monkeypatch: pytest.MonkeyPatch) -> None:
