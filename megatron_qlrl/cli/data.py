@@ -1,11 +1,15 @@
-"""`qlrl data`: builds data sets."""
+"""`qlrl data`: builds data sets, and says what files hold."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-app = typer.Typer(help="Build data sets.", no_args_is_help=True)
+from megatron_qlrl.errors import DataError
+
+app = typer.Typer(help="Build data sets; look into them.", no_args_is_help=True)
 
 ToyKind = Literal["needle", "needles", "two_hop"]  # copied from data.builders.toy: no numpy here
 RulerTask = Literal["niah", "vt", "cwe", "fwe", "qa"]
@@ -90,3 +94,76 @@ def data_ruler(
         count=lambda text: len(render(tokenizer, [{"role": "user", "content": text}], None)),
     )
     typer.echo(f"{num} rows of at most {longest} tokens: {out}")
+
+
+@app.command("stats")
+def data_stats(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Parquet, verl's format.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Model folder: lengths in its tokens, chat template included, not words."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Count rows and lengths by source, and rows that are there twice."""
+    from megatron_qlrl.data.dataset import TextRow, iter_texts
+    from megatron_qlrl.data.stats import data_stats, stats_lines
+
+    if model is None:
+        stats = data_stats(iter_texts(files))
+    else:
+        from megatron_qlrl.data.template import render
+        from megatron_qlrl.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(model)
+
+        def prompt_length(row: TextRow) -> int:
+            return len(render(tokenizer, row.messages, None))
+
+        stats = data_stats(
+            iter_texts(files),
+            unit="tokens",
+            prompt_length=prompt_length,
+            text_length=lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+        )
+    typer.echo(json.dumps(asdict(stats), indent=1) if as_json else "\n".join(stats_lines(stats)))
+
+
+@app.command("overlap")
+def data_overlap(
+    train: Annotated[Path, typer.Argument(help="Training file (parquet), or a folder of some.")],
+    held_out: Annotated[Path, typer.Argument(metavar="EVAL", help="Held-out file, or a folder.")],
+    document_ngram: Annotated[int, typer.Option(min=1, help="Words of a document's n-gram.")] = 13,
+    question_ngram: Annotated[int, typer.Option(min=1, help="Words of a question's n-gram.")] = 8,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="List rows that share this part of their n-grams.")
+    ] = 0.5,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Name held-out rows whose document or question is in training, exactly or in part."""
+    from megatron_qlrl.data.dataset import iter_texts
+    from megatron_qlrl.data.overlap import data_overlap, overlap_lines
+
+    files = {path: _parquet_files(path) for path in (train, held_out)}
+    overlaps = data_overlap(
+        lambda: iter_texts(files[train]),
+        lambda: iter_texts(files[held_out]),
+        ngrams={"document": document_ngram, "question": question_ngram},
+        threshold=threshold,
+    )
+    if as_json:
+        shown = {kind: asdict(overlap) for kind, overlap in overlaps.items()}
+        typer.echo(json.dumps(shown, indent=1))
+    else:
+        typer.echo("\n".join(overlap_lines(overlaps, threshold=threshold)))
+
+
+def _parquet_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.parquet"))
+    if not files:
+        raise DataError(f"folder {path} holds no parquet file")
+    return files

@@ -8,6 +8,7 @@ and, for SFT, `response` (string). Other columns are not read.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,19 @@ from megatron_qlrl.types import Example, Prompt
 _REQUIRED = ("data_source", "prompt", "reward_model")
 _OPTIONAL = ("extra_info", "question")
 _BATCH_ROWS = 64
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One row as text. `response` is None in a file without that column."""
+
+    uid: str
+    data_source: str
+    messages: list[dict[str, str]]
+    document: str
+    question: str
+    ground_truth: str
+    response: str | None
 
 
 def verl_schema(extra_info: Mapping[str, pa.DataType], *, has_response: bool) -> pa.Schema:
@@ -124,6 +138,43 @@ def load_rows(files: Sequence[str | Path]) -> list[dict[str, Any]]:
     return [row for _, _, row in _rows(files, _REQUIRED)]
 
 
+def iter_texts(files: Sequence[str | Path]) -> Iterator[TextRow]:
+    """Yields all rows of the files as text, a few of them in memory at a time.
+
+    Without a column `document` the document is what stands between the first `<text>` and the last
+    `</text>` of the last user message, or the whole message if it has no such tags; without a
+    question of its own the question is what follows these tags.
+
+    Raises:
+        DataError: a file, a column or a row cannot be used. The message names the file and the row.
+    """
+    optional = (*_OPTIONAL, "document", "response")
+    for where, uid, row in _rows(files, _REQUIRED, optional):
+        messages = _messages(where, row["prompt"])
+        asked = [message["content"] for message in messages if message["role"] == "user"]
+        document, question = _parted(asked[-1] if asked else "")
+        extra = row.get("extra_info")
+        own = (row.get("question"), extra.get("question") if isinstance(extra, Mapping) else None)
+        response = row.get("response")
+        yield TextRow(
+            uid=uid,
+            data_source=_text(where, "data_source", row["data_source"]),
+            messages=messages,
+            document=row["document"] if isinstance(row.get("document"), str) else document,
+            question=next((q for q in own if isinstance(q, str) and q.strip()), question),
+            ground_truth=_ground_truth(where, row["reward_model"]),
+            response=None if response is None else _text(where, "response", response),
+        )
+
+
+def _parted(message: str) -> tuple[str, str]:
+    """Returns the document and the question of a message."""
+    start, end = message.find("<text>"), message.rfind("</text>")
+    if not 0 <= start < end:
+        return message, message
+    return message[start + len("<text>") : end].strip(), message[end + len("</text>") :].strip()
+
+
 def drop_overlong(prompts: Sequence[Prompt], max_tokens: int) -> tuple[list[Prompt], str]:
     """Returns the prompts of at most `max_tokens`, and one line that counts the others by file, or
     "" if there are none. No prompt is cut.
@@ -152,7 +203,9 @@ def drop_overlong(prompts: Sequence[Prompt], max_tokens: int) -> tuple[list[Prom
 
 
 def _rows(
-    files: Sequence[str | Path], required: Sequence[str]
+    files: Sequence[str | Path],
+    required: Sequence[str],
+    optional: Sequence[str] = _OPTIONAL,
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yields (where to look, uid, row) over all files."""
     by_stem: dict[str, Path] = {}
@@ -164,7 +217,7 @@ def _rows(
             )
         by_stem[path.stem] = path
     for stem, path in by_stem.items():
-        for index, row in enumerate(_read(path, required)):
+        for index, row in enumerate(_read(path, required, optional)):
             yield f"{path}, row {index}", f"{stem}:{index}", row
 
 
@@ -178,10 +231,10 @@ def check_file(path: Path, *, has_response: bool) -> None:
         pass
 
 
-def _read(path: Path, required: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Iterator[dict[str, Any]]:
     with _opened(path, required) as file:
         names = file.schema_arrow.names
-        columns = [*required, *(name for name in _OPTIONAL if name in names)]
+        columns = [*required, *(name for name in optional if name in names)]
         for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
             batch.validate(full=True)  # a text that is no UTF-8 is refused here
             yield from batch.to_pylist()
