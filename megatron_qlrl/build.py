@@ -227,6 +227,7 @@ def _make_engine(job: Job, give_up: Callable[[], str]) -> VllmEngine:
         stop_token_ids=stop_tokens(folder, job.tokenizer),
         manifest=hf_shapes(job.shape.untied),
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        enforce_eager=config.rollout.enforce_eager,
         positions=job.shape.position_fields(),
         seed=config.run.seed,
         give_up=give_up,

@@ -3,7 +3,7 @@
 separate rows layer by layer, `qlrl bench logprob` and `update` at 7B widths, and Transformer
 Engine's layers, in bfloat16 and in FP8, against Megatron's own.
 
-    python tools/gpu_check.py --out gpu.json [--site FOLDER]
+    python tools/gpu_check.py --out gpu.json [--site FOLDER] [--parts NAME ...]
 
 It needs torch with triton and transformers; megatron-core and pydantic may be in FOLDER:
 
@@ -33,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--site", type=Path, help="folder with more packages")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="these parts alone")
     arguments = parser.parse_args()
     if arguments.site:
         sys.path.append(str(arguments.site.resolve()))
@@ -49,6 +50,9 @@ def main() -> int:
         "engine_tensorwise": lambda: check_engine(gpu, fp8="hybrid", fp8_recipe="tensorwise"),
         "engine_blockwise": lambda: check_engine(gpu, fp8="e4m3", fp8_recipe="blockwise"),
     }
+    if unknown := set(arguments.parts or ()) - set(parts):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    parts = {name: parts[name] for name in arguments.parts or parts}
     results: dict[str, Any] = {"machine": machine(), "command": " ".join(sys.argv)}
     for name, part in parts.items():
         started = time.perf_counter()

@@ -45,7 +45,7 @@ def bench_update(
         # With a learning rate of 0 the weights do not change, and all rounds compute the same.
         update = partial(policy.update, loss=LOSS, lr=0.0)
         measure(partial(update, shared))  # warm-up
-        best = min(separate, key=lambda n: measure(partial(update, separate[n])).work_s)
+        best = min(separate, key=lambda n: _seconds(partial(update, separate[n])))
         sides = {"shared": partial(update, shared), "separate": partial(update, separate[best])}
         costs = compare(sides, rounds=rounds)
         error, largest = _difference(policy, *sides.values())
@@ -65,6 +65,15 @@ def bench_update(
         "separate_responses_per_row": best,
         **report(costs),
     }
+
+
+def _seconds(update: Callable[[], Any]) -> float:
+    """Returns the duration of an update, which is infinite if its rows do not fit into memory."""
+    try:
+        return measure(update).work_s
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return float("inf")
 
 
 def _difference(

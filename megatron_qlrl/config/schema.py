@@ -174,6 +174,9 @@ class RolloutConfig(Section):
     """Tensor parallel size of the engine; independent of policy.tp."""
     gpu_memory_utilization: float = Field(default=0.6, gt=0, lt=1)
     """Share of a GPU the engine may use while it is awake (GPU only)."""
+    enforce_eager: bool = False
+    """Generate without torch.compile and CUDA graphs: starts sooner, and generates more slowly (GPU
+    only; the CPU engine has neither)."""
     cpu_kv_cache_gib: int = Field(default=1, gt=0)
     """Size of the key/value cache of the CPU engine, in GiB (CPU only)."""
     sync_bucket_mib: int = Field(default=512, gt=0)

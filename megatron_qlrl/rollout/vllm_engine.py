@@ -80,6 +80,7 @@ class VllmEngine:
         stop_token_ids: Sequence[int],
         manifest: Mapping[str, tuple[int, ...]],
         gpu_memory_utilization: float,
+        enforce_eager: bool,
         positions: Mapping[str, Any],
         seed: int,
         give_up: Callable[[], str],
@@ -113,7 +114,7 @@ class VllmEngine:
             max_model_len=max_model_len,
             gpu_memory_utilization=gpu_memory_utilization,
             enable_prefix_caching=True,
-            **_platform_settings(max_model_len),
+            **_platform_settings(max_model_len, enforce_eager),
             # Nothing from the model folder may change how we sample.
             generation_config="vllm",
             # The default reports log-probs BEFORE temperature, which no trainer can match.
@@ -274,9 +275,9 @@ class VllmEngine:
         return next(filter(None, reasons), "")
 
 
-def _platform_settings(max_model_len: int) -> dict[str, Any]:
+def _platform_settings(max_model_len: int, enforce_eager: bool) -> dict[str, Any]:
     if has_gpu():
-        return {"enable_sleep_mode": True}
+        return {"enable_sleep_mode": True, "enforce_eager": enforce_eager}
     # A seeded request whose prefill is split into chunks fails on CPU ("CPU Generator does not use
     # offset"), so every prompt is computed in one step. Siblings take whole blocks of their prompt
     # from the cache and compute the rest again: of the default blocks of 128 that is 64 tokens on
