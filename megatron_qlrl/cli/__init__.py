@@ -13,6 +13,7 @@ import sys
 import typer
 
 from megatron_qlrl.cli import (
+    behaviours,
     bench,
     compare,
     convert,
@@ -39,6 +40,7 @@ app.command()(train.rl)
 app.command("eval")(train.evaluate)
 app.command()(compare.compare)
 app.command()(report.report)
+app.command()(behaviours.behaviours)
 app.command()(train.distill)
 app.command()(convert.export)
 app.command("import")(convert.import_model)

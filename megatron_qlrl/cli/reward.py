@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
-from megatron_qlrl.config.schema import JUDGE_MODEL
+from megatron_qlrl.config.schema import JUDGE_MODEL, JudgeConfig
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.platform.env import read_secret
 from megatron_qlrl.platform.files import check_output, replaced
@@ -93,16 +93,24 @@ def _reasoning_open(reasoning: str | None, model: Path | None) -> bool | None:
 
 def _judge(urls: list[str], model: str, key_env: str | None) -> Any:
     """Returns a judge, after checking that its servers answer."""
-    from pydantic import ValidationError
-
-    from megatron_qlrl.config.schema import JudgeConfig
     from megatron_qlrl.reward.judge import Judge, check_judge
 
-    try:
-        config = JudgeConfig(urls=tuple(urls), model=model, api_key_env=key_env)  # pyright: ignore[reportCallIssue]
-    except ValidationError as error:
-        problems = [e["msg"].removeprefix("Value error, ") for e in error.errors()]
-        raise ConfigError("; ".join(problems)) from None
+    config = judge_config(urls, model, key_env)
     key = read_secret(key_env)
     check_judge(config, key=key)
     return Judge(config, key=key)
+
+
+def judge_config(urls: list[str], model: str, key_env: str | None) -> JudgeConfig:
+    """Returns the config of judge servers that options name.
+
+    Raises:
+        ConfigError: an option cannot be used.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return JudgeConfig(urls=tuple(urls), model=model, api_key_env=key_env)  # pyright: ignore[reportCallIssue]
+    except ValidationError as error:
+        problems = [e["msg"].removeprefix("Value error, ") for e in error.errors()]
+        raise ConfigError("; ".join(problems)) from None

@@ -235,9 +235,11 @@ def _read(path: Path, required: Sequence[str], optional: Sequence[str]) -> Itera
     with _opened(path, required) as file:
         names = file.schema_arrow.names
         columns = [*required, *(name for name in optional if name in names)]
-        for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
-            batch.validate(full=True)  # a text that is no UTF-8 is refused here
-            yield from batch.to_pylist()
+        # One group at a time: pyarrow keeps the bytes of all the groups that one call reads.
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=columns):
+                batch.validate(full=True)  # a text that is no UTF-8 is refused here
+                yield from batch.to_pylist()
 
 
 @contextmanager

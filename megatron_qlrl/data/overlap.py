@@ -3,8 +3,8 @@
     held-out rows -> index of their n-grams (a bounded sample) <- n-grams of each training row
 
 Texts are compared without case, punctuation and white space. Two texts overlap by the share of the
-shorter one's distinct n-grams that the other has (the overlap coefficient). The index is all that
-is kept, so memory does not grow with the training file.
+shorter one's distinct n-grams that the other has (the overlap coefficient). Only the index and the
+row group that is read are in memory.
 """
 
 from collections.abc import Callable, Iterable

@@ -45,6 +45,8 @@ CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Cut and unanswered responses (share)", (
         "response_length/clip_ratio", "reward/rule/no_answer",
     )),
+    ("Behaviours by the judge (a response)", (r"behaviours/judge/.+",)),
+    ("Behaviours by patterns (sentences of a response)", (r"behaviours/patterns/.+",)),
     ("Gradient norm", ("actor/grad_norm",)),
     ("Trainer against engine (probability)", ("training/rollout_probs_diff_mean",)),
     ("Clipped tokens (share)", ("actor/pg_clipfrac",)),

@@ -119,6 +119,8 @@ def _read(folder: Path, label: str) -> Run:
             tests.append(numbers | {"steps_done": steps[-1]["step"] + 1 if steps else 0})
         else:
             steps.append(numbers)
+    behaviours = _behaviours(folder / "behaviours.json", notes)
+    steps = [line | behaviours.get(int(line["step"]), {}) for line in steps]
     config, settings = _config(folder / "config.yaml", notes)
     evaluations = [_evaluation(path, notes) for path in folder.glob("eval/*.json")]
     return Run(
@@ -133,6 +135,26 @@ def _read(folder: Path, label: str) -> Run:
         is_held=any(time.time() - _changed(p) < SILENCE_S for p in folder.glob("run.lock.*")),
         notes=notes,
     )
+
+
+def _behaviours(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
+    """Returns the means that `qlrl behaviours` has left, by step and metric name."""
+    if not path.is_file():
+        return {}
+    means: dict[int, dict[str, float]] = {}
+    try:
+        for step in json.loads(path.read_text(encoding="utf-8"))["steps"]:
+            named = (("patterns", step["lexical"]), ("judge", step["judge"] or {}))
+            means[int(step["step"])] = {
+                f"behaviours/{by}/{name}": value
+                for by, own in named
+                for name, value in own.items()
+                if is_number(value)
+            }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        notes.append(f"{path.name} is damaged and left out")
+        return {}
+    return means
 
 
 def read_jsonl(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:

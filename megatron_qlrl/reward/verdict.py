@@ -133,12 +133,11 @@ class _Reply(_Closed):
     choices: list[_Choice] = Field(min_length=1, max_length=1)
 
 
-def parse_verdict(body: bytes) -> bool:
-    """Returns the verdict in the body of a chat completion.
+def finished_content(body: bytes) -> str:
+    """Returns the text of a chat completion.
 
     Raises:
-        NoVerdict: the reply is not exactly one choice that follows the schema and is complete. One
-            that was cut at max_tokens is not complete.
+        NoVerdict: the reply is not exactly one choice, or was cut at max_tokens.
     """
     try:
         reply = _Reply.model_validate_json(body)
@@ -146,7 +145,17 @@ def parse_verdict(body: bytes) -> bool:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "body"
         raise NoVerdict(f"not a finished chat completion ({where}: {problem['msg']})") from None
-    content = reply.choices[0].message.content
+    return reply.choices[0].message.content
+
+
+def parse_verdict(body: bytes) -> bool:
+    """Returns the verdict in the body of a chat completion.
+
+    Raises:
+        NoVerdict: the reply is not exactly one choice that follows the schema and is complete. One
+            that was cut at max_tokens is not complete.
+    """
+    content = finished_content(body)
     match = _VERDICT.fullmatch(content)
     if not match:
         raise NoVerdict(f"not a verdict: {content[:80]!r}")

@@ -1,5 +1,6 @@
 """Missing and damaged files cost their part of the page; a folder that is no run is refused."""
 
+import json
 import random
 import re
 from pathlib import Path
@@ -84,3 +85,25 @@ def test_other_line_ends_within_an_answer(tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     path.write_text(re.sub("the answer is", "the\u2028answer\x85is", text), encoding="utf-8")
     assert b"the\\u2028answer\xc2\x85is" in report_page(read_runs([folder]))
+
+
+def test_behaviours_join_the_steps_that_have_them(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    step = {"step": 2, "lexical": {"grounding": 1.5}, "judge": {"grounding": 2.0}}
+    other = {"step": 3, "lexical": {"grounding": 0.5}, "judge": None}
+    (folder / "behaviours.json").write_text(json.dumps({"steps": [step, other]}))
+    (run,) = read_runs([folder])
+    names = ("behaviours/patterns/grounding", "behaviours/judge/grounding")
+    assert [tuple(line.get(name) for name in names) for line in run.steps] == [
+        (None, None), (None, None), (1.5, 2.0), (0.5, None),
+    ]  # fmt: skip
+    assert b"Behaviours by the judge" in report_page([run])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"steps": [1]}', '{"steps": [{"step": null}]}'])
+def test_damaged_behaviours_cost_their_chart(tmp_path: Path, text: str) -> None:
+    folder = write_run(tmp_path / "a")
+    (folder / "behaviours.json").write_text(text)
+    (run,) = read_runs([folder])
+    assert run.notes == ["behaviours.json is damaged and left out"]
+    assert report_page([run])
