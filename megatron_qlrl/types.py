@@ -29,6 +29,7 @@ class Prompt:
         reasoning_open: whether the rendered prompt ends in an open `<think>`, so that a response
             must close its reasoning before its final answer counts.
         cut: whether the text lost its middle to fit (evaluation).
+        end: the last characters of the last user message, for the rollout log.
     """
 
     uid: str
@@ -39,6 +40,7 @@ class Prompt:
     extra: Mapping[str, Any] = field(default_factory=dict)
     reasoning_open: bool = False
     cut: bool = False
+    end: str = ""
 
     @property
     def num_tokens(self) -> int:

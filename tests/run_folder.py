@@ -59,6 +59,7 @@ def sample(text: str = "the answer is 4", **more: Any) -> dict[str, Any]:
         "data_source": "math",
         "sample": 0,
         "question": "2 + 2?",
+        "prompt_end": "the end of the prompt: 2 + 2?",
         "ground_truth": "4",
         "response": text,
         "num_tokens": 5,

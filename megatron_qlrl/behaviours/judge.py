@@ -18,6 +18,7 @@ from megatron_qlrl.behaviours.lexical import BEHAVIOURS
 from megatron_qlrl.config.schema import JudgeConfig
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.platform.journal import JournalFile, parse_line
+from megatron_qlrl.platform.progress import Tally
 from megatron_qlrl.reward.endpoint import EndpointFailure, Endpoints, open_session, retrying
 from megatron_qlrl.reward.judge import MAX_REPLY_BYTES
 from megatron_qlrl.reward.verdict import MAX_QUESTION_CHARS, NoVerdict, finished_content
@@ -170,19 +171,25 @@ class BehaviourJudge:
     def is_lost(self) -> bool:
         return self._lost_in_row >= GIVE_UP_AFTER
 
-    async def counts(self, everything: Sequence[Asked]) -> list[Counts | None]:
-        """Returns the counts of each response, None where there is no verdict.
+    async def counts(
+        self, everything: Sequence[Asked], tally: Tally | None = None
+    ) -> list[Counts | None]:
+        """Returns the counts of each response, None where there is no verdict. `tally` counts them
+        as they come.
 
         Raises:
             DataError: the journal cannot be written.
         """
         results: list[Counts | None] = [None] * len(everything)
+        tally = tally or Tally("responses")
+        tally.total = len(everything)
         pending = iter(enumerate(everything))
         async with open_session(self._config.concurrency) as session:
 
             async def work() -> None:
                 for place, asked in pending:  # shared: every worker takes the next one
                     results[place] = await self._one(session, asked)
+                    tally.done += 1
 
             try:
                 async with asyncio.TaskGroup() as group:

@@ -82,16 +82,17 @@ class _Asking:
         self, stem: Path, urls: list[str], model: str, key_env: str | None, stack: ExitStack
     ) -> None:
         from megatron_qlrl.behaviours.judge import BehaviourJudge, CountsJournal
-        from megatron_qlrl.platform.progress import Progress
+        from megatron_qlrl.platform.progress import Progress, Tally
 
         config = judge_config(urls, model, key_env).model_copy(update={"timeout_s": _TIMEOUT_S})
         key = read_secret(key_env)
         journal = stack.enter_context(closing(CountsJournal(Path(f"{stem}.journal"))))
         self.judge = BehaviourJudge(config, journal, key=key)
-        self._progress = Progress.of_rank(0)
+        self._progress, self._tally = Progress.of_rank(0), Tally("responses")
 
     def __call__(self, asked: Sequence[Any]) -> Sequence[Any]:
         import asyncio
 
-        with self._progress.doing(f"asking the judge about {len(asked)} responses"):
-            return asyncio.run(self.judge.counts(asked))
+        with self._progress.doing(f"asking the judge about {len(asked)} responses", self._tally):
+            self._tally.start()
+            return asyncio.run(self.judge.counts(asked, self._tally))

@@ -26,6 +26,7 @@ from megatron_qlrl.types import Example, Prompt
 _REQUIRED = ("data_source", "prompt", "reward_model")
 _OPTIONAL = ("extra_info", "question")
 _BATCH_ROWS = 64
+_END_CHARS = 400
 
 
 @dataclass(frozen=True)
@@ -292,6 +293,7 @@ def _prompt(
         dict(extra),
         reasoning_open=opens_reasoning(tokenizer, token_ids),
         cut=kept != messages,
+        end=next((m["content"][-_END_CHARS:] for m in kept[::-1] if m["role"] == "user"), ""),
     )
 
 

@@ -30,6 +30,7 @@ from megatron_qlrl.evaluate.evaluation import write_answers
 from megatron_qlrl.evaluate.statistics import score_lines, statistics
 from megatron_qlrl.platform.env import read_secret
 from megatron_qlrl.platform.lock import take_lock
+from megatron_qlrl.platform.progress import Progress, Tally
 from megatron_qlrl.reward.endpoint import open_session
 from megatron_qlrl.reward.score import Scorer, check_sources
 from megatron_qlrl.rollout.collect import check_masked
@@ -115,6 +116,9 @@ async def _collect(
     service = config.evaluation.endpoint
     assert service is not None
     teacher = Teacher(service, key=key)
+    tally = Tally("answers")
+    wanted = [(p.uid, k) for p in prompts for k in range(config.evaluation.samples)]
+    tally.total, tally.known = len(wanted), sum(key in journal.samples for key in wanted)
     async with open_session(service.concurrency) as session:
 
         async def ask(number: int, sample: int) -> Sample | None:
@@ -123,16 +127,18 @@ async def _collect(
             answer = await teacher.answer(
                 session, {**request, "messages": chats[number], "seed": seed}
             )
+            tally.done += answer is not None
             return answer and Sample(uid, sample, *answer)
 
         try:
-            failed = await collect(
-                prompts,
-                ask,
-                journal,
-                samples=config.evaluation.samples,
-                concurrency=service.concurrency,
-            )
+            with Progress.of_rank(0).doing(f"asking {service.model}", tally):
+                failed = await collect(
+                    prompts,
+                    ask,
+                    journal,
+                    samples=config.evaluation.samples,
+                    concurrency=service.concurrency,
+                )
         except DataError as error:
             raise DataError(f"{error} (last: {teacher.last_failure})") from error
     if failed:

@@ -7,11 +7,12 @@ from typing import Any
 
 from megatron_qlrl.config.schema import EvaluationConfig
 from megatron_qlrl.evaluate.benchmarks import benchmark_scores
+from megatron_qlrl.evaluate.counted import CountedAnswers
 from megatron_qlrl.evaluate.statistics import statistics
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.metrics.rollouts import rollout_records
 from megatron_qlrl.metrics.sinks import Tracker
-from megatron_qlrl.platform.progress import Progress
+from megatron_qlrl.platform.progress import Progress, Tally
 from megatron_qlrl.reward.diagnose import diagnosis
 from megatron_qlrl.rollout.collect import Answers, Collector
 from megatron_qlrl.rollout.seeds import EVALUATION_STEP
@@ -83,16 +84,19 @@ class Evaluation:
         alone: they would make the tracker's lines too long to read."""
         if not self._benchmarks:
             return {}
-        meter, answering = Meter(), Meter()
+        meter, answering, tally = Meter(), Meter(), Tally("responses of this engine")
+        counted = CountedAnswers(self._journal, tally)
         with (
             meter.timed("testing"),
             self._collector.session(
-                self._sampling, step=EVALUATION_STEP, meter=answering, answers=self._journal
+                self._sampling, step=EVALUATION_STEP, meter=answering, answers=counted
             ) as collect,
         ):
             answers = {}
             for benchmark, prompts in self._benchmarks.items():
-                with self._progress.doing(f"answering {len(prompts)} prompts of {benchmark}"):
+                tally.start()
+                what = f"answering {len(prompts)} prompts of {benchmark}"
+                with self._progress.doing(what, tally):
                     answers[benchmark] = collect(prompts)
         metrics = benchmark_scores(answers) | {
             f"val/{key}": value

@@ -86,6 +86,7 @@ def rollout_records(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
             "data_source": group.prompt.data_source,
             "sample": rollout.sample,
             "question": group.prompt.question,
+            "prompt_end": group.prompt.end,
             "ground_truth": group.prompt.ground_truth,
             "response": rollout.text,
             "reasoning": "required" if group.prompt.reasoning_open else "optional",

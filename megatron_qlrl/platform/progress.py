@@ -22,12 +22,46 @@ def say_on_stderr(line: str) -> None:
     print(f"qlrl: {line}", file=sys.__stderr__, flush=True)
 
 
+class Tally:
+    """Counts what is done of a long work, and says how long the rest may take.
+
+    Attributes:
+        total: all that is wanted.
+        known: what was there before.
+        done: what has come since.
+    """
+
+    def __init__(self, unit: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """`unit` names the things in the plural; the time counts from here."""
+        self._unit, self._clock = unit, clock
+        self.start()
+
+    def start(self) -> None:
+        """Begins anew."""
+        self.total = self.known = self.done = 0
+        self._started = self._clock()
+
+    def __str__(self) -> str:
+        text = f"{self.known + self.done} of {self.total} {self._unit}"
+        left = self.total - self.known - self.done
+        if not self.done or not left:
+            return text
+        seconds = (self._clock() - self._started) / self.done * left
+        return f"{text}, about {_duration(seconds)} left"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 class Progress:
     """Says what begins, and every `every_s` seconds what still goes on."""
 
     def __init__(self, say: Callable[[str], None], *, every_s: float = EVERY_S) -> None:
         self._say, self._every_s = say, every_s
-        self._stack: list[tuple[str, float]] = []
+        self._stack: list[tuple[str, float, Tally | None]] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -37,11 +71,11 @@ class Progress:
         return cls(say_on_stderr if rank == 0 else lambda _: None)
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Says that `what` ("loading weights") goes on while the block runs; the innermost block
-        speaks."""
+    def doing(self, what: str, tally: Tally | None = None) -> Iterator[None]:
+        """Says that `what` ("loading weights") goes on while the block runs, and how far `tally`
+        is; the innermost block speaks."""
         with self._changed:
-            self._stack.append((what, time.monotonic()))
+            self._stack.append((what, time.monotonic(), tally))
             self._say(what)
             self._changed.notify()
             if self._thread is None:
@@ -69,8 +103,9 @@ class Progress:
             while self._stack:
                 if self._changed.wait(self._every_s) or not self._stack:
                     continue
-                what, started = self._stack[-1]
-                self._say(f"still {what} ({time.monotonic() - started:.0f} s)")
+                what, started, tally = self._stack[-1]
+                far = "" if tally is None else f"; {tally}"
+                self._say(f"still {what} ({time.monotonic() - started:.0f} s{far})")
             self._thread = None
 
 

@@ -11,7 +11,7 @@ MAX_TEXT = 6_000
 """Characters that are kept of a question or a response: its beginning and its end."""
 
 FIELDS = ("uid", "data_source", "sample", "num_tokens", "finished", "score", "rule", "judge")
-TEXTS = ("question", "ground_truth", "response", "prediction", "matched")
+TEXTS = ("question", "prompt_end", "ground_truth", "response", "prediction", "matched")
 
 
 def choose_samples(folder: Path, notes: list[str], *, max_bytes: int) -> list[dict[str, Any]]:
@@ -28,7 +28,8 @@ def choose_samples(folder: Path, notes: list[str], *, max_bytes: int) -> list[di
             if size <= max_bytes:
                 kept.append(sample)
         if size > max_bytes:
-            notes.append(f"responses of {len(chosen)} of {len(files)} logged steps are shown")
+            shown = sum(map(bool, chosen.values()))  # the last one may have had no room at all
+            notes.append(f"responses of {shown} of {len(files)} logged steps are shown")
             break
     samples = [sample for file in sorted(chosen) for sample in chosen[file]]
     if any([sample.pop("cut") for sample in samples]):

@@ -18,7 +18,9 @@ CANVAS_COLORS = """[...document.querySelectorAll('canvas')].map((canvas) => new 
 def test_page_in_a_browser(tmp_path: Path, qlrl: Callable[..., Any]) -> None:
     first, second = write_run(tmp_path / "<img src=x onerror=alert(1)>"), write_run(tmp_path / "b")
     for step, payload in enumerate(PAYLOADS):
-        hostile = sample(payload, data_source=payload, question=payload, uid=payload)
+        hostile = sample(
+            payload, data_source=payload, question=payload, prompt_end=payload, uid=payload
+        )
         records = [hostile | {"prediction": payload}, sample(score=0.0, rule=0.0)]
         write_jsonl(first / "rollouts" / f"step_{step:06d}.jsonl", records)
     events = [step_line(step, **{"stability/kl_spike": 1}) for step in range(4)]

@@ -431,6 +431,8 @@ function sampleView(sample) {
     ];
     view.append(el("div", {},
       el("h3", {}, "Question"), el("pre", { tabindex: "0" }, sample.question),
+      ...(sample.prompt_end ? [el("h3", {}, "Prompt end"),
+        el("pre", { tabindex: "0" }, sample.prompt_end)] : []),  // logs of before have none
       el("h3", {}, "Response"), response(sample),
       el("dl", { class: "facts" },
         ...facts.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)]))));

@@ -251,3 +251,15 @@ def test_nothing_left_is_an_error():
     prompts = [Prompt("a:0", np.zeros(61, np.int32), "s", "q", "g")]
     with pytest.raises(DataError, match="1 of 1 prompts.*Nothing is left: raise max_input_tokens"):
         drop_overlong(prompts, 60)
+
+
+def test_the_end_of_the_last_user_message_is_kept(tmp_path, tokenizer):
+    chat = [
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "x" * 500 + "who"},
+    ]
+    file = write(tmp_path / "a.parquet", make_row(prompt=chat), make_row())
+    long, short = load_prompts([file], tokenizer=tokenizer)
+    assert long.end == "x" * 397 + "who"
+    assert short.end == "who"

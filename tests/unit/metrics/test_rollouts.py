@@ -8,6 +8,7 @@ from megatron_qlrl.metrics.rollouts import (
     judge_metrics,
     part_metrics,
     rollout_metrics,
+    rollout_records,
 )
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
 
@@ -106,3 +107,9 @@ def test_speed_of_an_engine_is_tokens_of_all_over_seconds_of_all() -> None:
     speed = {"perf/prefill_tokens_per_s": 50.0, "perf/decode_tokens_per_s": 20.0}
     assert engine_metrics([one, two]) == speed
     assert engine_metrics([dict.fromkeys(one, 0.0)]) == {}
+
+
+def test_records_have_the_end_of_the_prompt() -> None:
+    of = Prompt("a", np.arange(3, dtype=np.int32), "docqa", "?", "!", end="</text> <b>?")
+    (record,) = rollout_records([scored(of, 1.0)])
+    assert (record["prompt_end"], record["question"]) == ("</text> <b>?", "?")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_qlrl.errors import ConfigError
-from megatron_qlrl.platform.progress import Progress, foreign_messages_in
+from megatron_qlrl.platform.progress import Progress, Tally, foreign_messages_in
 
 
 def wait_for(lines: list[str], number: int) -> None:
@@ -93,3 +93,29 @@ def test_a_file_in_the_folders_place_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "logs").touch()
     with pytest.raises(ConfigError, match="logs"), foreign_messages_in(tmp_path / "logs" / "x"):
         pass
+
+
+def test_tally_says_what_is_left_at_the_speed_so_far() -> None:
+    now = [100.0]
+    tally = Tally("answers", clock=lambda: now[0])
+    tally.total, tally.known = 50, 10
+    assert str(tally) == "10 of 50 answers"
+    now[0], tally.done = 160.0, 30  # 2 s each, and 10 are left
+    assert str(tally) == "40 of 50 answers, about 20 s left"
+    tally.total = 240  # 200 left
+    assert str(tally) == "40 of 240 answers, about 7 min left"
+    tally.total = 40 + 5400  # 10,800 s
+    assert str(tally) == "40 of 5440 answers, about 3.0 h left"
+    tally.total = 40
+    assert str(tally) == "40 of 40 answers"
+    tally.start()
+    assert str(tally) == "0 of 0 answers"
+
+
+def test_what_goes_on_says_how_far_it_is() -> None:
+    lines: list[str] = []
+    tally = Tally("answers")
+    tally.total = 3
+    with Progress(lines.append, every_s=0.02).doing("asking", tally):
+        wait_for(lines, 2)
+    assert lines[:2] == ["asking", "still asking (0 s; 0 of 3 answers)"]

@@ -53,7 +53,14 @@ def harmless(tmp_path_factory: pytest.TempPathFactory) -> _Elements:
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_text_of_a_run_stays_data(payload: str, tmp_path: Path, harmless: _Elements) -> None:
     folder = write_run(tmp_path / "a")
-    hostile = sample(payload, data_source=payload, question=payload, uid=payload, finished=payload)
+    hostile = sample(
+        payload,
+        data_source=payload,
+        question=payload,
+        prompt_end=payload,
+        uid=payload,
+        finished=payload,
+    )
     lines = [json.dumps(hostile)]
     (folder / "rollouts" / "step_000000.jsonl").write_text("\n".join(lines) + "\n")
     start = {"commit": payload, payload: payload, "world_size": 2}
@@ -65,7 +72,8 @@ def test_text_of_a_run_stays_data(payload: str, tmp_path: Path, harmless: _Eleme
     assert not re.search("[<>&\u2028\u2029]", elements.scripts[0])
     shown = data_of(page)["runs"][0]["samples"][0]
     expected = payload.replace("\ud800", "?")
-    assert [shown["response"], shown["data_source"], shown["finished"]] == [expected] * 3
+    names = ("response", "prompt_end", "data_source", "finished")
+    assert [shown[name] for name in names] == [expected] * 4
 
 
 def test_script_data_reads_back() -> None:
