@@ -18,6 +18,8 @@ BenchmarkName = Literal[
     "longbench_v2", "mrcr", "tatqa",
 ]  # fmt: skip
 
+FamilyName = Literal["musique", "multihoprag", "docmath", "choice"]
+
 
 @app.command("toy")
 def data_toy(
@@ -66,6 +68,30 @@ def data_benchmark(
     size, licence = BENCHMARKS[name].size, BENCHMARKS[name].licence
     note = "" if rows == size else f" (the published set has {size})"
     typer.echo(f"{rows} rows{note}: {out}; licence: {licence}")
+
+
+@app.command("family")
+def data_family(
+    name: Annotated[FamilyName, typer.Argument(help="The family.")],
+    source: Annotated[Path, typer.Argument(help="Its raw file, or the folder of it.")],
+    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    distractors: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Texts of other questions in each document (musique, multihoprag)."
+        ),
+    ] = 10,
+    seed: Annotated[int, typer.Option(help="Of the distractors and the order of texts.")] = 0,
+    split: Annotated[str, typer.Option(help="Recorded in each row.")] = "train",
+) -> None:
+    """Build training data of a family of DocQA-RL-1.6K from its raw parts."""
+    from megatron_qlrl.data.builders.families import build_family
+    from megatron_qlrl.reward.rules import check_gold
+
+    rows = build_family(
+        name, source, out, distractors=distractors, seed=seed, split=split, check_gold=check_gold
+    )
+    typer.echo(f"{rows} rows: {out}")
 
 
 @app.command("ruler")

@@ -6,8 +6,8 @@ rows of a set are written, in the order of its files.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,34 +15,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_qlrl.data.builders.rows import (
-    parse_json,
-    read_lines,
-    read_list,
-    read_text,
-    write_rows,
+from megatron_qlrl.data.builders.items import (
+    Item,
+    number_of,
+    read_records,
+    text_of,
+    texts_of,
+    write_items,
 )
-from megatron_qlrl.data.template import Kind, docqa_message
+from megatron_qlrl.data.builders.rows import parse_json
 from megatron_qlrl.errors import DataError
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question of a benchmark.
-
-    Attributes:
-        source: the row's `data_source`, where the set has several rules.
-        extra: fields of `extra_info`, the same for all questions of a set.
-        messages: the chat, where the set has one of its own instead of a document.
-    """
-
-    question: str
-    document: str
-    gold: str
-    kind: Kind
-    source: str = ""
-    extra: Mapping[str, str | int] = field(default_factory=dict)
-    messages: list[dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,33 +59,17 @@ def build_benchmark(
         ConfigError: `out` cannot be written, or is one of the inputs.
     """
     benchmark = BENCHMARKS[name]
-    rows: list[dict[str, Any]] = []
-    for where, item in benchmark.read(source):
-        data_source = item.source or benchmark.data_source
-        try:
-            check_gold(data_source, item.gold)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
-        rows.append(_row(item, data_source, len(rows)))
+    rows = write_items(
+        benchmark.read(source),
+        out,
+        data_source=benchmark.data_source,
+        split="test",
+        source=source,
+        check_gold=check_gold,
+    )
     if not rows:
         raise DataError(f"{source} holds no questions of {name}")
-    files = source.rglob("*") if source.is_dir() else [source]
-    write_rows(out, rows, inputs=sorted(file for file in files if file.is_file()))
-    return len(rows)
-
-
-def _row(item: Item, data_source: str, index: int) -> dict[str, Any]:
-    document, question = item.document.strip(), item.question.strip()
-    message = docqa_message(document=document, question=question, kind=item.kind)
-    return {
-        "data_source": data_source,
-        "prompt": item.messages or [{"role": "user", "content": message}],
-        "ability": "docqa",
-        "reward_model": {"style": "rule", "ground_truth": item.gold},
-        "extra_info": {"split": "test", "index": index, **item.extra},
-        "document": document,
-        "question": question,
-    }
+    return rows
 
 
 _DOCMATH_PARTS = ("complong", "compshort", "simplong", "simpshort")
@@ -113,29 +79,31 @@ _SELECTION = "docmath_all_test_200.jsonl"
 def _docmath_all(source: Path) -> Iterator[tuple[str, Item]]:
     for part in _DOCMATH_PARTS:
         stem = f"{part}_testmini"
-        for where, record in _records(source, f"{stem}.jsonl", f"{stem}.json"):
-            paragraphs = _texts(where, record, "paragraphs")
-            yield (
-                where,
-                Item(
-                    question=_text(where, record, "question"),
-                    document="\n".join(paragraphs),
-                    gold=_number(where, record, "ground_truth"),
-                    kind="math",
-                    extra={"id": _text(where, record, "question_id"), "part": part},
-                ),
-            )
+        for where, record in read_records(source, f"{stem}.jsonl", f"{stem}.json"):
+            item = docmath_item(where, record)
+            yield where, replace(item, extra={**item.extra, "part": part})
+
+
+def docmath_item(where: str, record: dict[str, Any]) -> Item:
+    """Returns a question in the schema of DocMath-Eval."""
+    return Item(
+        question=text_of(where, record, "question"),
+        document="\n".join(texts_of(where, record, "paragraphs")),
+        gold=number_of(where, record, "ground_truth"),
+        kind="math",
+        extra={"id": text_of(where, record, "question_id")},
+    )
 
 
 def _docmath(source: Path) -> Iterator[tuple[str, Item]]:
     """The questions of the paper: those that occur with their document in a selected prompt."""
     prompts = []
-    for where, record in _records(source, _SELECTION):
+    for where, record in read_records(source, _SELECTION):
         messages = record.get("prompt")
         first = messages[0] if isinstance(messages, list) and messages else None
         if not isinstance(first, dict):
             raise DataError(f"{where}: `prompt` must be a list of messages")
-        prompts.append(_text(where, first, "content"))
+        prompts.append(text_of(where, first, "content"))
     for where, item in _docmath_all(source):
         question, document = item.question.strip(), item.document.strip()
         if any(question in prompt and document in prompt for prompt in prompts):
@@ -143,51 +111,51 @@ def _docmath(source: Path) -> Iterator[tuple[str, Item]]:
 
 
 def _frames(source: Path) -> Iterator[tuple[str, Item]]:
-    for where, record in _records(source, "test.jsonl"):
+    for where, record in read_records(source, "test.jsonl"):
         pages = record.get("wiki_items")
         if not isinstance(pages, list) or not all(isinstance(page, dict) for page in pages):
             raise DataError(f"{where}: `wiki_items` must be a list of {{title, text}}")
-        texts = [f"{_text(where, p, 'title')}\n{_text(where, p, 'text')}" for p in pages]
+        texts = [f"{text_of(where, p, 'title')}\n{text_of(where, p, 'text')}" for p in pages]
         yield (
             where,
             Item(
-                question=_text(where, record, "Prompt"),
+                question=text_of(where, record, "Prompt"),
                 document="\n".join(texts),
-                gold=_text(where, record, "Answer"),
+                gold=text_of(where, record, "Answer"),
                 kind="qa",
             ),
         )
 
 
 def _longbench(name: str, source: Path) -> Iterator[tuple[str, Item]]:
-    for where, record in _records(source, f"{name}.jsonl"):
+    for where, record in read_records(source, f"{name}.jsonl"):
         yield (
             where,
             Item(
-                question=_text(where, record, "input"),
-                document=_text(where, record, "context"),
-                gold=_texts(where, record, "answers")[0],
+                question=text_of(where, record, "input"),
+                document=text_of(where, record, "context"),
+                gold=texts_of(where, record, "answers")[0],
                 kind="qa",
-                extra={"id": _text(where, record, "_id")},
+                extra={"id": text_of(where, record, "_id")},
             ),
         )
 
 
 def _longbench_v2(source: Path) -> Iterator[tuple[str, Item]]:
-    for where, record in _records(source, "data.json"):
-        options = [f"({x}) {_text(where, record, f'choice_{x}').strip()}" for x in "ABCD"]
-        gold = _text(where, record, "answer").strip()
+    for where, record in read_records(source, "data.json"):
+        options = [f"({x}) {text_of(where, record, f'choice_{x}').strip()}" for x in "ABCD"]
+        gold = text_of(where, record, "answer").strip()
         if gold not in tuple("ABCD"):
             raise DataError(f"{where}: `answer` must be A, B, C or D, found {gold[:40]!r}")
         keys = {"id": "_id"} | {key: key for key in ("domain", "difficulty", "length")}
         yield (
             where,
             Item(
-                question="\n".join([_text(where, record, "question").strip(), "", *options]),
-                document=_text(where, record, "context"),
+                question="\n".join([text_of(where, record, "question").strip(), "", *options]),
+                document=text_of(where, record, "context"),
                 gold=gold,
                 kind="choice",
-                extra={name: _text(where, record, key) for name, key in keys.items()},
+                extra={name: text_of(where, record, key) for name, key in keys.items()},
             ),
         )
 
@@ -203,11 +171,11 @@ def _mrcr(source: Path) -> Iterator[tuple[str, Item]]:
     for file in files:
         for number, record in enumerate(_parquet(file, (*_MRCR_TEXTS, *_MRCR_NUMBERS))):
             where = f"{file}, row {number}"
-            chat, answer, prefix = (_text(where, record, key) for key in _MRCR_TEXTS)
+            chat, answer, prefix = (text_of(where, record, key) for key in _MRCR_TEXTS)
             messages = parse_json(where, chat, "`prompt` is a JSON list of messages")
             if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
                 raise DataError(f"{where}: `prompt` must be a JSON list of {{role, content}}")
-            chat = [{key: _text(where, m, key) for key in ("role", "content")} for m in messages]
+            chat = [{key: text_of(where, m, key) for key in ("role", "content")} for m in messages]
             if not chat or chat[-1]["role"] != "user":
                 raise DataError(f"{where}: the last message of `prompt` must be the user's")
             if not answer.startswith(prefix) or "\n" in prefix:
@@ -216,7 +184,7 @@ def _mrcr(source: Path) -> Iterator[tuple[str, Item]]:
                 )
             extra: dict[str, str | int] = {}
             for key in _MRCR_NUMBERS:
-                extra[key] = int(_number(where, record, key))
+                extra[key] = int(number_of(where, record, key))
             yield (
                 where,
                 Item(
@@ -242,7 +210,7 @@ _FIGURE = re.compile(
 
 def _tatqa(source: Path) -> Iterator[tuple[str, Item]]:
     names = [f"tatqa_dataset_{split}.json" for split in ("dev", "test_gold", "train")]
-    for where, record in _records(source, *names):
+    for where, record in read_records(source, *names):
         table = record.get("table")
         rows = table.get("table") if isinstance(table, dict) else None
         paragraphs, questions = record.get("paragraphs"), record.get("questions")
@@ -254,7 +222,7 @@ def _tatqa(source: Path) -> Iterator[tuple[str, Item]]:
             ordered = sorted(paragraphs, key=lambda paragraph: paragraph["order"])
         except (TypeError, KeyError) as error:
             raise DataError(f"{where}: every paragraph needs `order`, a number") from error
-        texts = [_text(where, paragraph, "text") for paragraph in ordered]
+        texts = [text_of(where, paragraph, "text") for paragraph in ordered]
         texts += [" | ".join(map(str, row)) for row in rows]
         for number, question in enumerate(questions):
             at = f"{where}, question {number}"
@@ -278,14 +246,14 @@ def _tatqa_item(where: str, record: dict[str, Any], document: str) -> Item:
     is_number = form in ("arithmetic", "count") or (
         form == "span" and _FIGURE.fullmatch(spans[0]) is not None
     )
-    question = _text(where, record, "question").strip()
+    question = text_of(where, record, "question").strip()
     return Item(
         question=f"{question} {_TATQA_HINT}" if is_number else question,
         document=document,
         gold="; ".join(figures),
         kind="math" if is_number else "qa",
         source="tatqa_docmath" if is_number else "tatqa_musique",
-        extra={"id": _text(where, record, "uid"), "answer_type": form, "scale": scale},
+        extra={"id": text_of(where, record, "uid"), "answer_type": form, "scale": scale},
     )
 
 
@@ -300,18 +268,6 @@ def _figure(text: str, scale: str) -> str:
     return f"{sign}{digits}{unit if unit == '%' else f' {unit}'}".rstrip()
 
 
-def _records(source: Path, *names: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the records of the first of `names` in a folder, or of `source` if it is a file."""
-    path = source
-    if source.is_dir():
-        present = [source / name for name in names if (source / name).is_file()]
-        if not present:
-            raise DataError(f"folder {source} has no file {' or '.join(names)}")
-        path = present[0]
-    is_list = read_text(path, str(path)).lstrip()[:1] == "["
-    yield from read_list(path) if is_list else read_lines(path)
-
-
 def _parquet(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
@@ -323,29 +279,6 @@ def _parquet(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path} cannot be read as a parquet file: {error}") from error
-
-
-def _text(where: str, record: Any, key: str) -> str:
-    value = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: `{key}` must be a text that is not empty")
-    return value
-
-
-def _texts(where: str, record: dict[str, Any], key: str) -> list[str]:
-    value = record.get(key)
-    if not isinstance(value, list) or not value or not all(isinstance(x, str) for x in value):
-        raise DataError(f"{where}: `{key}` must be a list of texts that is not empty")
-    if not value[0].strip() and key == "answers":
-        raise DataError(f"{where}: the first of `{key}` is empty")
-    return value
-
-
-def _number(where: str, record: dict[str, Any], key: str) -> str:
-    value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{where}: `{key}` must be a number, found {str(value)[:40]!r}")
-    return str(value)
 
 
 def _hf(repository: str) -> str:
