@@ -11,8 +11,8 @@ It needs torch with triton and transformers; megatron-core and pydantic may be i
         pydantic pydantic-core annotated-types typing-inspection typing-extensions
 
 A part that fails is recorded with its traceback, the others still run, and the exit code is 1.
-Without a GPU the same parts run in small sizes, without Transformer Engine. It has not been run on
-a GPU yet.
+Without a GPU the same parts run in small sizes, without Transformer Engine. What it measured on an
+H200 is in docs/measurements/gpu_check_h200.json.
 """
 
 import argparse
@@ -214,7 +214,9 @@ def check_engine(gpu: bool, **fp8: str) -> dict[str, Any]:
     """Compares an update by Transformer Engine's layers, in bfloat16 and in FP8, with one by
     Megatron's own in bfloat16: log-probs, gradient norm, and time of FP8 against bfloat16.
 
-    The bounds are guesses, because nothing was measured on a GPU yet.
+    In bfloat16 both round alike, at other places. FP8 has three bits of mantissa (e4m3) in place of
+    bfloat16's seven, so its log-probs may be 16 times as far apart; twice that is allowed. The
+    gradient norm is a mean over many roundings and moves far less.
     """
     import numpy as np
 
@@ -234,7 +236,8 @@ def check_engine(gpu: bool, **fp8: str) -> dict[str, Any]:
     rows = group_rows(group, max_tokens=tokens, share_prompt=True, cost=partial(block_flops, shape))
     logprobs, norm, _ = _update_by(False, shape, rows, {})
     figures: dict[str, Any] = {"shape": widths | {"layers": 4, "tokens": tokens}, "fp8": fp8}
-    for name, settings, allowed in (("bfloat16", {}, 0.02), ("float8", fp8, 0.1)):
+    allowed = 0.02
+    for name, settings, norm_allowed in (("bfloat16", {}, 0.01), ("float8", fp8, 0.05)):
         theirs, other, seconds = _update_by(True, shape, rows, settings)
         apart = np.abs(theirs - logprobs)
         figures[name] = {
@@ -244,7 +247,8 @@ def check_engine(gpu: bool, **fp8: str) -> dict[str, Any]:
             "tokens_per_s": tokens / seconds,
         }
         assert apart.mean() < allowed, figures
-        assert abs(other / norm - 1) < 2.5 * allowed, figures
+        assert abs(other / norm - 1) < norm_allowed, figures
+        allowed = 2 * 16 * apart.mean()
     figures["speedup"] = figures["float8"]["tokens_per_s"] / figures["bfloat16"]["tokens_per_s"]
     return figures
 

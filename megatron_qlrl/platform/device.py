@@ -47,7 +47,7 @@ def weight_dtype(configured: str | None) -> str:
 
 def memory_high_water() -> dict[str, float]:
     """Returns the most memory that this process has used so far, in GB (1e9 bytes): host memory,
-    and on a GPU what torch allocated and reserved. The GPU part has not been run on a GPU yet."""
+    and on a GPU what torch allocated and reserved."""
     resident_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     metrics = {"perf/max_rss_gb": resident_kib * 1024 / 1e9}
     if has_gpu():

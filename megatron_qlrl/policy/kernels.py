@@ -81,7 +81,7 @@ class AtenCpu(_Aten):
 
 
 class AtenCuda(_Aten):
-    """float16 and bfloat16 on a GPU, without any other package. Not run on a GPU yet."""
+    """float16 and bfloat16 on a GPU, without any other package."""
 
     def _forward(self, qkv: Grads, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         out_lse = torch.ops.aten._scaled_dot_product_flash_attention(*qkv, 0.0, causal, scale=scale)

@@ -217,7 +217,7 @@ def layer_spec(*, transformer_engine: bool, qk_norm: bool) -> ModuleSpec:
 
 
 def _transformer_engine_spec(qk_norm: bool) -> ModuleSpec:
-    """Returns Megatron's Transformer Engine spec with our attention. Not run on a GPU yet."""
+    """Returns Megatron's Transformer Engine spec with our attention."""
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
     )

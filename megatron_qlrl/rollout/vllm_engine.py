@@ -4,7 +4,8 @@ World ranks [i * tp, (i + 1) * tp) form engine i. The engine starts with dummy w
 trainer's through `awake`, which always puts it back to sleep, so that it never generates with stale
 weights and its memory is free for the trainer.
 
-The GPU part (sleep level 2, wake tags, counts with a batch queue) has not been run on a GPU yet.
+On a GPU the engine has been started, no further: sleep level 2, wake tags, the reload and counts
+with a batch queue have not been run there yet.
 """
 
 import itertools
