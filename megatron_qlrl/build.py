@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_qlrl import __version__
 from megatron_qlrl.advantage.apply import with_advantages
 from megatron_qlrl.advantage.filters import has_spread
 from megatron_qlrl.config.schema import Config
@@ -39,6 +38,8 @@ from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.platform.stop import StopSignals
 from megatron_qlrl.policy.loss import PolicyLoss, sft_loss
 from megatron_qlrl.policy.policy import Policy
+from megatron_qlrl.release.card import model_card
+from megatron_qlrl.release.record import read_record, training_facts
 from megatron_qlrl.reward.score import Scorer
 from megatron_qlrl.rl import RLParts
 from megatron_qlrl.rollout.collect import Collector
@@ -51,7 +52,6 @@ from megatron_qlrl.train.trainer import Trainer
 from megatron_qlrl.types import Prompt
 from megatron_qlrl.weights.checkpoint import CheckpointStore
 from megatron_qlrl.weights.checkpoint_folder import read_state, taking_up
-from megatron_qlrl.weights.release import base_name
 from megatron_qlrl.weights.stream import WeightStream, load_hf, untied
 
 
@@ -341,7 +341,8 @@ def open_run(
             monitor=monitor,
             model=config.model,
             dtype=weight_dtype(config.model.dtype),
-            facts=run_facts(config),
+            facts=training_facts(config),
+            card=partial(_model_card, job, command),
             identity={"command": command, "fingerprint": print_of_run},
             rollouts_per_step=config.logging.rollouts_per_step,
             fresh_steps=fresh_steps,
@@ -366,6 +367,13 @@ def open_run(
             recorder.finish()
             raise
         recorder.finish()
+
+
+def _model_card(
+    job: Job, command: str, facts: Mapping[str, Any], steps_done: int, out: Path
+) -> str:
+    record = read_record(facts, command=command, steps_done=steps_done, folder=job.folder)
+    return model_card(record, out)
 
 
 def _fingerprint(job: Job, command: str, newest: Path | None, rows: str) -> dict[str, Any]:
@@ -450,13 +458,3 @@ def make_sft_trainer(job: Job, model: Model, run: Run) -> Trainer:
         use_reference=False,
         permit=run.monitor.permit,
     )
-
-
-def run_facts(config: Config) -> dict[str, Any]:
-    """What the model card says of the training."""
-    return {
-        "base model": config.model.name or base_name(Path(config.model.path)),
-        "software": f"megatron_qlrl {__version__}",
-        "phases": ", ".join(f"{p.name} (<= {p.max_input_tokens})" for p in config.phases) or "none",
-        "seed": config.run.seed,
-    }

@@ -29,6 +29,8 @@ from megatron_qlrl.platform.env import (
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.platform.stop import StopSignals
 from megatron_qlrl.policy.model import build_model
+from megatron_qlrl.release.card import model_card
+from megatron_qlrl.release.record import read_record, training_facts
 from megatron_qlrl.report.write import report_at_end
 from megatron_qlrl.rl import train_rl
 from megatron_qlrl.rollout.seeds import EVALUATION_STEP
@@ -229,7 +231,13 @@ def run_export(checkpoint: Path, out: Path) -> None:
         source = _checkpoint_in(checkpoint)
         with taking_up(source):
             state = read_state(source)
-            facts, dtype = state["facts"], _DTYPES[state["dtype"]]
+            dtype = _DTYPES[state["dtype"]]
+            record = read_record(
+                state["facts"],
+                command=state["command"],
+                steps_done=state["step"],
+                folder=source.parent.parent,
+            )
         context = init_parallel(tp=1, pp=1, cp=1, seed=0)
         shape = read_shape(source / "hf", rope_scaling=None)
         with megatron_device():
@@ -237,7 +245,7 @@ def run_export(checkpoint: Path, out: Path) -> None:
         load_weights(source, model=model)
         stream = WeightStream(model, shape=shape, context=context, bucket_bytes=2**29)
         write_release(
-            stream, out, companions=source / "hf", facts=facts, writer=True,
+            stream, out, companions=source / "hf", card=partial(model_card, record), writer=True,
             dtype=state["dtype"], positions=shape.position_fields(),
         )  # fmt: skip
 
@@ -279,7 +287,7 @@ def run_import(hf_folder: Path, out: Path, tp: int, pp: int) -> None:
             0,
             companions=hf_folder,
             dtype=weight_dtype(config.model.dtype),
-            facts=build.run_facts(config),
+            facts=training_facts(config),
             state={"command": "import"},
         )
         store.wait()

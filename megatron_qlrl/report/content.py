@@ -15,24 +15,13 @@ from megatron_qlrl.evaluate import paper
 from megatron_qlrl.evaluate.compare import Difference, RunScores, compare
 from megatron_qlrl.evaluate.statistics import mean_error
 from megatron_qlrl.metrics.monitor import RULES
+from megatron_qlrl.report.cost import STAGES, run_cost
 from megatron_qlrl.report.read import Evaluation, Run, flat, is_number
 from megatron_qlrl.report.samples import choose_samples
 
 MAX_POINTS, MAX_SAMPLE_BYTES = 6_000, 3_000_000
 """For all runs together."""
 MAX_EVENTS, MAX_SETTING = 300, 500
-
-STAGES = (
-    "update_weights",
-    "gen",
-    "reward",
-    "adv",
-    "ref",
-    "old_log_prob",
-    "update_actor",
-    "self_check",
-)
-"""Parts of a step whose seconds are on record as timing_s/<stage>."""
 
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward", ("critic/rewards/mean",)),
@@ -99,7 +88,7 @@ def _run(run: Run, rate: float | None, *, max_points: int, max_bytes: int) -> di
         "command": run.command,
         "steps_done": run.steps_done,
         "steps_planned": _planned(run),
-        "cost": _cost(run, rate),
+        "cost": run_cost(run, rate),
         "phases": _phases(run),
         "curves": {"steps": curves, "tests": tests},
         "events": _events(run, notes),
@@ -123,49 +112,6 @@ def _status(run: Run) -> str:
     if ended or run.command == "eval":
         return "finished"
     return "going on" if run.is_held else "stopped"
-
-
-def _processes(line: Mapping[str, float], otherwise: float) -> float:
-    """Returns how many processes took a step: perf/throughput is tokens a second of each."""
-    alone = line.get("perf/throughput", 0) * line.get("timing_s/step", 0)
-    return round(line.get("perf/total_num_tokens", 0) / alone) if alone > 0 else otherwise
-
-
-def _cost(run: Run, rate: float | None) -> dict[str, Any]:
-    """Returns the seconds and process-hours of each stage, and what the run took as a whole. Steps
-    that a resumed run repeats count once; starting a run counts nowhere."""
-    seconds: dict[str, float] = {}
-    hours: dict[str, float] = {}
-    ranks = [start["world_size"] for start in run.starts if is_number(start.get("world_size"))]
-    world = float(ranks[0]) if ranks else 1.0
-
-    def add(stage: str, value: float) -> None:
-        seconds[stage] = seconds.get(stage, 0.0) + value
-        hours[stage] = hours.get(stage, 0.0) + value * world / 3600
-
-    for line in run.steps:
-        world = _processes(line, world)
-        parts = {stage: line.get(f"timing_s/{stage}", 0.0) for stage in STAGES}
-        for stage, value in parts.items():
-            add(stage, value)
-        add("rest of the steps", max(line.get("timing_s/step", 0.0) - sum(parts.values()), 0.0))
-        add("save_checkpoint", line.get("timing_s/save_checkpoint", 0.0))
-    for line in run.tests:
-        add("testing", line.get("timing_s/testing", 0.0))
-    total = sum(hours.values())
-    return {
-        "stages": [[name, seconds[name], hours[name]] for name in seconds if seconds[name] > 0],
-        "seconds": sum(seconds.values()),
-        "hours": total,
-        "unit": "GPU" if _on_gpu(run) else "CPU process",
-        "processes": world,
-        "tokens": sum(line.get("perf/total_num_tokens", 0) for line in run.steps),
-        "money": None if rate is None else total * rate,
-    }
-
-
-def _on_gpu(run: Run) -> bool:
-    return any("perf/max_memory_allocated_gb" in line for line in run.steps)
 
 
 def _bounds(run: Run) -> list[tuple[Any, int, int]]:

@@ -131,7 +131,7 @@ def _read(folder: Path, label: str) -> Run:
         starts=list(read_jsonl(folder / "starts.jsonl", notes)),
         steps=steps,
         tests=tests,
-        evaluations=sorted(evaluations, key=lambda evaluation: _place(evaluation.name, config)),
+        evaluations=sorted(evaluations, key=lambda evaluation: place(evaluation.name, config)),
         is_held=any(time.time() - _changed(p) < SILENCE_S for p in folder.glob("run.lock.*")),
         notes=notes,
     )
@@ -229,7 +229,7 @@ def _evaluation(path: Path, notes: list[str]) -> Evaluation:
     return Evaluation(path.stem, scores, means, figures)
 
 
-def _place(name: str, config: Config | None) -> tuple[float, str]:
+def place(name: str, config: Config | None) -> tuple[float, str]:
     """Returns what sorts evaluations: the step before which one was made. The times of its files
     do not say it, because copies have others."""
     step = re.fullmatch(r"step_(\d{1,9})", name)

@@ -71,6 +71,7 @@ class Recorder:
         model: ModelConfig,
         dtype: str,
         facts: Mapping[str, Any],
+        card: Callable[[Mapping[str, Any], int, Path], str],
         identity: Mapping[str, Any],
         rollouts_per_step: int,
         fresh_steps: frozenset[int],
@@ -81,7 +82,9 @@ class Recorder:
         Args:
             model, dtype: where config and tokenizer of a release come from, and the type of its
                 weights.
-            facts: what the model card says of the training.
+            facts: what checkpoints keep for the model card.
+            card: makes the card of a release from the facts, the number of steps done and the
+                folder.
             identity: what every checkpoint of the run holds: command and fingerprint.
             rollouts_per_step: groups of a step that the rollout log shows.
             fresh_steps: of a checkpoint at these steps the weights alone are loaded: a phase begins
@@ -92,6 +95,7 @@ class Recorder:
         self._evaluation, self._monitor = evaluation, monitor
         self._model, self._folder, self._dtype = model, Path(model.path), dtype
         self._facts, self._identity = dict(facts), dict(identity)
+        self._card, self._steps_done = card, 0
         self._rollouts_per_step, self._fresh_steps = rollouts_per_step, fresh_steps
         self._progress, self._warn = progress, warn
         self._is_writer = policy.context.rank == 0
@@ -139,7 +143,7 @@ class Recorder:
         state = {"monitor": self._monitor.state_dict()}
         if data is not None:
             state["sampler"] = data.state_dict()
-        self._unsaved = (step + 1, state)
+        self._unsaved, self._steps_done = (step + 1, state), step + 1
 
     def _rolled_back(self) -> bool:
         """Takes weights and optimizer from the newest good checkpoint if the monitor demands it.
@@ -169,6 +173,7 @@ class Recorder:
             self._evaluation.load_state_dict(state["evaluation"])
             self._monitor.load_state_dict(state["monitor"])
             tracked = {name: state["tracker"][name] for name in ("step", "lines", "wandb_id")}
+            self._steps_done = state["step"]
             if self._model.name is None:
                 # The model is the same; its folder may have another name by now.
                 self._facts["base model"] = state["facts"]["base model"]
@@ -222,7 +227,7 @@ class Recorder:
             self._stream,
             folder,
             companions=self._folder,
-            facts=self._facts | {k: f"{v:.4f}" for k, v in self._evaluation.scores.items()},
+            card=partial(self._card, self._facts, self._steps_done),
             writer=self._is_writer,
             dtype=self._dtype,
             positions=self._policy.model_shape.position_fields(),

@@ -1,15 +1,11 @@
 """Writes the Hugging Face folder of a release: weights, config, tokenizer, model card."""
 
 import json
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-
-from megatron_qlrl.config.schema import MODEL_NAME
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.parallel.collectives import on_all_ranks
 from megatron_qlrl.weights.stream import WeightStream, write_hf
@@ -28,21 +24,6 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-def base_name(folder: Path) -> str:
-    """Returns the name of the model in `folder`, never a path. A release of this package has its
-    base's name, a folder of Hugging Face's cache its repository's, any other folder its own. Every
-    release's folder is called "hf", so "hf" is not a name."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    ours = "\n- megatron_qlrl\n" in text  # its tag
-    if ours and (base := re.search(rf"^base_model: ({MODEL_NAME})$", text, re.MULTILINE)):
-        return base[1]
-    places = [part for part in folder.absolute().parts if part.startswith("models--")]
-    name = "/".join(places[-1].split("--")[1:]) if places else folder.absolute().name
-    named = re.fullmatch(MODEL_NAME, name) is not None and name != "hf"
-    return name if named else "not named (set model.name)"
 
 
 def copy_companions(
@@ -64,7 +45,7 @@ def write_release(
     out: Path,
     *,
     companions: Path,
-    facts: Mapping[str, Any],
+    card: Callable[[Path], str],
     writer: bool,
     dtype: str,
     positions: Mapping[str, Any],
@@ -74,7 +55,7 @@ def write_release(
 
     Args:
         companions: folder with config.json and the tokenizer.
-        facts: what the model card says of the training (plain values).
+        card: makes the model card of the folder, which has its config.json by then.
         dtype: written into config.json, as the weights are in it.
         positions: likewise, how many there are and how RoPE is scaled.
 
@@ -87,7 +68,7 @@ def write_release(
             return
         try:
             copy_companions(companions, out, dtype=dtype, positions=positions)
-            (out / "README.md").write_text(str(_card(facts)))
+            (out / "README.md").write_text(card(out), encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"cannot write the model folder {out}: {error}") from error
 
@@ -106,17 +87,3 @@ def _write_config(path: Path, *, dtype: str, positions: Mapping[str, Any]) -> No
     }
     config |= {"dtype": dtype, **positions, **older}
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _card(facts: Mapping[str, Any]) -> ModelCard:
-    base = str(facts.get("base model", ""))
-    named = f"base_model: {base}\n" if re.fullmatch(MODEL_NAME, base) else ""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return ModelCard(
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{named}"
-        "tags: [long-context, reinforcement-learning, megatron_qlrl]\n---\n\n"
-        "# Model trained with megatron_qlrl\n\n"
-        "Long-context reasoning after the QwenLong-L1 method (arXiv 2505.17667): warm-up SFT, "
-        "then RL in phases of growing input length.\n\n"
-        f"| training | |\n|---|---|\n{rows}\n"
-    )

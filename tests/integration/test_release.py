@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from harness import run_ranks, tiny_hf
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from megatron_qlrl.config.schema import PolicyConfig
@@ -151,7 +152,7 @@ def test_yarn_stretches_training_and_release(stretched_run: Path, read_jsonl: An
     assert config["max_position_embeddings"] == 1024
     rope = {**YARN, "rope_theta": 1e6, "original_max_position_embeddings": 256}
     assert config["rope_parameters"] == rope
-    assert "| base model | short-model |" in (stretched_run / "hf" / "README.md").read_text()
+    assert "| base model | `short-model` |" in (stretched_run / "hf" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("run", ["finished_run", "stretched_run"])
@@ -199,14 +200,18 @@ def test_evaluations_are_there_and_the_card_has_those_of_phase_ends(finished_run
     found = sorted(file.stem for file in (finished_run / "eval").glob("*.json"))
     assert found == ["phase1", "phase2", "step_3"]  # evaluation.every_steps is 3
     card = (finished_run / "hf" / "README.md").read_text()
-    assert "phase1: " in card and "step_3" not in card
+    assert "| benchmark | questions | `phase1` | `phase2` |" in card and "step_3" not in card
 
 
 def test_model_card_and_config_of_a_released_run(finished_run: Path, base_model: Path) -> None:
     card = (finished_run / "hf" / "README.md").read_text()
     scores = json.loads((finished_run / "eval" / "phase2.json").read_text())
-    assert f"| phase2: val/score | {scores['val/score']:.4f} |" in card
-    assert "| phases | phase1 (<= 250), phase2 (<= 1000) |" in card
+    results = ModelCard(card).data.eval_results  # pyright: ignore[reportAttributeAccessIssue]
+    assert {r.metric_name: r.metric_value for r in results} == {
+        name: round(scores[name], 4) for name in ("val/eval_short/score", "val/eval_long/score")
+    }
+    assert "| `phase1` | 250 | 2 of 2 |" in card and "| `phase2` | 1,000 | 2 of 2 |" in card
+    assert str(finished_run.parents[1]) not in card  # no folder of this machine
     config = json.loads((finished_run / "hf" / "config.json").read_text())
     assert config["dtype"] == "float32"
     assert (

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("data", "curriculum", "rollout", "reward", "advantage", "packing", "policy", "weights"),
     ("evaluate", "plan"),
     ("train", "report"),
-    ("rl", "sft", "distill", "behaviours"),
+    ("rl", "sft", "distill", "behaviours", "release"),
     ("build",),
     ("commands", "bench"),
     ("launch",),

@@ -126,6 +126,7 @@ class Made:
             model=config.model,
             dtype="float32",
             facts={"base model": "m", "seed": 0},
+            card=lambda facts, step, folder: "",
             identity={"command": "rl", "fingerprint": {"seed": 0}},
             rollouts_per_step=1,
             fresh_steps=frozenset({8}),
