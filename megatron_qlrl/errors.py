@@ -43,3 +43,7 @@ class CheckpointError(QlrlError):
 
 class KernelError(QlrlError):
     """This machine's kernels compute wrong values."""
+
+
+class ReleaseError(QlrlError):
+    """A model folder cannot be handed on as it is."""

@@ -8,32 +8,18 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
 from megatron_qlrl.errors import ConfigError, RewardError
 from megatron_qlrl.launch.local import received
+from megatron_qlrl.launch.server import POLL_S, vllm_server
 
-POLL_S = 0.2
 STOPS = (signal.SIGINT, signal.SIGTERM)
-TAIL_LINES = 20
-GRACE_S = 20.0
-"""The time between SIGTERM to the server and SIGKILL to all its processes."""
-
-_DEFAULTS = {
-    # On a CPU: GiB of key/value cache, and threads that are not pinned to cores others use too.
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 # A small model may fill the reply with white space, which JSON allows, up to max_tokens.
 _COMPACT_JSON = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
 
@@ -64,94 +50,23 @@ def serve(
             last lines.
     """
     _check_port(host, port)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", model, "--host", host, "--port", str(port)]
-    command += ["--structured-outputs-config", _COMPACT_JSON, *extra]
+    arguments = ["--model", model, "--host", host, "--port", str(port)]
+    arguments += ["--structured-outputs-config", _COMPACT_JSON, *extra]
     local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{f'[{local}]' if ':' in local else local}:{port}"
     key = {} if key_file is None else {"VLLM_API_KEY": read_key(key_file)}
-    with received(STOPS) as signals, _server(command, key) as server:
-        output = _Output(server)
-        deadline = time.monotonic() + limit_s
-        while not _healthy(url):
-            if signals:
-                return 128 + signals[0]
-            if server.poll() is not None:
-                raise RewardError(
-                    f"the judge server ended with exit code {server.wait()} before it was "
-                    f"healthy; {output.tail()}"
-                )
-            if time.monotonic() > deadline:
-                raise RewardError(
-                    f"the judge server was not healthy after {limit_s:g} s (--limit); "
-                    f"{output.tail()}"
-                )
-            time.sleep(POLL_S)
-        print(f"judge ready: {url}/v1 model {model}", flush=True)
-        output.show()
-        while server.poll() is None and not signals:
-            time.sleep(POLL_S)
-        return 128 + signals[0] if signals else server.wait()
-
-
-class _Output:
-    """Reads the server's lines: keeps the last few, and passes all on once `show` was called."""
-
-    def __init__(self, server: subprocess.Popen[str]) -> None:
-        self._last: deque[str] = deque(maxlen=TAIL_LINES)
-        self._shown = False
-        self._thread = threading.Thread(target=self._read, args=(server,), daemon=True)
-        self._thread.start()
-
-    def show(self) -> None:
-        self._shown = True
-
-    def tail(self) -> str:
-        self._thread.join(timeout=1.0)  # lets the last lines of a server that just ended arrive
-        return "its last lines:\n" + "".join(f"  {line}" for line in list(self._last)).rstrip()
-
-    def _read(self, server: subprocess.Popen[str]) -> None:
-        assert server.stdout is not None
-        for line in server.stdout:
-            self._last.append(line)
-            if self._shown:
-                sys.stderr.write(line)
-
-
-@contextmanager
-def _server(command: list[str], key: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """Starts the server; afterwards all its processes have ended.
-
-    vLLM's engine is a process of its own and survives a server that is killed. So a guard leads
-    the process group and kills all of it when its standard input closes: because this process
-    closes it, or because this process was killed.
-    """
-    guard = subprocess.Popen(
-        ["sh", "-c", "read _; kill -9 0"], stdin=subprocess.PIPE, process_group=0
-    )
-    server = None
-    try:
-        server = subprocess.Popen(
-            command,
-            env=_DEFAULTS | dict(os.environ) | dict(key),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            process_group=guard.pid,
+    with received(STOPS) as signals, vllm_server(arguments, key) as server:
+        problem = server.wait_healthy(
+            lambda: _healthy(url), limit_s=limit_s, stopped=lambda: bool(signals)
         )
-        yield server
-    finally:
-        if server is not None and server.poll() is None:
-            server.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                server.wait(GRACE_S)
-        assert guard.stdin is not None
-        guard.stdin.close()
-        guard.wait()
-        if server is not None:
-            server.wait()
+        if problem:
+            raise RewardError(f"the judge server {problem}")
+        if not signals:
+            print(f"judge ready: {url}/v1 model {model}", flush=True)
+            server.show()
+        while server.process.poll() is None and not signals:
+            time.sleep(POLL_S)
+        return 128 + signals[0] if signals else server.process.wait()
 
 
 def read_key(file: Path) -> str:
