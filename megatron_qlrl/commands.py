@@ -1,7 +1,9 @@
 """What the command line calls, once on every rank: the table of contents of each command."""
 
 import json
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 
 from megatron_qlrl import build
 from megatron_qlrl.config.schema import Config, ModelConfig, PolicyConfig
-from megatron_qlrl.config.shape import read_shape
+from megatron_qlrl.config.shape import ModelShape, read_shape
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.evaluate.evaluation import evaluation_sampling
 from megatron_qlrl.evaluate.sample import report, sample_prompts, spread
@@ -29,8 +31,10 @@ from megatron_qlrl.platform.env import (
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.platform.stop import StopSignals
 from megatron_qlrl.policy.model import build_model
+from megatron_qlrl.release.bytes import compare_companions, compare_weights
 from megatron_qlrl.release.card import model_card
-from megatron_qlrl.release.record import read_record, training_facts
+from megatron_qlrl.release.record import Record, read_record, training_facts
+from megatron_qlrl.release.static import Check, run_check
 from megatron_qlrl.report.write import report_at_end
 from megatron_qlrl.rl import train_rl
 from megatron_qlrl.rollout.seeds import EVALUATION_STEP
@@ -224,14 +228,27 @@ def run_sample(config: Config, num: int, folder: Path) -> None:
                 print(report(groups, job.tokenizer), flush=True)
 
 
-def run_export(checkpoint: Path, out: Path) -> None:
-    """A checkpoint (or the newest one of a run's folder) as a Hugging Face folder."""
+@dataclass(frozen=True)
+class _Export:
+    """A checkpoint that is loaded: its folder, the type and shape of its model, its weights."""
+
+    source: Path
+    record: Record
+    dtype: str
+    shape: ModelShape
+    stream: WeightStream
+
+
+@contextmanager
+def _exported(checkpoint: Path) -> Iterator[_Export]:
+    """Loads a checkpoint, or the newest one of a run's folder, on this process alone."""
     ranks = init_ranks()
     with process_group(rank=0, local_rank=ranks.local_rank, world_size=1):
         source = _checkpoint_in(checkpoint)
         with taking_up(source):
             state = read_state(source)
-            dtype = _DTYPES[state["dtype"]]
+            dtype = state["dtype"]
+            torch_dtype = _DTYPES[dtype]
             record = read_record(
                 state["facts"],
                 command=state["command"],
@@ -241,13 +258,38 @@ def run_export(checkpoint: Path, out: Path) -> None:
         context = init_parallel(tp=1, pp=1, cp=1, seed=0)
         shape = read_shape(source / "hf", rope_scaling=None)
         with megatron_device():
-            model = build_model(shape, PolicyConfig(), dtype=dtype, context=context)  # pyright: ignore[reportCallIssue]
+            model = build_model(shape, PolicyConfig(), dtype=torch_dtype, context=context)  # pyright: ignore[reportCallIssue]
         load_weights(source, model=model)
         stream = WeightStream(model, shape=shape, context=context, bucket_bytes=2**29)
+        yield _Export(source, record, dtype, shape, stream)
+
+
+def run_export(checkpoint: Path, out: Path) -> None:
+    """A checkpoint (or the newest one of a run's folder) as a Hugging Face folder."""
+    with _exported(checkpoint) as export:
         write_release(
-            stream, out, companions=source / "hf", card=partial(model_card, record), writer=True,
-            dtype=state["dtype"], positions=shape.position_fields(),
-        )  # fmt: skip
+            export.stream,
+            out,
+            companions=export.source / "hf",
+            card=partial(model_card, export.record),
+            writer=True,
+            dtype=export.dtype,
+            positions=export.shape.position_fields(),
+        )
+
+
+def run_release_compare(checkpoint: Path, folder: Path) -> list[Check]:
+    """Compares a release with the checkpoint (or the newest one of a run's folder), byte for
+    byte."""
+    with _exported(checkpoint) as export:
+        companions = partial(compare_companions, folder, export.source)
+        weights = partial(
+            compare_weights, folder, export.stream, shape=export.shape, checkpoint=export.source
+        )
+        return [
+            run_check("config and tokenizer, byte for byte", companions),
+            run_check("weights, byte for byte", weights),
+        ]
 
 
 def _checkpoint_in(folder: Path) -> Path:

@@ -20,6 +20,7 @@ from megatron_qlrl.cli import (
     data,
     judge,
     plan,
+    release,
     report,
     reward,
     slurm,
@@ -49,6 +50,7 @@ app.command()(plan.plan)
 app.add_typer(data.app, name="data")
 app.add_typer(judge.app, name="judge")
 app.add_typer(reward.app, name="reward")
+app.add_typer(release.app, name="release")
 app.add_typer(slurm.app, name="slurm")
 app.add_typer(bench.app, name="bench")
 

@@ -13,6 +13,20 @@ from megatron_qlrl.errors import CheckpointError, ConfigError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 INDEX = "model.safetensors.index.json"
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a model folder holds beside its weights."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,6})\..+")
@@ -42,7 +56,7 @@ def find_tensors(folder: Path, shape: ModelShape) -> dict[str, Path]:
     where: dict[str, Path] = {}
     seen: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file, names in weight_files(folder).items():
-        held = dict(_header(file))
+        held = dict(header(file))
         lacking = sorted(names - held.keys()) if names else []
         if lacking:
             raise CheckpointError(
@@ -135,8 +149,12 @@ def weight_files(folder: Path) -> dict[Path, set[str]]:
     return files
 
 
-def _header(file: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    """Yields each tensor's name with its type and shape."""
+def header(file: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """Yields the name of each tensor in a safetensors file with its type and shape.
+
+    Raises:
+        CheckpointError: it is no whole safetensors file.
+    """
     try:
         opened: Any = safe_open(file, framework="numpy")
         with opened as tensors:

@@ -1,4 +1,4 @@
-"""A vLLM server as a subprocess of this one: its start, its last lines, its end with all it started."""
+"""A vLLM server as a subprocess of this one: its start, its last lines, and its end."""
 
 import os
 import subprocess

@@ -6,24 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_qlrl.config.folder import COMPANIONS
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.parallel.collectives import on_all_ranks
 from megatron_qlrl.weights.stream import WeightStream, write_hf
-
-# What a model folder holds beside its weights.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def copy_companions(
