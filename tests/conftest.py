@@ -47,6 +47,7 @@ SHARED_RUNS = {
     "tests/integration/test_phases.py": "phased_run",
     "tests/integration/test_slurm.py": "phased_run",
     "tests/integration/test_release.py": "finished_run",
+    "tests/integration/test_release_check.py": "finished_run",
     "tests/integration/test_resume.py": "finished_run",
     "tests/integration/test_judge.py": "answering_model",
     "tests/integration/test_distill.py": "answering_model",

@@ -33,12 +33,12 @@ def check(
     limit: Annotated[float, typer.Option(min=1, help="Seconds for vLLM's start.")] = 900,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Check a model folder: its files, then the model in transformers and in vLLM's server, then
-    byte for byte against the checkpoint. Exit code 1 if something does not hold."""
+    """Check a model folder: its files, byte for byte against the checkpoint, then the model in
+    transformers and in vLLM's server. Exit code 1 if something does not hold."""
     steps: list[Callable[[], Iterator[Check]]] = [lambda: static_checks(folder)]
     if not static:
-        steps.append(lambda: _answers(folder, limit, extra or []))
         steps.append(lambda: _against_checkpoint(folder, checkpoint))
+        steps.append(lambda: _answers(folder, limit, extra or []))
     results: list[Check] = []
     for step in steps:
         for result in step():

@@ -120,7 +120,9 @@ def score(folder: Path, dtype: torch.dtype, answers: Sequence[Answer]) -> Scored
         ReleaseError: transformers cannot load the folder.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True

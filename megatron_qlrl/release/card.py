@@ -81,7 +81,7 @@ def _heading(record: Record) -> str:
     return (
         f"{code(_run_name(record))}\n\nThis model comes from {trained} "
         "([arXiv 2505.17667](https://arxiv.org/abs/2505.17667)). `qlrl` wrote this card from the "
-        "record of the run; nobody has added to it unless another section says so."
+        "record of the run."
     )
 
 
@@ -118,13 +118,11 @@ def _usage(shape: ModelShape, dtype: str) -> str:
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{_HERE}")\n'
-        "model = AutoModelForCausalLM.from_pretrained(\n"
-        f'    "{_HERE}", dtype="auto", device_map="auto"\n'
-        ")\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{_HERE}", dtype="auto")\n'
         'messages = [{"role": "user", "content": "A document, then a question about it."}]\n'
         "inputs = tokenizer.apply_chat_template(\n"
         '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
-        ").to(model.device)\n"
+        ")\n"
         "answer = model.generate(**inputs, max_new_tokens=1024)\n"
         'response = answer[0, inputs["input_ids"].shape[1] :]\n'
         "print(tokenizer.decode(response, skip_special_tokens=True))\n"

@@ -85,7 +85,9 @@ def _files(folder: Path) -> str:
 
 
 def _modes(folder: Path) -> str:
-    modes = {f: stat.S_IMODE(f.stat().st_mode) for f in release_files(folder)}
+    modes = {f: stat.S_IMODE(f.stat().st_mode) for f in sorted(folder.iterdir()) if f.is_file()}
+    if not modes:
+        raise ReleaseError(f"{folder} has no files; {_WRITE_AGAIN}")
     common = max(modes.values(), key=list(modes.values()).count)
     for file, mode in modes.items():
         if not mode & stat.S_IRUSR:
