@@ -53,6 +53,30 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def push(
+    folder: Folder,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Nobody else may see it.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Upload. Without it: a dry run.")] = False,
+) -> None:
+    """Upload a model folder to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN.
+    Without --yes it checks the files, says what would go where, and sends nothing."""
+    from huggingface_hub import HfApi
+
+    from megatron_qlrl.release.push import files_to_push, listing
+    from megatron_qlrl.release.push import push as upload
+
+    hub = HfApi()
+    files = files_to_push(folder, repo)
+    typer.echo("\n".join(listing(files, repo, private=private, endpoint=hub.endpoint)))
+    if not yes:
+        typer.echo("dry run: nothing was sent; --yes uploads")
+        return
+    upload(folder, repo, private=private, hub=hub)
+    typer.echo(f"uploaded: {hub.endpoint}/{repo}")
+
+
 def _answers(folder: Path, limit_s: float, extra: list[str]) -> Iterator[Check]:
     """The server is asked first and has ended when transformers loads the model: memory holds one
     of them."""
