@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole method on a toy task, on any machine, in about ten minutes after installation:
-# environment, data, warm-up SFT, two RL phases, evaluation, Hugging Face folder, table.
+# environment, data, warm-up SFT, two RL phases, evaluation, Hugging Face folder, report, a check of
+# that folder, table. The seconds in the last line leave the check out.
 #
 #   bash examples/quickstart/run.sh                        one process
 #   bash examples/quickstart/run.sh policy.tp=2            two processes, tensor parallel
@@ -28,4 +29,9 @@ qlrl sft "$here/config.yaml" "${files[@]}" run.dir="$out/sft" evaluation.before_
 echo "== RL: phase 1 (short documents), phase 2 (long documents)"
 qlrl rl "$here/config.yaml" "${files[@]}" run.dir="$out/rl" model.path="$out/sft/hf" "$@"
 
-python "$here/summary.py" "$out" --started "$started"
+echo "== report: $out/rl/report.html; check of the Hugging Face folder $out/rl/hf"
+trained="$(date +%s)" checked=0
+qlrl release check "$out/rl/hf" || checked=$?
+
+python "$here/summary.py" "$out" --started "$((started + $(date +%s) - trained))"
+exit "$checked"

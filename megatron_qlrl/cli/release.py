@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,7 +67,7 @@ def push(
     from megatron_qlrl.release.push import files_to_push, listing
     from megatron_qlrl.release.push import push as upload
 
-    hub = HfApi()
+    hub: Any = HfApi()  # its overloads fit no protocol
     files = files_to_push(folder, repo)
     typer.echo("\n".join(listing(files, repo, private=private, endpoint=hub.endpoint)))
     if not yes:
