@@ -250,7 +250,11 @@ def main() -> None:
 def notes(args: argparse.Namespace, model: Qwen2ForCausalLM, cpu_s: float) -> str:
     """Returns the folder's README, which says how to make it again."""
     command = shlex.join(["python", "tools/make_toy_base.py", *sys.argv[1:]])
-    return f"""# Toy base model
+    return f"""---
+license: apache-2.0
+---
+
+# Toy base model
 
 A Qwen2 of {model.num_parameters():,} parameters for the quickstart, made by
 
