@@ -21,12 +21,7 @@ from megatron_qlrl.types import Prompt, ScoredGroup
 
 
 class Evaluation:
-    """Methods are collective, but for the state.
-
-    Attributes:
-        scores: scores at the start and at the ends of phases, not those in between, by
-            "<which>: <metric>"; for the model card.
-    """
+    """Methods are collective, but for the state."""
 
     def __init__(
         self,
@@ -43,7 +38,6 @@ class Evaluation:
     ) -> None:
         """`write` runs what it is given on rank 0, with the run's tracker; answers go into
         `folder`, and into the journal as they come."""
-        self.scores: dict[str, float] = {}
         self._steps_done: int | None = None  # at the newest evaluation
         self._config, self._benchmarks = config, benchmarks
         self._collector = collector
@@ -65,23 +59,17 @@ class Evaluation:
         if last and self._config.at_phase_end:
             self.score(phase, steps_done)
         elif every is not None and steps_done % every == 0:
-            self._score(f"step_{steps_done}", steps_done)
-
-    def score(self, name: str, steps_done: int) -> dict[str, float]:
-        """Scores the held-out files and keeps the result in `scores`."""
-        metrics = self._score(name, steps_done)
-        self.scores |= {f"{name}: {k}": v for k, v in metrics.items() if k.endswith("/score")}
-        return metrics
+            self.score(f"step_{steps_done}", steps_done)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": dict(self.scores), "steps_done": self._steps_done}
+        return {"steps_done": self._steps_done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.scores, self._steps_done = dict(state["scores"]), state["steps_done"]
+        self._steps_done = state["steps_done"]
 
-    def _score(self, name: str, steps_done: int) -> dict[str, float]:
-        """Writes <folder>/<name>.json and, in .jsonl, the answers. The statistics go into the file
-        alone: they would make the tracker's lines too long to read."""
+    def score(self, name: str, steps_done: int) -> dict[str, float]:
+        """Scores the held-out files. Writes <folder>/<name>.json and, in .jsonl, the answers. The
+        statistics go into the file alone: they would make the tracker's lines too long to read."""
         if not self._benchmarks:
             return {}
         meter, answering, tally = Meter(), Meter(), Tally("responses of this engine")

@@ -250,11 +250,12 @@ def _reward(record: Record) -> str:
     judge = record.config.reward.judge
     rule = "the rule of a row's data source, which compares the final answer with the gold"
     if judge is None:
-        how = f"The reward is 0 or 1 by {rule}. No LLM judge was asked."
+        how = f"The reward is that of {rule}: from 0 to 1. No LLM judge was asked."
     else:
+        name = last_part(judge.model) if judge.model[:1] in "/.~" else judge.model
         how = (
-            f"The reward is max(rule, judge), 0 or 1: {rule}, and, where the rule gives 0, the LLM "
-            f"judge {code(last_part(judge.model) if judge.model[:1] in '/.~' else judge.model)}."
+            f"The reward is max(rule, judge), from 0 to 1: {rule}, and, where the rule gives 0, "
+            f"the LLM judge {code(name)}."
         )
     return how if record.command == "rl" else f"SFT has no reward; evaluations are scored. {how}"
 

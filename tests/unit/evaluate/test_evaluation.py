@@ -111,11 +111,12 @@ def test_turns(
     assert sorted(p.stem for p in tmp_path.glob("eval/*.json")) == names
 
 
-def test_scores_of_start_and_end_are_kept(make: Make, tmp_path: Path) -> None:
+def test_scores_and_answers_are_written(make: Make, tmp_path: Path) -> None:
     made, _, _ = make(before_training=True, every_steps=1)
     train(made, 0, 2, {})
-    names = ("val/held/score", "val/score")
-    assert made.scores == {f"{when}: {name}": 0.5 for when in ("start", "p") for name in names}
+    for name in ("start", "step_1", "p"):
+        scores = json.loads((tmp_path / "eval" / f"{name}.json").read_text())
+        assert scores["val/held/score"] == scores["val/score"] == 0.5
     answers = [json.loads(line) for line in (tmp_path / "eval" / "p.jsonl").open()]
     assert [(a["uid"], a["score"], a["token_ids"]) for a in answers] == [
         ("held:0", 1.0, [5, 0]),
@@ -146,4 +147,3 @@ def test_evaluation_that_was_made_is_not_made_again(make: Make) -> None:
     again.load_state_dict(made.state_dict())
     train(again, 4, 4, {"step": 4})
     assert tracker.logged == []
-    assert again.scores == made.scores
