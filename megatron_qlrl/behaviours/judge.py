@@ -21,7 +21,12 @@ from megatron_qlrl.platform.journal import JournalFile, parse_line
 from megatron_qlrl.platform.progress import Tally
 from megatron_qlrl.reward.endpoint import EndpointFailure, Endpoints, open_session, retrying
 from megatron_qlrl.reward.judge import MAX_REPLY_BYTES
-from megatron_qlrl.reward.verdict import MAX_QUESTION_CHARS, NoVerdict, finished_content
+from megatron_qlrl.reward.verdict import (
+    MAX_QUESTION_CHARS,
+    NoVerdict,
+    closed_request,
+    finished_content,
+)
 
 MAX_RESPONSE_CHARS = 100_000
 """A longer response is not judged, because its counts would be those of a part."""
@@ -84,16 +89,7 @@ class Asked:
 def behaviour_request(asked: Asked, *, model: str) -> dict[str, Any]:
     """Returns the body of a chat completion whose reply must follow the schema of the counts."""
     fields = {"question": asked.question[-MAX_QUESTION_CHARS:], "response": asked.response}
-    # As for the reward's judge: no control token, and no half of a character.
-    text = json.dumps(fields, ensure_ascii=False).replace("<", "\\u003c")
-    text = text.encode("utf-8", "replace").decode()
-    return {
-        "model": model,
-        "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": text}],
-        "temperature": 0,
-        "max_tokens": _MAX_TOKENS,
-        "response_format": _RESPONSE_FORMAT,
-    }
+    return closed_request(_SYSTEM, fields, _RESPONSE_FORMAT, model=model, max_tokens=_MAX_TOKENS)
 
 
 def parse_counts(body: bytes) -> Counts:

@@ -121,6 +121,8 @@ def _config(folder: Path) -> str:
 
 def _weights(folder: Path) -> str:
     shape = read_shape(folder, rope_scaling=None)
+    described = hf_shapes(shape)
+    wanted = _DTYPES.get(str(read_json(folder / "config.json").get("dtype")))
     index = folder / INDEX
     where = find_tensors(folder, shape)  # compares with the architecture: nothing is missing
     held = {f.name: dict(header(f)) for f in sorted(folder.glob("*.safetensors"))}
@@ -132,12 +134,11 @@ def _weights(folder: Path) -> str:
                     f"{folder / file} holds {short(name)}, which {index.name} does not name there; "
                     f"{_WRITE_AGAIN}"
                 )
-            if name not in hf_shapes(shape):
+            if name not in described:
                 raise ReleaseError(
                     f"{folder / file}: tensor {short(name)} is not one of the model that "
                     f"config.json describes; {_WRITE_AGAIN}"
                 )
-            wanted = _DTYPES.get(str(read_json(folder / "config.json").get("dtype")))
             if dtype != wanted:
                 raise ReleaseError(
                     f"{folder / file}: tensor {name} is of type {dtype} and config.json says "

@@ -7,6 +7,7 @@ of the response. They are sent as JSON strings, so that none of them can end its
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,16 +104,29 @@ def judge_request(claim: Claim, *, model: str, max_tokens: int) -> dict[str, Any
         "reference": claim.gold,
         "candidate": claim.prediction,
     }
+    return closed_request(_SYSTEM, fields, _RESPONSE_FORMAT, model=model, max_tokens=max_tokens)
+
+
+def closed_request(
+    system: str,
+    fields: Mapping[str, str],
+    response_format: Mapping[str, Any],
+    *,
+    model: str,
+    max_tokens: int,
+) -> dict[str, Any]:
+    """Returns the body of a greedy chat completion: `fields` are the message, as one JSON object,
+    and the reply must follow the schema in `response_format`."""
     # Tokenizers read "<|im_end|>" in a message as the control token, so "<" is escaped. Lone
     # surrogates, which JSON files may hold, cannot be sent as UTF-8 and are replaced.
     text = json.dumps(fields, ensure_ascii=False).replace("<", "\\u003c")
     text = text.encode("utf-8", "replace").decode()
     return {
         "model": model,
-        "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": text}],
+        "messages": [{"role": "system", "content": system}, {"role": "user", "content": text}],
         "temperature": 0,
         "max_tokens": max_tokens,
-        "response_format": _RESPONSE_FORMAT,
+        "response_format": response_format,
     }
 
 

@@ -51,7 +51,8 @@ def build_family(
         ConfigError: `out` cannot be written, or is one of the inputs.
     """
     family = FAMILIES[name]
-    rows = write_items(
+    return write_items(
+        name,
         family.read(source, distractors, seed),
         out,
         data_source=family.data_source,
@@ -59,9 +60,6 @@ def build_family(
         source=source,
         check_gold=check_gold,
     )
-    if not rows:
-        raise DataError(f"{source} holds no questions of {name}")
-    return rows
 
 
 def _musique(source: Path, distractors: int, seed: int) -> Iterator[tuple[str, Item]]:

@@ -31,6 +31,7 @@ class Item:
 
 
 def write_items(
+    name: str,
     items: Iterable[tuple[str, Item]],
     out: Path,
     *,
@@ -39,16 +40,16 @@ def write_items(
     source: Path,
     check_gold: Callable[[str, str], None],
 ) -> int:
-    """Writes the rows of questions to `out` (parquet) and returns their number. Without questions
-    nothing is written.
+    """Writes the rows of questions to `out` (parquet) and returns their number.
 
     Args:
+        name: of the set of questions.
         items: (where it stands, question).
         data_source: of the questions that name none.
         source: the file or folder that they come from.
 
     Raises:
-        DataError: a gold cannot be scored. The message names its place.
+        DataError: a gold cannot be scored, or there are no questions. The message names the place.
         ConfigError: `out` cannot be written, or is one of the inputs.
     """
     rows: list[dict[str, Any]] = []
@@ -59,9 +60,10 @@ def write_items(
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         rows.append(_row(item, own_source, len(rows), split))
-    if rows:
-        files = source.rglob("*") if source.is_dir() else [source]
-        write_rows(out, rows, inputs=sorted(file for file in files if file.is_file()))
+    if not rows:
+        raise DataError(f"{source} holds no questions of {name}")
+    files = source.rglob("*") if source.is_dir() else [source]
+    write_rows(out, rows, inputs=sorted(file for file in files if file.is_file()))
     return len(rows)
 
 
