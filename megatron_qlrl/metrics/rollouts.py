@@ -58,14 +58,39 @@ def part_metrics(
     return metrics
 
 
-def engine_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Tokens per second of an engine, from the counts of all ranks (`VllmEngine.take_counts`)."""
-    total = {name: sum(c[name] for c in counts) for name in counts[0]}
-    return {
+def engine_metrics(counts: Sequence[Mapping[str, float]], *, gen_s: float) -> dict[str, float]:
+    """What the engines did, from the counts of all ranks (`VllmEngine.take_counts`). `gen_s` is how
+    long generation took, up to the last response of the slowest engine."""
+    engines = [count for count in counts if count]
+    total = {name: sum(e[name] for e in engines) for name in engines[0]}
+    idle = [1 - e["generate_s"] / gen_s for e in engines]
+    metrics = {
         f"perf/{kind}_tokens_per_s": total[f"{kind}_tokens"] / total[f"{kind}_s"]
         for kind in ("prefill", "decode")
         if total[f"{kind}_s"]
     }
+    for name in ("prefill_s", "decode_s"):
+        values = [e[name] for e in engines]
+        metrics |= {
+            f"perf/engine/{name}/mean": np.mean(values),
+            f"perf/engine/{name}/max": max(values),
+        }
+    for name in ("prefill_tokens", "decode_tokens", "preemptions"):
+        metrics[f"perf/engine/{name}/sum"] = total[name]
+    for name, cached, tokens in (
+        ("cached_share", "cached_tokens", "prompt_tokens"),
+        ("sibling_cached_share", "sibling_cached_tokens", "sibling_tokens"),
+    ):
+        if total[tokens]:
+            metrics[f"perf/engine/{name}"] = total[cached] / total[tokens]
+    metrics |= {
+        "perf/engine/idle_share/mean": np.mean(idle),
+        "perf/engine/idle_share/max": max(idle),
+        "perf/engine/slowest": idle.index(min(idle)),
+        "perf/engine/sync_s/max": max(e["sync_s"] for e in engines),
+        "perf/engine/sync_bytes/max": max(e["sync_bytes"] for e in engines),
+    }
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -96,9 +96,10 @@ class Collector:
                 return
             with meter.timed("update_weights"):
                 stack.close()
-            counts = gather_objects((self.engine().take_counts(), self.scorer.take_counts()))
-            meter.update(engine_metrics([engine for engine, _ in counts]))
-            meter.update(judge_metrics([judge for _, judge in counts]))
+            mine = self.engine().take_counts(), self.scorer.take_counts(), meter.seconds("gen")
+            engines, judges, seconds = zip(*gather_objects(mine), strict=True)
+            meter.update(engine_metrics(engines, gen_s=max(seconds)))
+            meter.update(judge_metrics(judges))
 
 
 def collect_groups(

@@ -63,7 +63,11 @@ Generate = Callable[[Sequence[Request], Sampling], Iterator[tuple[int, Completio
 STOP_EVERY = 16
 """The number of engine steps after which the ranks ask each other whether to stop. A step samples
 one token of each response, or reads some thousand tokens of prompts."""
-_NO_COUNTS = {"prefill_tokens": 0.0, "prefill_s": 0.0, "decode_tokens": 0.0, "decode_s": 0.0}
+_COUNTS: tuple[str, ...] = (
+    "prefill_tokens", "prefill_s", "decode_tokens", "decode_s", "generate_s", "prompt_tokens",
+    "cached_tokens", "sibling_tokens", "sibling_cached_tokens", "preemptions", "sync_s",
+    "sync_bytes",
+)  # fmt: skip
 
 
 class VllmEngine:
@@ -104,7 +108,7 @@ class VllmEngine:
         self._stop = list(stop_token_ids)
         self._manifest = dict(manifest)
         self._give_up = give_up
-        self._counts = dict(_NO_COUNTS)
+        self._counts = dict.fromkeys(_COUNTS, 0.0)
         self._read_before = False
         self._llm = LLM(
             model=str(model),
@@ -127,6 +131,7 @@ class VllmEngine:
             seed=seed,
         )
         self._ranks = get_tp_group().cpu_group
+        self._block_tokens = self._llm.llm_engine.vllm_config.cache_config.block_size
         self._sleep()
 
     @contextmanager
@@ -138,10 +143,11 @@ class VllmEngine:
                 cannot load it. If the engine then also fails to sleep, this error is still raised.
             StopRequested: (by `generate`) a rank of this engine has a reason to stop.
         """
-        self._wake("weights")
         try:
-            self._reload(weights)
-            self._wake("kv_cache")
+            with self._timed("sync_s"):
+                self._wake("weights")
+                self._reload(weights)
+                self._wake("kv_cache")
             yield self._generate
         except BaseException as first:
             try:
@@ -190,6 +196,7 @@ class VllmEngine:
                     f"weight sync: {name} {tuple(tensor.shape)} was not expected; the model "
                     f"has {self._manifest.get(name, 'no such tensor')}"
                 )
+            self._counts["sync_bytes"] += tensor.nbytes
             yield name, tensor
         if missing:
             raise SyncError(f"weight sync: {len(missing)} tensors missing, e.g. {min(missing)}")
@@ -223,11 +230,13 @@ class VllmEngine:
                 ),
             )
         left = {str(number) for number in range(len(requests))}
+        siblings = _sibling_tokens(requests, self._block_tokens)
         steps = itertools.count()
         # The original stderr, because messages of other packages are sent to a file.
-        with tqdm(
+        bar = tqdm(
             total=len(requests), desc="responses", disable=not self._progress, file=sys.__stderr__
-        ) as bar:
+        )
+        with self._timed("generate_s"), bar:
             while engine.has_unfinished_requests():
                 if next(steps) % STOP_EVERY == 0 and (reason := self._reason_to_stop()):
                     engine.abort_request(sorted(left))
@@ -235,11 +244,28 @@ class VllmEngine:
                 for output in self._step(engine):
                     left.remove(output.request_id)
                     number = int(output.request_id)
-                    self._counts["prefill_tokens"] += len(requests[number].prompt_ids) - (
-                        output.num_cached_tokens or 0
+                    self._count_prompt(
+                        len(requests[number].prompt_ids),
+                        cached=output.num_cached_tokens or 0,
+                        sibling_tokens=siblings[number],
                     )
                     yield number, _completion(output.outputs[0])
                     bar.update()
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._counts[name] += time.perf_counter() - began
+
+    def _count_prompt(self, tokens: int, *, cached: int, sibling_tokens: int) -> None:
+        self._counts["prompt_tokens"] += tokens
+        self._counts["cached_tokens"] += cached
+        self._counts["prefill_tokens"] += tokens - cached
+        self._counts["sibling_tokens"] += sibling_tokens
+        self._counts["sibling_cached_tokens"] += min(cached, sibling_tokens)
 
     def _step(self, engine: Any) -> list[Any]:
         """Runs one step of the engine and returns the responses that are complete. Its time counts
@@ -249,9 +275,12 @@ class VllmEngine:
         reads = any(r.num_computed_tokens < r.num_prompt_tokens for r in running)
         waiting = len(core.scheduler.waiting)
         before = sum(r.num_output_tokens for r in running)
+        preempted = sum(r.num_preemptions for r in running)
         started = time.perf_counter()
         outputs = engine.step()
         seconds = time.perf_counter() - started
+        # A step preempts none of the requests that it admits.
+        self._counts["preemptions"] += sum(r.num_preemptions for r in running) - preempted
         reads = reads or len(core.scheduler.waiting) < waiting
         # With a batch queue (on a GPU), a step schedules a batch and then waits for the one before.
         prefill = reads if core.batch_queue is None else self._read_before
@@ -264,11 +293,20 @@ class VllmEngine:
         return outputs
 
     def take_counts(self) -> dict[str, float]:
-        """Returns the counts since the last call: the tokens read (without those in the prefix
-        cache), the tokens sampled in steps that read no prompt, and the seconds of both kinds of
-        steps. All are 0 on ranks that do not lead their engine."""
-        taken, self._counts = self._counts, dict(_NO_COUNTS)
-        return taken if self.leads else dict(_NO_COUNTS)
+        """Returns what the engine did since the last call, or {} on ranks that do not lead it:
+
+        prefill_tokens, prefill_s: prompt tokens read, without those in the prefix cache, and the
+            seconds of steps that read a prompt.
+        decode_tokens, decode_s: tokens sampled in the other steps, and their seconds.
+        generate_s: seconds until the last response, the caller's work between responses included.
+        prompt_tokens, cached_tokens: tokens of all prompts, and those found in the prefix cache.
+        sibling_tokens, sibling_cached_tokens: tokens in the full blocks of a prompt that an
+            earlier request has as well, and those found in the prefix cache.
+        preemptions: how often a request lost its cache to others and had to start again.
+        sync_s, sync_bytes: seconds and bytes of loading weights, without going to sleep.
+        """
+        taken, self._counts = self._counts, dict.fromkeys(_COUNTS, 0.0)
+        return taken if self.leads else {}
 
     def _reason_to_stop(self) -> str:
         """Returns a reason of any rank of this engine, or "": all ranks stop at the same step."""
@@ -289,6 +327,18 @@ def _platform_settings(max_model_len: int, enforce_eager: bool) -> dict[str, Any
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(max_model_len, 4096),
     }
+
+
+def _sibling_tokens(requests: Sequence[Request], block: int) -> list[int]:
+    """Returns, for each request whose prompt an earlier one has, the tokens that it can take from
+    the cache: whole blocks, and never the last token of the prompt. For others it returns 0."""
+    seen: set[bytes] = set()
+    tokens = []
+    for request in requests:
+        prompt = request.prompt_ids.tobytes()
+        tokens.append((len(request.prompt_ids) - 1) // block * block if prompt in seen else 0)
+        seen.add(prompt)
+    return tokens
 
 
 def _completion(output: Any) -> Completion:

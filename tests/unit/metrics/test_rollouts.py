@@ -101,12 +101,52 @@ def test_metrics_are_summed_over_ranks_and_latency_is_a_mean() -> None:
     assert judge_metrics([{}, {}]) == {}  # no judge
 
 
-def test_speed_of_an_engine_is_tokens_of_all_over_seconds_of_all() -> None:
-    one = {"prefill_tokens": 100.0, "prefill_s": 2.0, "decode_tokens": 30.0, "decode_s": 1.0}
-    two = {"prefill_tokens": 50.0, "prefill_s": 1.0, "decode_tokens": 0.0, "decode_s": 0.5}
-    speed = {"perf/prefill_tokens_per_s": 50.0, "perf/decode_tokens_per_s": 20.0}
-    assert engine_metrics([one, two]) == speed
-    assert engine_metrics([dict.fromkeys(one, 0.0)]) == {}
+def engine_counts(**some: float) -> dict[str, float]:
+    names = (
+        "prefill_tokens", "prefill_s", "decode_tokens", "decode_s", "generate_s", "prompt_tokens",
+        "cached_tokens", "sibling_tokens", "sibling_cached_tokens", "preemptions", "sync_s",
+        "sync_bytes",
+    )  # fmt: skip
+    return dict.fromkeys(names, 0.0) | some
+
+
+def test_what_the_engines_did_by_hand() -> None:
+    one = engine_counts(
+        prefill_tokens=100, prefill_s=2, decode_tokens=30, decode_s=1, generate_s=3.5,
+        prompt_tokens=160, cached_tokens=60, sibling_tokens=80, sibling_cached_tokens=60,
+        preemptions=2, sync_s=0.2, sync_bytes=64,
+    )  # fmt: skip
+    two = engine_counts(
+        prefill_tokens=50, prefill_s=1, decode_s=0.5, generate_s=1, prompt_tokens=90,
+        cached_tokens=40, preemptions=1, sync_s=0.3, sync_bytes=32,
+    )  # fmt: skip
+    # The second rank does not lead its engine.
+    assert engine_metrics([one, {}, two], gen_s=4.0) == pytest.approx(
+        {
+            "perf/prefill_tokens_per_s": 150 / 3,
+            "perf/decode_tokens_per_s": 30 / 1.5,
+            "perf/engine/prefill_s/mean": 1.5,
+            "perf/engine/prefill_s/max": 2,
+            "perf/engine/decode_s/mean": 0.75,
+            "perf/engine/decode_s/max": 1,
+            "perf/engine/prefill_tokens/sum": 150,
+            "perf/engine/decode_tokens/sum": 30,
+            "perf/engine/preemptions/sum": 3,
+            "perf/engine/cached_share": 100 / 250,
+            "perf/engine/sibling_cached_share": 60 / 80,
+            "perf/engine/idle_share/mean": (0.5 / 4 + 3 / 4) / 2,
+            "perf/engine/idle_share/max": 0.75,
+            "perf/engine/slowest": 0,
+            "perf/engine/sync_s/max": 0.3,
+            "perf/engine/sync_bytes/max": 64,
+        }
+    )
+
+
+def test_engines_that_read_nothing_have_no_rates() -> None:
+    metrics = engine_metrics([engine_counts()], gen_s=1.0)
+    assert not [name for name in metrics if name.endswith(("per_s", "_share"))]
+    assert metrics["perf/engine/idle_share/mean"] == 1.0
 
 
 def test_records_have_the_end_of_the_prompt() -> None:

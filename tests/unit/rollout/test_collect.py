@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megatron_qlrl.errors import RewardError, StopRequested
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.rollout import collect as collect_file
+from megatron_qlrl.rollout import vllm_engine
 from megatron_qlrl.rollout.collect import Collector, check_masked, collect_groups
 from megatron_qlrl.rollout.seeds import share_prompts, token_seed
 from megatron_qlrl.rollout.vllm_engine import Completion, Request, Sampling
@@ -94,7 +95,8 @@ class FakeEngine:
                 raise StopRequested("asked")
 
     def take_counts(self) -> dict[str, float]:
-        return {"prefill_tokens": 8.0, "prefill_s": 2.0, "decode_tokens": 0.0, "decode_s": 0.0}
+        some = {"prefill_tokens": 8.0, "prefill_s": 2.0}
+        return dict.fromkeys(vllm_engine._COUNTS, 0.0) | some
 
 
 class FakeScorer:
@@ -179,7 +181,9 @@ def test_engine_wakes_once_at_the_first_call_and_sleeps_at_the_end(
     assert len(engine.calls) == 4
     metrics = meter.summary()
     assert metrics.pop("perf/prefill_tokens_per_s") == 4
-    assert metrics.keys() == {f"timing_s/{name}" for name in ("update_weights", "gen", "reward")}
+    own = {name for name in metrics if not name.startswith("perf/engine/")}
+    assert own == {f"timing_s/{name}" for name in ("update_weights", "gen", "reward")}
+    assert metrics["perf/engine/prefill_tokens/sum"] == 8
 
     with collector.session(SAMPLING, step=0, meter=Meter()):
         pass

@@ -43,6 +43,8 @@ def engine_with(llm: FakeLLM) -> VllmEngine:
     engine._manifest = dict(MANIFEST)
     engine._llm = llm  # pyright: ignore[reportAttributeAccessIssue]
     engine._stop = [2]
+    engine._counts = dict.fromkeys(vllm_engine._COUNTS, 0.0)
+    engine._block_tokens = 1
     return engine
 
 
@@ -197,7 +199,11 @@ class FakeEngine:
     def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
         self.calls.append((request_id, prompt, params["seed"], params["output_kind"]))
         request = SimpleNamespace(
-            name=request_id, num_computed_tokens=0, num_prompt_tokens=2, num_output_tokens=0
+            name=request_id,
+            num_computed_tokens=0,
+            num_prompt_tokens=2,
+            num_output_tokens=0,
+            num_preemptions=0,
         )
         self.scheduler.waiting.append(request)
 
@@ -261,7 +267,6 @@ def generating(monkeypatch: pytest.MonkeyPatch, lone_group: Any) -> VllmEngine:
     )
     engine._progress = False
     engine.leads = True
-    engine._counts = dict(vllm_engine._NO_COUNTS)
     engine._read_before = False
     engine._ranks = lone_group
     engine._give_up = lambda: ""
@@ -290,10 +295,53 @@ def test_prompts_are_counted_without_what_the_cache_held(generating: VllmEngine)
     counts = generating.take_counts()
     assert (counts["prefill_tokens"], counts["decode_tokens"]) == (3, 3)  # one of two was cached
     assert counts["prefill_s"] > 0 and counts["decode_s"] > 0
+    assert (counts["prompt_tokens"], counts["cached_tokens"]) == (6, 3)
+    assert counts["generate_s"] >= counts["prefill_s"] + counts["decode_s"]
     assert set(generating.take_counts().values()) == {0.0}
     generating.leads = False
     list(generating._generate(requests(1), Sampling(1.0, 1.0, 4, 1)))
-    assert set(generating.take_counts().values()) == {0.0}
+    assert generating.take_counts() == {}
+
+
+def test_siblings_are_counted_by_full_blocks_of_a_prompt_seen_before() -> None:
+    long, short = np.arange(9, dtype=np.int32), np.arange(8, dtype=np.int32)
+    asked = [Request(ids, 0) for ids in (long, short, long, long, short)]
+    # The last token of a prompt is always computed: of 8 tokens only one block of 4 can be reused.
+    assert vllm_engine._sibling_tokens(asked, 4) == [0, 0, 8, 8, 4]
+
+
+def test_siblings_that_the_cache_served(generating: VllmEngine) -> None:
+    """The stand-in has one of two tokens in its cache; a block is one token."""
+    one = requests(1)[0]
+    list(generating._generate([one, one, one], Sampling(1.0, 1.0, 4, 1)))
+    counts = generating.take_counts()
+    assert (counts["sibling_tokens"], counts["sibling_cached_tokens"]) == (2, 2)
+
+
+def test_preemptions_are_counted(generating: VllmEngine) -> None:
+    fake: Any = generating._llm.llm_engine
+    step = fake.step
+
+    def preempting() -> list[Any]:
+        """As vLLM does, it takes the last of those that were running before the step."""
+        for request in fake.scheduler.running[-1:]:
+            request.num_preemptions += 1
+        return step()
+
+    fake.step = preempting
+    list(generating._generate(requests(3), Sampling(1.0, 1.0, 4, 1)))
+    assert generating.take_counts()["preemptions"] == 2  # not in the first of three steps
+
+
+def test_loading_is_timed_and_its_bytes_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "has_gpu", lambda: False)
+    engine = engine_with(FakeLLM())
+    engine.leads = True
+    with engine.awake([("a", A), ("b", B)]):
+        pass
+    counts = engine.take_counts()
+    assert counts["sync_bytes"] == 4 * (6 + 4)
+    assert counts["sync_s"] > 0
 
 
 @pytest.mark.parametrize("queue", [None, []], ids=["synchronous", "a batch ahead"])
