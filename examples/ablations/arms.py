@@ -1,15 +1,17 @@
-"""Defines the arms of the ablations: {no SFT, SFT} x {single phase, phased, phased + retrospective}
-x {GRPO, DAPO}, and long SFT for the trade-off. Every arm has the same budget of RL tokens."""
+"""Defines the arms of the ablations: {no SFT, SFT} x {single, mixed, phased, retrospective}, one
+with DAPO in place of GRPO, and one after long SFT. Every arm has the same budget of RL tokens."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Start = Literal["base", "sft", "long_sft"]
-Curriculum = Literal["single", "phased", "retrospective"]
+Curriculum = Literal["single", "mixed", "phased", "retrospective"]
 Algorithm = Literal["grpo", "dapo"]
 
-SHORT, LONG = 250, 800
-"""Input limits of the two phases, in tokens."""
+LIMITS = {"short": 250, "long": 800, "longer": 3500}
+"""Input limits in tokens, by the name of the documents they let in beside shorter ones."""
+TRAIN_FILES = {"single": "train_longer"}
+"""`single` trains on the longest documents alone, the other curricula on those of all lengths."""
 
 SFT_STEPS: dict[Start, int] = {"sft": 30, "long_sft": 120}
 
@@ -29,13 +31,14 @@ ALGORITHMS: dict[Algorithm, tuple[str, ...]] = {
     ),
 }
 
-# Steps of each phase for equal budgets of 1.24M tokens, with each prompt counted once. A step
-# generates 32 groups: about 10.9K tokens with short documents, 15.8K with both, 20.6K with long
-# ones. The report's table shows the tokens that were really used.
-STEPS: dict[Curriculum, tuple[int, ...]] = {
-    "single": (79,),
-    "phased": (23, 48),
-    "retrospective": (23, 53),
+# Steps of each phase for equal budgets of about 3.7M tokens, with each prompt counted once. A step
+# generates 32 groups: about 10.9K tokens with short documents, 20.8K with long ones, 54K with the
+# longest. The report's table shows the tokens that were really used.
+STEPS: dict[Curriculum, dict[str, int]] = {
+    "single": {"longer": 68},
+    "mixed": {"longer": 130},
+    "phased": {"short": 40, "long": 40, "longer": 45},
+    "retrospective": {"short": 40, "long": 40, "longer": 57},
 }
 
 
@@ -52,16 +55,18 @@ class Arm:
     @property
     def every_steps(self) -> int:
         """Steps between evaluations, for about five points on each curve."""
-        return sum(STEPS[self.curriculum]) // 5
+        return sum(STEPS[self.curriculum].values()) // 5
+
+    @property
+    def train_file(self) -> str:
+        return TRAIN_FILES.get(self.curriculum, "train")
 
     @property
     def settings(self) -> list[str]:
         """The arm's dotted settings for `qlrl rl`."""
-        steps = STEPS[self.curriculum]
-        limits = (SHORT, LONG) if len(steps) == 2 else (LONG,)
         phases = ", ".join(
-            f"{{name: up_to_{limit}, max_input_tokens: {limit}, steps: {num}}}"
-            for limit, num in zip(limits, steps, strict=True)
+            f"{{name: {name}, max_input_tokens: {LIMITS[name]}, steps: {num}}}"
+            for name, num in STEPS[self.curriculum].items()
         )
         share = 0.25 if self.curriculum == "retrospective" else 0.0
         return [
@@ -71,12 +76,12 @@ class Arm:
         ]
 
 
-MAIN = [
-    Arm(start, curriculum, algorithm)
+GRID = [
+    Arm(start, curriculum, "grpo")
     for start in ("base", "sft")
-    for curriculum in ("single", "phased", "retrospective")
-    for algorithm in ("grpo", "dapo")
+    for curriculum in ("single", "mixed", "phased", "retrospective")
 ]
-TRADE_OFF = Arm("long_sft", "retrospective", "grpo")
+MAIN = [*GRID, Arm("sft", "phased", "dapo")]
+TRADE_OFF = Arm("long_sft", "phased", "grpo")
 """Compared with the same arm after short SFT."""
 ARMS = [*MAIN, TRADE_OFF]

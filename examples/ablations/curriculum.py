@@ -13,10 +13,9 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-import numpy as np
-from studies import differences, read_scores, train
+from studies import differences, interval, percent, read_scores, train
 
 CONFIG = Path(__file__).resolve().parents[1] / "smollm2-135m" / "config.yaml"
 SHORT, LONG = 512, 1280  # input limits in tokens
@@ -32,7 +31,6 @@ ARMS = {
 """Settings of the arms. `single` has long documents alone; in the second phase `phased` has them
 alone, too, and `retrospective` up to a quarter of short ones that were answered badly."""
 SIZES = ("short", "long")
-NUM_RESAMPLES = 10_000
 
 
 def main() -> None:
@@ -100,9 +98,7 @@ def report(out: Path, seeds: list[int]) -> None:
     print("| % right, mean over seeds ± their sample standard deviation | seeds | short | long |")
     print("|---|---|---|---|")
     for stage, runs in scores.items():
-        cells = [
-            spread([100 * mean(run[size].values()) for run in runs.values()]) for size in SIZES
-        ]
+        cells = [percent([mean(run[size].values()) for run in runs.values()]) for size in SIZES]
         print(f"| {stage} | {len(runs)} | {' | '.join(cells)} |")
     print("\n| points, 95 % interval over documents and seeds | seeds | short | long |")
     print("|---|---|---|---|")
@@ -111,7 +107,7 @@ def report(out: Path, seeds: list[int]) -> None:
     for one, two in [*((arm, "sft") for arm in arms if "sft" in scores), *pairs]:
         both = [seed for seed in scores[one] if seed in scores[two]]
         cells = [
-            interval(np.array([differences(scores[one][s], scores[two][s], size) for s in both]))
+            interval([differences(scores[one][s], scores[two][s], size) for s in both])
             for size in SIZES
         ]
         print(f"| {one} minus {two} | {len(both)} | {' | '.join(cells)} |")
@@ -119,25 +115,6 @@ def report(out: Path, seeds: list[int]) -> None:
 
 def path(out: Path, seed: int, name: str) -> Path:
     return out / f"seed_{seed}" / f"{name}.jsonl"
-
-
-def interval(values: np.ndarray) -> str:
-    """Returns the mean of `values` [seeds, documents] in points, with a percentile interval of a
-    bootstrap that draws documents and seeds again."""
-    rng = np.random.default_rng(0)
-    num_seeds, num_documents = values.shape
-    means = [
-        values[rng.integers(num_seeds, size=num_seeds)][
-            :, rng.integers(num_documents, size=num_documents)
-        ].mean()
-        for _ in range(NUM_RESAMPLES)
-    ]
-    low, high = 100 * np.percentile(means, [2.5, 97.5])
-    return f"{100 * values.mean():+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

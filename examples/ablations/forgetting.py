@@ -13,10 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
-from studies import Scores, differences, qlrl, read_scores, train
-
-from megatron_qlrl.evaluate.compare import paired_bootstrap
+from studies import Scores, differences, interval, qlrl, read_scores, train
 
 CONFIG = Path(__file__).resolve().parents[1] / "quickstart" / "config.yaml"
 ALONE, CARRIED = "no carried prompts", "carried_share 0.25"
@@ -96,7 +93,7 @@ def report(out: Path) -> None:
     """Prints, for each arm, what phase 2 scores by seed, and how far it is from SFT."""
     print("| phase 2 | seed | after SFT, short / long | phase 1 | phase 2 |")
     print("|---|---|---|---|---|")
-    changes: dict[str, list[dict[str, np.ndarray]]] = {}
+    changes: dict[str, list[dict[str, list[float]]]] = {}
     for arm in ARMS:
         for run in sorted(folder(out, arm).glob("seed_*")):
             answers = [
@@ -109,16 +106,13 @@ def report(out: Path) -> None:
             seed = run.name.removeprefix("seed_")
             print(f"| {arm} | {seed} | {points(start)} | {points(first)} | {points(second)} |")
             changes.setdefault(arm, []).append(
-                {size: np.array(differences(second, start, size)) for size in SIZES}
+                {size: differences(second, start, size) for size in SIZES}
             )
-    print("\n| phase 2 minus SFT, points (95 % interval over documents) | seeds | short | long |")
+    headers = "phase 2 minus SFT, points (95 % over documents and seeds) | seeds | short | long"
+    print(f"\n| {headers} |")
     print("|---|---|---|---|")
     for arm, runs in changes.items():
-        cells = []
-        for size in SIZES:
-            result = paired_bootstrap([run[size] for run in runs])
-            low, high = 100 * result.low, 100 * result.high
-            cells.append(f"{100 * result.difference:+.1f} ({low:+.1f} to {high:+.1f})")
+        cells = [interval([run[size] for run in runs]) for size in SIZES]
         print(f"| {arm} | {len(runs)} | {' | '.join(cells)} |")
 
 

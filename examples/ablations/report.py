@@ -1,26 +1,37 @@
-"""Writes the ablations' tables and curves from the records (metrics.jsonl) of the runs."""
+"""Writes the ablations' tables and curves from the records (metrics.jsonl) and the answers
+(eval/*.jsonl) of the runs."""
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
-from arms import ARMS, MAIN, SFT_STEPS, TRADE_OFF, Arm
+from arms import ARMS, GRID, LIMITS, MAIN, SFT_STEPS, TRADE_OFF, Arm, Curriculum
 from matplotlib.figure import Figure
+from studies import Scores, differences, interval, percent, read_scores, spread
 
-SIZES = ("short", "long")
+SIZES = tuple(LIMITS)
 STARTS = {"base": "no SFT", "sft": "SFT"}
+PAIRS: tuple[tuple[Curriculum, Curriculum], ...] = (
+    ("phased", "single"),
+    ("phased", "mixed"),
+    ("retrospective", "phased"),
+)
 CURVES = {
     "reward (sampled)": "critic/rewards/mean",
     "entropy": "actor/entropy",
     "KL to the start": "actor/kl_loss",
-    "response length": "response_length/mean",
-    "accuracy, short documents": "val/eval_short/score",
-    "accuracy, long documents": "val/eval_long/score",
+    **{f"accuracy, {size} documents": f"val/eval_{size}/score" for size in SIZES},
 }
-COLORS = {"single": "tab:red", "phased": "tab:blue", "retrospective": "tab:green"}
+COLORS = {
+    "single": "tab:red",
+    "mixed": "tab:orange",
+    "phased": "tab:blue",
+    "retrospective": "tab:green",
+}
 LINES = {"grpo": "-", "dapo": "--"}
 WINDOW = 5
 """The number of steps over which curves of training metrics are averaged."""
@@ -44,7 +55,8 @@ def report(out: Path, seeds: Iterable[int]) -> None:
     records = {arm: [read(out / arm.name / f"seed_{s}") for s in seeds] for arm in ARMS}
     results = {arm.name: [summary(r) for r in records[arm]] for arm in ARMS}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    tables = (table(results), against_single(results), trade_off(results))
+    scores = {arm: [last_scores(out / arm.name / f"seed_{s}") for s in seeds] for arm in ARMS}
+    tables = (table(results), curricula(scores), trade_off(results))
     (folder / "table.md").write_text("\n\n".join(tables) + "\n")
     for start in ("sft", "base"):
         arms = [arm for arm in MAIN if arm.start == start]
@@ -54,6 +66,11 @@ def report(out: Path, seeds: Iterable[int]) -> None:
 
 def read(folder: Path) -> Record:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_scores(folder: Path) -> Scores:
+    """Reads the answers to the evaluation after the last phase, which is `longer` in all arms."""
+    return read_scores(folder / "eval" / "longer.jsonl")
 
 
 def summary(record: Record) -> dict[str, float]:
@@ -77,58 +94,50 @@ def summary(record: Record) -> dict[str, float]:
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     lines = [
-        "| start | curriculum | algorithm | short, % | long, % | mean, % | entropy | KL | KL, "
-        "highest | RL tokens, M |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| start | curriculum | algorithm | short, % | long, % | longer, % | mean, % | entropy "
+        "| KL | KL, highest | RL tokens, M |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in MAIN:
         runs = results[arm.name]
-        average = [(r["short"] + r["long"]) / 2 for r in runs]
         cells = [
             STARTS[arm.start],
             arm.curriculum,
             arm.algorithm.upper(),
-            *(percent([r[size] for r in runs]) for size in SIZES),
-            percent(average),
-            spread([r["entropy"] for r in runs], 3),
-            spread([r["kl"] for r in runs], 3),
-            f"{max(r['kl_max'] for r in runs):.2f}",
-            spread([r["tokens"] / 1e6 for r in runs], 2),
+            *(percent([run[size] for run in runs]) for size in SIZES),
+            percent([mean(run[size] for size in SIZES) for run in runs]),
+            spread([run["entropy"] for run in runs], 3),
+            spread([run["kl"] for run in runs], 3),
+            f"{max(run['kl_max'] for run in runs):.2f}",
+            spread([run["tokens"] / 1e6 for run in runs], 2),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def against_single(results: dict[str, list[dict[str, float]]]) -> str:
-    """Compares with the single phase, seed by seed: same start, budget and evaluation."""
+def curricula(scores: dict[Arm, list[Scores]]) -> str:
+    """Compares curricula with the same start seed by seed and document by document."""
     lines = [
-        "| start | algorithm | against single | short, points | long, points | mean, points |",
-        "|---|---|---|---|---|---|",
+        "| start | points, 95 % interval over documents and seeds | short | long | longer |",
+        "|---|---|---|---|---|",
     ]
-    for arm in MAIN:
-        if arm.curriculum == "single":
-            continue
-        single = Arm(arm.start, "single", arm.algorithm)
-        pairs = list(zip(results[arm.name], results[single.name], strict=True))
-        changes = {size: [ours[size] - theirs[size] for ours, theirs in pairs] for size in SIZES}
-        average = [(s + k) / 2 for s, k in zip(*changes.values(), strict=True)]
-        cells = [STARTS[arm.start], arm.algorithm.upper(), arm.curriculum]
-        cells += [percent(values) for values in (*changes.values(), average)]
-        lines.append("| " + " | ".join(cells) + " |")
+    for start, name in STARTS.items():
+        arms = {arm.curriculum: arm for arm in GRID if arm.start == start}
+        for ours, theirs in PAIRS:
+            runs = list(zip(scores[arms[ours]], scores[arms[theirs]], strict=True))
+            cells = [interval([differences(one, two, size) for one, two in runs]) for size in SIZES]
+            lines.append(f"| {name} | {ours} minus {theirs} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def trade_off(results: dict[str, list[dict[str, float]]]) -> str:
     """Compares short and long SFT, and what RL adds to each."""
-    lines = [
-        "| SFT steps | short, % after SFT | after RL | long, % after SFT | after RL | gain of the "
-        "mean |",
-        "|---|---|---|---|---|---|",
-    ]
+    headers = " | ".join(f"{size}, % after SFT | after RL" for size in SIZES)
+    lines = [f"| SFT steps | {headers} | gain of the mean |", "|---" * (2 * len(SIZES) + 2) + "|"]
     after_short = Arm("sft", TRADE_OFF.curriculum, TRADE_OFF.algorithm)
     for arm in (after_short, TRADE_OFF):
         runs = results[arm.name]
-        gains = [(r["short"] + r["long"] - r["start_short"] - r["start_long"]) / 2 for r in runs]
+        gains = [mean(run[size] - run[f"start_{size}"] for size in SIZES) for run in runs]
         cells = [str(SFT_STEPS[arm.start])]
         for size in SIZES:
             cells += [percent([r[f"start_{size}"] for r in runs]), percent([r[size] for r in runs])]
@@ -136,21 +145,11 @@ def trade_off(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def percent(values: Sequence[float]) -> str:
-    return spread([100 * v for v in values], 1)
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Returns mean and sample standard deviation as text."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
-
-
 def draw(path: Path, records: dict[Arm, list[Record]]) -> None:
     """Draws the mean and the range of the seeds over the tokens used."""
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     axes = figure.subplots(2, 3)
-    for axis, (title, metric) in zip(axes.T.flat, CURVES.items(), strict=True):
+    for axis, (title, metric) in zip(axes.flat, CURVES.items(), strict=True):
         for arm, runs in records.items():
             x, y = zip(*(curve(run, metric) for run in runs), strict=True)
             ends = [xs[-1] for xs in x]

@@ -11,9 +11,14 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from arms import ARMS, SFT_STEPS, Arm, Start
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from arms import ARMS, LIMITS, SFT_STEPS, Arm, Start
 from report import report
-from studies import qlrl, train
+from studies import train
+
+from megatron_qlrl.data.builders.toy import build_toy
+from megatron_qlrl.platform.files import replaced
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "quickstart" / "base"
@@ -26,9 +31,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
 
-    data = args.out / "data"
-    if not (data / "eval_long.parquet").exists():
-        qlrl(args.out / "data.log", "data", "toy", data, "--train", 10000, "--eval", 256)
+    make_data(args.out / "data")
     seeds = range(args.seeds)
     with ThreadPoolExecutor(args.jobs) as pool:
         for start in SFT_STEPS:
@@ -38,6 +41,18 @@ def main() -> None:
             pool.map(lambda pair: train_rl(args.out, *pair), [(a, s) for s in seeds for a in ARMS])
         )
     report(args.out, seeds)
+
+
+def make_data(folder: Path) -> None:
+    """Writes documents of three lengths, and the longest of the training set once more alone."""
+    longest = folder / "train_longer.parquet"
+    if longest.exists():
+        return
+    files = build_toy(folder, seed=0, num_train=15000, num_eval=256, lengths=list(LIMITS))
+    table = pq.read_table(files["train"])
+    lengths = pc.struct_field(table["extra_info"], "length")
+    with replaced(longest) as fresh:
+        pq.write_table(table.filter(pc.equal(lengths, "longer")), fresh)
 
 
 def train_sft(out: Path, start: Start, seed: int) -> None:
@@ -61,7 +76,7 @@ def train_rl(out: Path, arm: Arm, seed: int) -> None:
         HERE / "config.yaml",
         out / arm.name / f"seed_{seed}",
         "rl",
-        f"data.train_files=[{out}/data/train.parquet]",
+        f"data.train_files=[{out}/data/{arm.train_file}.parquet]",
         f"model.path={start_folder(out, arm.start, seed)}",
         f"run.seed={seed}",
         f"data.eval_files={eval_files(out)}",
@@ -76,7 +91,7 @@ def start_folder(out: Path, start: Start, seed: int) -> Path:
 
 
 def eval_files(out: Path) -> str:
-    return f"[{out}/data/eval_short.parquet,{out}/data/eval_long.parquet]"
+    return "[" + ",".join(f"{out}/data/eval_{size}.parquet" for size in LIMITS) + "]"
 
 
 if __name__ == "__main__":

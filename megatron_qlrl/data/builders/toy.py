@@ -27,9 +27,13 @@ from megatron_qlrl.data.template import docqa_message
 from megatron_qlrl.platform.files import make_folder, replaced
 
 ToyKind = Literal["needle", "needles", "two_hop"]
-ToyLength = Literal["short", "long"]
+ToyLength = Literal["short", "long", "longer"]
 
-NUM_FACTS: dict[ToyLength, tuple[int, int]] = {"short": (6, 10), "long": (24, 40)}
+NUM_FACTS: dict[ToyLength, tuple[int, int]] = {
+    "short": (6, 10),
+    "long": (24, 40),
+    "longer": (96, 140),
+}
 """Inclusive range of the number of facts in a document."""
 
 
@@ -117,33 +121,38 @@ def toy_corpus(seed: int, num_texts: int) -> list[str]:
 
 
 def build_toy(
-    out_dir: Path, *, seed: int, num_train: int, num_eval: int, kind: ToyKind = "needle"
+    out_dir: Path,
+    *,
+    seed: int,
+    num_train: int,
+    num_eval: int,
+    kind: ToyKind = "needle",
+    lengths: Sequence[ToyLength] = ("short", "long"),
 ) -> dict[str, Path]:
     """Writes the toy data set and returns its files by name.
 
     * `sft` (num_train rows): short documents with a `response` column.
-    * `train` (num_train rows): short and long documents in turn, for phases by input length.
-    * `eval_short`, `eval_long` (num_eval rows each): held-out documents.
+    * `train` (num_train rows): documents of all `lengths` in turn, for phases by input length.
+    * `eval_short`, `eval_long`, ... (num_eval rows each): held-out documents of each length.
 
     The same arguments write the same rows.
 
     Raises:
         ConfigError: the folder or a file cannot be written.
     """
-    plan: dict[str, tuple[int, tuple[ToyLength, ...]]] = {
+    plan: dict[str, tuple[int, Sequence[ToyLength]]] = {
         "sft": (num_train, ("short",)),
-        "train": (num_train, ("short", "long")),
-        "eval_short": (num_eval, ("short",)),
-        "eval_long": (num_eval, ("long",)),
+        "train": (num_train, lengths),
+        **{f"eval_{length}": (num_eval, (length,)) for length in lengths},
     }
     make_folder(out_dir)
     seen: set[str] = set()
     paths: dict[str, Path] = {}
-    for part, (name, (num_rows, lengths)) in enumerate(plan.items()):
+    for part, (name, (num_rows, row_lengths)) in enumerate(plan.items()):
         rng = np.random.default_rng([seed, part])
         rows = []
         for index in range(num_rows):
-            length = lengths[index % len(lengths)]
+            length = row_lengths[index % len(row_lengths)]
             record = first_unseen(partial(_draw, rng, kind, length), seen)
             rows.append(_row(record, kind=kind, length=length, split=name, index=index))
         extra_info = {"split": pa.string(), "index": pa.int64(), "length": pa.string()}

@@ -18,23 +18,28 @@ def ablations(monkeypatch: pytest.MonkeyPatch) -> Any:
     import report  # pyright: ignore[reportMissingImports]
 
     yield arms, report
-    for name in ("arms", "report"):
+    for name in ("arms", "report", "studies"):
         sys.modules.pop(name)
 
 
-def test_arms_are_the_whole_grid_and_the_trade_off(ablations: Any) -> None:
+def test_arms_are_the_whole_grid_dapo_and_the_trade_off(ablations: Any) -> None:
     arms, _ = ablations
     names = {arm.name for arm in arms.ARMS}
-    assert len(names) == len(arms.ARMS) == 2 * 3 * 2 + 1
-    assert {"base-single-grpo", "sft-retrospective-dapo", "long_sft-retrospective-grpo"} <= names
+    assert len(names) == len(arms.ARMS) == 2 * 4 + 2
+    assert {"base-single-grpo", "sft-phased-dapo", "long_sft-phased-grpo"} <= names
 
 
 def test_settings_of_an_arm_make_the_config_it_names(ablations: Any) -> None:
     arms, _ = ablations
     configs = {a.name: load_config(FOLDER / "config.yaml", a.settings) for a in arms.ARMS}
-    single, phased = configs["sft-single-grpo"], configs["base-phased-dapo"]
-    assert [(p.max_input_tokens, p.steps) for p in single.phases] == [(800, 79)]
-    assert [(p.max_input_tokens, p.steps) for p in phased.phases] == [(250, 23), (800, 48)]
+    single, phased = configs["sft-single-grpo"], configs["sft-phased-dapo"]
+    assert [(p.max_input_tokens, p.steps) for p in single.phases] == [(3500, 68)]
+    assert [(p.max_input_tokens, p.steps) for p in phased.phases] == [
+        (250, 40),
+        (800, 40),
+        (3500, 45),
+    ]
+    assert {a.curriculum for a in arms.ARMS if a.train_file == "train_longer"} == {"single"}
     assert single.algorithm.clip_high == 0.2 and phased.algorithm.clip_high == 0.28
     assert (single.algorithm.aggregation, phased.algorithm.aggregation) == (
         "sequence_mean",
@@ -44,43 +49,55 @@ def test_settings_of_an_arm_make_the_config_it_names(ablations: Any) -> None:
     assert {n for n, s in shares.items() if s > 0} == {n for n in shares if "retrospective" in n}
     # Every arm generates 32 groups a step: the budgets are those of the table of steps.
     generated = [c.rollout.prompts_per_step * c.algorithm.oversampling for c in configs.values()]
-    assert generated == [32] * 13
+    assert generated == [32] * 10
 
 
-def write_record(folder: Path, *, start: float, end: float) -> None:
-    """Two steps of 100 and 300 tokens, evaluations before and after."""
-
-    def evaluation(score: float) -> dict[str, float]:
-        return {"val/eval_short/score": 2 * score, "val/eval_long/score": score}
-
-    step = {"critic/rewards/mean": 0.5, "actor/entropy": 0.2, "response_length/mean": 20.0}
+def write_record(folder: Path, *, start: float, right: list[int]) -> None:
+    """Two steps of 100 and 300 tokens, evaluations before and after, which answers ten questions of
+    each size: `right` of them right, by size."""
+    sizes = ("short", "long", "longer")
+    before = {f"val/eval_{size}/score": start for size in sizes}
+    after = {f"val/eval_{size}/score": num / 10 for size, num in zip(sizes, right, strict=True)}
+    step = {"critic/rewards/mean": 0.5, "actor/entropy": 0.2}
     lines = [
-        {"step": 0, **evaluation(start)},
+        {"step": 0, **before},
         {"step": 0, "perf/total_num_tokens": 100, "actor/kl_loss": 0.75, **step},
         {"step": 1, "perf/total_num_tokens": 300, "actor/kl_loss": 0.25, **step},
-        {"step": 1, **evaluation(end)},
+        {"step": 1, **after},
     ]
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = [
+        {"uid": f"eval_{size}:{i}", "score": float(i < num)}
+        for size, num in zip(sizes, right, strict=True)
+        for i in range(10)
+    ]
+    (folder / "eval").mkdir(parents=True)
+    for file, records in (("metrics.jsonl", lines), ("eval/longer.jsonl", answers)):
+        (folder / file).write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def test_report_of_records(ablations: Any, tmp_path: Path) -> None:
     arms, report = ablations
     for arm in arms.ARMS:
-        for seed, end in enumerate((0.3, 0.4)):
-            write_record(tmp_path / arm.name / f"seed_{seed}", start=0.1, end=end)
+        extra = 5 if arm.curriculum == "phased" else 0
+        for seed, long in enumerate((3, 4)):
+            write_record(
+                tmp_path / arm.name / f"seed_{seed}", start=0.1, right=[2 * long, long, extra]
+            )
     report.report(tmp_path, range(2))
     table = (tmp_path / "report" / "table.md").read_text().splitlines()
     # 60 % and 80 % on short documents, 30 % and 40 % on long ones: sample deviations of
-    # sqrt(200) = 14.1, sqrt(50) = 7.1; of their means 45 % and 60 %, 10.6.
+    # sqrt(200) = 14.1, sqrt(50) = 7.1; of their means 30 % and 40 %, 7.1.
     assert table[2] == (
-        "| no SFT | single | GRPO | 70.0 ± 14.1 | 35.0 ± 7.1 | 52.5 ± 10.6 | 0.200 ± 0.000 | "
-        "0.500 ± 0.000 | 0.75 | 0.00 ± 0.00 |"
+        "| no SFT | single | GRPO | 70.0 ± 14.1 | 35.0 ± 7.1 | 0.0 ± 0.0 | 35.0 ± 7.1 | "
+        "0.200 ± 0.000 | 0.500 ± 0.000 | 0.75 | 0.00 ± 0.00 |"
     )
-    # All arms have the same records: no difference to the single stage.
-    assert "| SFT | DAPO | retrospective | 0.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 |" in table
+    none = "+0.0 (+0.0 to +0.0)"
+    row = next(line for line in table if line.startswith("| SFT | phased minus single |"))
+    # Five of ten documents, in both seeds: +50 points, and two documents each way to be expected.
+    assert row.startswith(f"| SFT | phased minus single | {none} | {none} | +50.0 (+20.0 to +80.0")
     assert table[-1] == (
-        "| 120 | 20.0 ± 0.0 | 70.0 ± 14.1 | 10.0 ± 0.0 | 35.0 ± 7.1 | 37.5 ± 10.6 |"
+        "| 120 | 10.0 ± 0.0 | 70.0 ± 14.1 | 10.0 ± 0.0 | 35.0 ± 7.1 | 10.0 ± 0.0 | 50.0 ± 0.0 | "
+        "41.7 ± 7.1 |"
     )
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert [run["tokens"] for run in results["base-single-grpo"]] == [400, 400]
