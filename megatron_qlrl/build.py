@@ -409,6 +409,7 @@ def make_sampler(job: Job, prompts: Sequence[Prompt]) -> Sampler:
         carried_share=config.curriculum.carried_share,
         keep=has_spread if config.algorithm.filter_groups else lambda rewards: True,
         warn=job.warn,
+        tokens_per_round=config.rollout.tokens_per_round,
     )
 
 

@@ -50,16 +50,19 @@ def train_rl(parts: RLParts, phases: Sequence[Phase], *, first_step: int) -> Non
         meter = Meter()
         with meter.timed("step"):
             # Draw and collect, until dynamic sampling has what it wants.
-            sampler.begin(phase.index, step, version=trainer.policy.version)
-            with parts.collector.session(parts.sampling, step=step, meter=meter) as collect:
+            last = step + 1 == phase.end_step
+            sampler.begin(phase.index, step, version=trainer.policy.version, last=last)
+            with parts.collector.session(
+                parts.sampling, step=step, meter=meter, budget=sampler.budget
+            ) as collect:
                 while prompts := sampler.draw():
                     sampler.observe(collect(prompts))
             batch = sampler.take()
             meter.update(batch_metrics(batch, sampler, phase.index))
 
-            # Train. The surplus keeps the log-probs of these weights, before they change.
+            # Train. What waits keeps the log-probs of these weights, before they change.
             run.monitor.begin(step, phase.index, meter.summary())
-            sampler.hold(trainer.with_old_logprobs(batch.surplus, meter))
+            sampler.hold(trainer.with_old_logprobs(batch.waiting, meter))
             with meter.timed("adv"):
                 groups = parts.advantages(batch.groups)
             trainer.update(groups, step=step, meter=meter)

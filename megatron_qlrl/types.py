@@ -10,7 +10,7 @@ row of T = 5 + 2 + 3 = 10 tokens. Position ids are 0..4 | 5 6 | 5 6 7: each resp
 from the end of the prompt.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,10 @@ class Rollout:
             after temperature and, with top_p < 1, renormalised over the nucleus.
         text: the response decoded without special tokens.
         finished: False when the response hit the length limit.
-        weight_version: number of optimizer updates the generating weights had seen.
+        weight_version: number of optimizer updates that the weights had seen which sampled the
+            first token; no token is older.
+        versions: int32 [R], that number for each token; None where all are `weight_version`.
+        goes_on: the response reached the step's budget of tokens, and goes on in a later step.
     """
 
     prompt_uid: str
@@ -75,6 +78,15 @@ class Rollout:
     text: str
     finished: bool
     weight_version: int
+    versions: np.ndarray | None = None
+    goes_on: bool = False
+
+    @property
+    def token_versions(self) -> np.ndarray:
+        """int32 [R]: the version of the weights that sampled each token."""
+        if self.versions is not None:
+            return self.versions
+        return np.full(len(self.token_ids), self.weight_version, np.int32)
 
 
 @dataclass(frozen=True)
@@ -101,10 +113,12 @@ class Score:
 class ScoredGroup:
     """The G responses to one prompt with their scores (same order, same length).
 
+    It is trained on when it is whole. A response that goes on has no verdict yet.
+
     Attributes:
-        old_logprobs: float32 [R] of each response, the trainer's log-probs under the weights
-            that sampled it, kept where the group waits for a later step; None: the present
-            weights are those.
+        old_logprobs: float32 [R] of each response, the trainer's log-prob of each token under the
+            weights that sampled it, kept where the group waits for a later step. NaN, and None for
+            all tokens: the present weights sampled them.
     """
 
     prompt: Prompt
@@ -114,13 +128,38 @@ class ScoredGroup:
 
     @property
     def weight_version(self) -> int:
-        """Version of the weights that sampled the group, the same for all its responses."""
+        """Version of the weights that sampled the first tokens, the same for all responses."""
         return self.rollouts[0].weight_version
+
+    @property
+    def whole(self) -> bool:
+        """Whether every response has ended."""
+        return not any(rollout.goes_on for rollout in self.rollouts)
 
     @property
     def rewards(self) -> np.ndarray:
         """float64 [G]; NaN where there is no verdict."""
         return np.array([np.nan if s.value is None else s.value for s in self.scores])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How far the responses of one step go (`rollout.tokens_per_round`).
+
+    Attributes:
+        tokens: the most tokens that a response gets in this step before it waits; None: it ends.
+        begun: groups that go on in this step, by the uid of their prompt.
+        due: uids of the begun groups that end in this step, however many tokens they need, because
+            their first tokens would get too old.
+    """
+
+    tokens: int | None
+    begun: Mapping[str, ScoredGroup]
+    due: Collection[str] = ()
+
+    def tokens_of(self, uid: str) -> int | None:
+        """Returns the most tokens for each response to a prompt, or None if they end."""
+        return None if uid in self.due else self.tokens
 
 
 @dataclass(frozen=True)
@@ -131,7 +170,7 @@ class TrainResponse:
         token_ids: int32 [R].
         advantage: the group-relative advantage of the response (SFT: 1.0).
         engine_logprobs: float32 [R], what the rollout engine reported; None outside RL.
-        old_logprobs: float32 [R] where weights of the past sampled it (see `ScoredGroup`).
+        old_logprobs: float32 [R] where weights of the past sampled some of it (`ScoredGroup`).
     """
 
     token_ids: np.ndarray

@@ -166,6 +166,11 @@ class RolloutConfig(Section):
     """G: responses sampled for each prompt."""
     max_response_tokens: int = Field(default=10_000, gt=0)
     """Longer responses are cut here and count as unfinished."""
+    tokens_per_round: int | None = Field(default=None, gt=0)
+    """Partial rollouts: a response gets at most this many tokens in a step; one that needs more
+    waits with its group and goes on in the next step, with the new weights
+    (docs/method.md#partial-rollouts). Needs algorithm.max_staleness. None: every response ends in
+    its step."""
     temperature: float = Field(default=0.7, gt=0)
     """Sampling temperature. It is a part of the policy: log-probs are taken at it, too."""
     top_p: float = Field(default=0.95, gt=0, le=1)
@@ -226,9 +231,11 @@ class AlgorithmConfig(Section):
     """What a step does whose rounds (when above 1) or prompts are used up before the batch is full:
     train on the groups it has, or skip the update."""
     max_staleness: int = Field(default=0, ge=0)
-    """How many optimizer updates a group that a full batch did not need may wait for a later batch
-    before it is dropped; 0 drops it at once. Such groups arise only with oversampling above 1, or
-    where incomplete batches are skipped."""
+    """The most optimizer updates that a token may be old when it is trained on. A group that a full
+    batch did not need waits that long before it is dropped (0 drops it at once); such groups arise
+    only with oversampling above 1, with rollout.tokens_per_round, or where incomplete batches are
+    skipped. A group whose responses go on (rollout.tokens_per_round) is never dropped for its age:
+    they end, without a budget, in the last step in which they can be trained on."""
     overlong_buffer_tokens: int | None = Field(default=None, gt=0)
     """Overlong shaping (DAPO): the reward that enters the advantages falls linearly by 1 over this
     many tokens before rollout.max_response_tokens. None: no shaping."""
@@ -567,16 +574,26 @@ class Config(Section):
         """The config of every phase, or the config itself when there are none."""
         return [self.for_phase(k) for k in range(len(self.phases))] or [self]
 
-    def _check_surplus(self) -> None:
-        """Refuses a max_staleness that can never have a group to keep."""
-        settings = self.algorithm
+    def _check_waiting(self) -> None:
+        """Refuses a max_staleness that can never have a group to keep, or that no group with a
+        response that goes on can keep to."""
+        settings, tokens = self.algorithm, self.rollout.tokens_per_round
+        if tokens is not None and settings.max_staleness < settings.updates_per_step:
+            raise ValueError(
+                f"rollout.tokens_per_round={tokens} needs algorithm.max_staleness of at least "
+                f"algorithm.updates_per_step={settings.updates_per_step}, but it is "
+                f"{settings.max_staleness}: a response that waits for the next step gets that many "
+                f"updates old. Set algorithm.max_staleness to {4 * settings.updates_per_step} for "
+                "at most four steps of waiting, or leave tokens_per_round out"
+            )
         skips = settings.incomplete_batch == "skip" and settings.generation_rounds > 1
-        if settings.max_staleness and settings.oversampling == 1 and not skips:
+        waits = skips or settings.oversampling > 1 or tokens is not None
+        if settings.max_staleness and not waits:
             raise ValueError(
                 f"algorithm.max_staleness={settings.max_staleness} has no effect: no groups are "
-                "left over from a batch. Set algorithm.oversampling above 1, or "
-                "algorithm.incomplete_batch=skip with algorithm.generation_rounds above 1; or "
-                "leave max_staleness at 0"
+                "left over from a batch. Set algorithm.oversampling above 1, "
+                "rollout.tokens_per_round, or algorithm.incomplete_batch=skip with "
+                "algorithm.generation_rounds above 1; or leave max_staleness at 0"
             )
 
     def _check_sizes(self) -> None:
@@ -597,7 +614,7 @@ class Config(Section):
             )
         if self.algorithm.kl_coef > 0 and not self.algorithm.reference:
             raise ValueError("algorithm.kl_coef > 0 needs algorithm.reference=true")
-        self._check_surplus()
+        self._check_waiting()
         buffer = self.algorithm.overlong_buffer_tokens or 0
         if buffer > self.rollout.max_response_tokens:
             raise ValueError(

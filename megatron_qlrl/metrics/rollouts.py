@@ -118,6 +118,7 @@ def rollout_records(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
             "num_tokens": len(rollout.token_ids),
             "finished": rollout.finished,
             "weight_version": rollout.weight_version,
+            **_rounds(rollout),
             "score": score.value,
             "rule": score.rule,
             "judge": score.judge,
@@ -127,6 +128,14 @@ def rollout_records(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
         for group in groups
         for rollout, score in zip(group.rollouts, group.scores, strict=True)
     ]
+
+
+def _rounds(rollout: Rollout) -> dict[str, Any]:
+    """For a response of several rounds, the tokens that each version of the weights sampled."""
+    if rollout.versions is None:
+        return {}
+    versions, tokens = np.unique(rollout.versions, return_counts=True)
+    return {"version_tokens": dict(zip(map(str, versions), tokens.tolist(), strict=True))}
 
 
 def num_tokens(groups: Sequence[ScoredGroup]) -> int:

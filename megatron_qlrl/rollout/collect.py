@@ -4,6 +4,8 @@ awake: weights streamed into the engine
   prompts -> share of this engine -> requests -> completions, scored as they end
   groups of all engines, in the order of the prompts
 asleep
+
+With a budget of tokens, groups may come back with responses that go on in a later step (`rounds`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,12 +20,15 @@ from megatron_qlrl.errors import DataError, RewardError, StopRequested
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.metrics.rollouts import engine_metrics, judge_metrics
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
+from megatron_qlrl.rollout.rounds import known_logprobs, next_task
 from megatron_qlrl.rollout.seeds import share_prompts, token_seed
-from megatron_qlrl.rollout.vllm_engine import Generate, Request, Sampling, VllmEngine
-from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
+from megatron_qlrl.rollout.vllm_engine import Generate, Sampling, VllmEngine
+from megatron_qlrl.types import Budget, Prompt, Rollout, Score, ScoredGroup
 
 # Scored groups of the prompts, in their order, the same on every rank.
 Collect = Callable[[Sequence[Prompt]], list[ScoredGroup]]
+NO_SCORE = Score(None, 0.0)
+"""Stands for the score of a response that goes on."""
 
 
 class Scorer(Protocol):
@@ -75,11 +80,17 @@ class Collector:
 
     @contextmanager
     def session(
-        self, sampling: Sampling, *, step: int, meter: Meter, answers: Answers | None = None
+        self,
+        sampling: Sampling,
+        *,
+        step: int,
+        meter: Meter,
+        answers: Answers | None = None,
+        budget: Budget | None = None,
     ) -> Iterator[Collect]:
         """Yields `collect`. Its first call wakes the engine with the present weights; at the end
         the engine sleeps, and the meter gets what engine and judge did. What `answers` holds is not
-        asked for again."""
+        asked for again. Without a budget every group is whole."""
         with ExitStack() as stack:
             running: list[tuple[Generate, int]] = []
 
@@ -89,7 +100,9 @@ class Collector:
                         stream, version = self.weights()
                         generate = stack.enter_context(self.engine().awake(stream))
                     running.append((generate, version))
-                return collect_groups(self, prompts, *running[0], sampling, step, meter, answers)
+                return collect_groups(
+                    self, prompts, *running[0], sampling, step, meter, answers, budget
+                )
 
             yield collect
             if not running:
@@ -111,8 +124,10 @@ def collect_groups(
     step: int,
     meter: Meter,
     answers: Answers | None = None,
+    budget: Budget | None = None,
 ) -> list[ScoredGroup]:
-    """The prompts' groups by engines that are awake (`generate`) with weights of `version`.
+    """The prompts' groups by engines that are awake (`generate`) with weights of `version`; those
+    that `budget` has begun go on.
 
     Raises:
         DataError: an answer cannot be kept (every rank).
@@ -123,34 +138,42 @@ def collect_groups(
     unwritten: DataError | None = None
     rollouts: dict[tuple[int, int], Rollout] = {}
     scores: dict[tuple[int, int], Future[Score]] = {}
+    begun = budget.begun if budget is not None else {}
     stopped = ""
     with meter.timed("gen"):
         mine = share_prompts(prompts, engine.num_engines)[engine.engine_index]
         everything = [(index, sample) for index in mine for sample in range(sampling.n)]
         for index, sample in everything:
-            rollout = answers.known(prompts[index], sample) if answers is not None else None
+            prompt = prompts[index]
+            rollout = answers.known(prompt, sample) if answers is not None else None
             if rollout is not None:
                 rollouts[index, sample] = rollout
                 if engine.leads:
-                    scores[index, sample] = scorer.score(prompts[index], rollout.text)
+                    scores[index, sample] = scorer.score(prompt, rollout.text)
+            group = begun.get(prompt.uid)
+            if group is not None and not group.rollouts[sample].goes_on:
+                rollouts[index, sample] = group.rollouts[sample]
+                scores[index, sample] = _done(group.scores[sample])
         keys = [key for key in everything if key not in rollouts]
-        requests = [
-            Request(prompts[i].token_ids, token_seed(collector.run_seed, step, prompts[i].uid, k))
+        tasks = [
+            next_task(
+                prompts[i],
+                k,
+                budget,
+                max_tokens=sampling.max_tokens,
+                seed=token_seed(collector.run_seed, step, prompts[i].uid, k),
+            )
             for i, k in keys
         ]
         try:
-            for number, completion in generate(requests, sampling):
+            for number, completion in generate([task.request for task in tasks], sampling):
                 index, sample = keys[number]
-                rollout = rollouts[index, sample] = Rollout(
-                    prompt_uid=prompts[index].uid,
-                    sample=sample,
-                    token_ids=completion.token_ids,
-                    engine_logprobs=completion.logprobs,
-                    text=collector.decode(completion.token_ids.tolist()),
-                    finished=completion.finished,
-                    weight_version=version,
+                rollout = rollouts[index, sample] = tasks[number].rollout(
+                    completion, version=version, decode=collector.decode
                 )
-                if engine.leads:
+                if rollout.goes_on:
+                    scores[index, sample] = _done(NO_SCORE)
+                elif engine.leads:
                     unwritten = unwritten or _recorded(answers, prompts[index], rollout)
                     scores[index, sample] = scorer.score(prompts[index], rollout.text)
         except StopRequested as request:
@@ -165,15 +188,14 @@ def collect_groups(
         if unwritten is not None:
             raise unwritten
         wait(scores.values())  # one awakening in place of one for each
-        samples = range(sampling.n)
-        return {
-            i: ScoredGroup(
-                prompts[i],
-                tuple(rollouts[i, sample] for sample in samples),
-                tuple(scores[i, sample].result() for sample in samples),
-            )
-            for i in mine
-        }
+        groups: dict[int, ScoredGroup] = {}
+        for i in mine:
+            sampled = tuple(rollouts[i, sample] for sample in range(sampling.n))
+            verdicts = tuple(scores[i, sample].result() for sample in range(sampling.n))
+            before = begun.get(prompts[i].uid)
+            old = known_logprobs(before, sampled) if before is not None else None
+            groups[i] = ScoredGroup(prompts[i], sampled, verdicts, old)
+        return groups
 
     with meter.timed("reward"):
         parts = gather_objects((on_all_ranks(groups_of_this_engine), scorer.last_failure))
@@ -191,13 +213,20 @@ def check_masked(groups: Sequence[ScoredGroup], *, max_share: float, reason: str
         RewardError: more than `max_share` of the responses have no verdict; `reason` says why.
     """
     values = [s.value for g in groups for s in g.scores]
-    masked = values.count(None)
-    if masked > max_share * len(values):
+    waiting = sum(rollout.goes_on for group in groups for rollout in group.rollouts)
+    masked, ended = values.count(None) - waiting, len(values) - waiting
+    if masked > max_share * ended:
         raise RewardError(
-            f"the judge gave no verdict on {masked} of {len(values)} responses, more than "
+            f"the judge gave no verdict on {masked} of {ended} responses, more than "
             f"reward.max_masked_share={max_share:g} ({reason}). Bring the judge back and start "
             "again: the run resumes"
         )
+
+
+def _done(score: Score) -> Future[Score]:
+    future: Future[Score] = Future()
+    future.set_result(score)
+    return future
 
 
 def _recorded(answers: Answers | None, prompt: Prompt, rollout: Rollout) -> DataError | None:

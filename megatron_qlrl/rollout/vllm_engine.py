@@ -37,10 +37,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to sample: the prompt (int32 [P]) and the seed of its tokens."""
+    """One response to sample: the prompt (int32 [P]) and the seed of its tokens. `max_tokens`
+    replaces that of `Sampling`."""
 
     prompt_ids: np.ndarray
     seed: int
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class VllmEngine:
                 SamplingParams(
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
-                    max_tokens=sampling.max_tokens,
+                    max_tokens=request.max_tokens or sampling.max_tokens,
                     stop_token_ids=self._stop,
                     seed=request.seed,
                     logprobs=0,  # the sampled token's own

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.packing.distribute import group_rows, make_rows
@@ -83,10 +85,10 @@ class Trainer:
         meter.update(self._speed(flops, groups, seconds=meter.seconds("update_actor")))
 
     def with_old_logprobs(self, groups: Sequence[ScoredGroup], meter: Meter) -> list[ScoredGroup]:
-        """Groups that are to wait, with the log-probs of the present weights, which sampled them
-        and are gone when the groups are trained on. (The engine's log-probs would not do: with
-        top_p < 1 they are those of the nucleus.)"""
-        new = [i for i, group in enumerate(groups) if group.old_logprobs is None]
+        """Groups that are to wait, with the log-probs of the present weights for the tokens that
+        these sampled: they are gone when the groups are trained on. (The engine's log-probs would
+        not do: with top_p < 1 they are those of the nucleus.)"""
+        new = [i for i, group in enumerate(groups) if _has_new_tokens(group)]
         if not new:
             return list(groups)
         waiting = [_without_advantages(groups[i]) for i in new]
@@ -172,5 +174,14 @@ def split_updates(groups: Sequence[TrainGroup], num: int) -> list[Sequence[Train
 
 
 def _without_advantages(group: ScoredGroup) -> TrainGroup:
-    responses = tuple(TrainResponse(r.token_ids, 0.0) for r in group.rollouts)
+    old = group.old_logprobs or [None] * len(group.rollouts)
+    responses = tuple(
+        TrainResponse(rollout.token_ids, 0.0, None, known)
+        for rollout, known in zip(group.rollouts, old, strict=True)
+    )
     return TrainGroup(group.prompt.token_ids, responses)
+
+
+def _has_new_tokens(group: ScoredGroup) -> bool:
+    """Whether the present weights sampled some of its tokens."""
+    return group.old_logprobs is None or any(np.isnan(old).any() for old in group.old_logprobs)

@@ -22,7 +22,7 @@ from megatron_qlrl.rl import RLParts, train_rl
 from megatron_qlrl.rollout.vllm_engine import Sampling
 from megatron_qlrl.train.phases import Phase
 from megatron_qlrl.train.run import Run
-from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
+from megatron_qlrl.types import Budget, Prompt, Rollout, Score, ScoredGroup
 
 pytestmark = pytest.mark.usefixtures("lone_group")
 
@@ -75,8 +75,10 @@ class FakeRun:
         )
 
     @contextmanager
-    def session(self, sampling: Sampling, *, step: int, meter: Meter) -> Iterator[Any]:
-        assert sampling is SAMPLING
+    def session(
+        self, sampling: Sampling, *, step: int, meter: Meter, budget: Budget | None
+    ) -> Iterator[Any]:
+        assert sampling is SAMPLING and budget is None
         yield partial(self.collect, step)
 
     def collect(self, step: int, prompts: Sequence[Prompt]) -> list[ScoredGroup]:

@@ -90,6 +90,30 @@ def test_staleness_without_surplus_is_refused(
             load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "enough"),
+    [
+        ({}, False),
+        ({"max_staleness": 1}, True),
+        ({"max_staleness": 1, "updates_per_step": 2}, False),
+        ({"max_staleness": 2, "updates_per_step": 2}, True),
+    ],
+)
+def test_a_budget_of_tokens_needs_groups_that_may_wait(
+    tmp_path: Path, algorithm: dict[str, Any], enough: bool
+) -> None:
+    rollout = {"max_response_tokens": 50, "tokens_per_round": 5}
+    path = write(tmp_path, {}, policy=FITS, rollout=rollout, algorithm=algorithm)
+    if enough:
+        assert load_config(path).rollout.tokens_per_round == 5
+    else:
+        updates = algorithm.get("updates_per_step", 1)
+        with pytest.raises(
+            ConfigError, match=f"tokens_per_round=5 needs .*max_staleness of .*={updates}, but it"
+        ):
+            load_config(path)
+
+
 def test_overlong_buffer_must_fit_the_response(tmp_path: Path) -> None:
     path = write(tmp_path, {}, policy={}, algorithm={"overlong_buffer_tokens": 51})
     with pytest.raises(ConfigError, match="overlong_buffer_tokens=51 is longer than .*=50"):

@@ -64,11 +64,11 @@ class Setup:
             prompt, tuple(map(rollout, range(2))), tuple(Score(v, v) for v in values)
         )
 
-    def hold(self, surplus):
+    def hold(self, waiting):
         """As the loop does it: with old log-probs."""
         old = np.array([-0.2, -0.7], np.float32)
         self.sampler.hold(
-            [g if g.old_logprobs else replace(g, old_logprobs=(old, old)) for g in surplus]
+            [g if g.old_logprobs else replace(g, old_logprobs=(old, old)) for g in waiting]
         )
 
 
@@ -114,7 +114,7 @@ def test_rounds_without_any_spread_end_and_are_counted(what):
     setup = Setup(num=40, generation_rounds=3, incomplete_batch=what)
     for step in range(4):
         batch = setup.fill(0, step, 8)
-        setup.hold(batch.surplus)
+        setup.hold(batch.waiting)
         assert batch.groups == []
         assert len(batch.generated) == 24
         assert batch.metrics["batch/rounds"] == 3
@@ -148,9 +148,9 @@ def test_an_incomplete_batch_that_is_skipped_waits():
     setup = Setup(solved=EVEN[:2], generation_rounds=9, incomplete_batch="skip", max_staleness=5)
     batch = setup.fill(0, 0, 3)
     assert batch.groups == []
-    assert sorted(uids(batch.surplus)) == EVEN[:2]
+    assert sorted(uids(batch.waiting)) == EVEN[:2]
     assert "no update in this step" in setup.warnings[0]
-    setup.hold(batch.surplus)
+    setup.hold(batch.waiting)
     setup.solved.add("f:11")
     batch = setup.fill(0, 1, 3)
     assert sorted(uids(batch.groups)) == ["f:0", "f:11", "f:2"]
@@ -160,7 +160,7 @@ def test_an_incomplete_batch_that_is_skipped_waits():
 def test_surplus_is_dropped_without_staleness():
     setup = Setup(solved=ALL, oversampling=1.5)
     batch = setup.fill(0, 0, 4)
-    assert (len(batch.generated), len(batch.groups), batch.surplus) == (6, 4, [])
+    assert (len(batch.generated), len(batch.groups), batch.waiting) == (6, 4, [])
     assert batch.metrics["batch/dropped_groups"] == 2
     assert batch.metrics["batch/held_groups"] == 0
 
@@ -168,14 +168,14 @@ def test_surplus_is_dropped_without_staleness():
 def test_surplus_comes_first_in_the_next_step():
     setup = Setup(solved=ALL, oversampling=1.5, max_staleness=1)
     first = setup.fill(0, 0, 4)
-    assert len(first.surplus) == first.metrics["batch/held_groups"] == 2
-    setup.hold(first.surplus)
+    assert len(first.waiting) == first.metrics["batch/held_groups"] == 2
+    setup.hold(first.waiting)
     setup.version = 1
     second = setup.fill(0, 1, 4)
-    assert uids(second.groups)[:2] == uids(first.surplus)
+    assert uids(second.groups)[:2] == uids(first.waiting)
     assert [g.old_logprobs is not None for g in second.groups] == [True, True, False, False]
     assert len(second.generated) == 3  # two are missing, times 1.5
-    assert not set(uids(second.generated)) & set(uids(first.surplus))
+    assert not set(uids(second.generated)) & set(uids(first.waiting))
     assert second.metrics["batch/staleness/max"] == 1
     assert second.metrics["batch/staleness/mean"] == 0.5
     assert setup.sampler.curriculum.metrics(0)["curriculum/new/reached"] == 8
@@ -183,7 +183,7 @@ def test_surplus_comes_first_in_the_next_step():
 
 def test_a_step_of_groups_that_waited_generates_nothing():
     setup = Setup(solved=ALL, oversampling=2, max_staleness=9)
-    setup.hold(setup.fill(0, 0, 4).surplus)
+    setup.hold(setup.fill(0, 0, 4).waiting)
     batch = setup.fill(0, 1, 4)
     assert len(batch.groups) == 4
     assert batch.generated == []
@@ -193,7 +193,7 @@ def test_a_step_of_groups_that_waited_generates_nothing():
 @pytest.mark.parametrize(("version", "phase", "used"), [(2, 0, 2), (3, 0, 0), (0, 1, 0)])
 def test_groups_too_old_or_of_an_earlier_phase_expire(version, phase, used):
     setup = Setup(solved=MORE, lengths=[15] * 6, oversampling=1.5, max_staleness=2)
-    setup.hold(setup.fill(0, 0, 4).surplus)
+    setup.hold(setup.fill(0, 0, 4).waiting)
     setup.version = version
     batch = setup.fill(phase, 1, 4)
     assert sum(g.old_logprobs is not None for g in batch.groups) == used
@@ -217,7 +217,7 @@ def test_a_stopped_sampler_goes_on_with_the_same_bits():
     def step(setup, number):
         setup.version = number
         batch = setup.fill(0, number, 4)
-        setup.hold(batch.surplus)
+        setup.hold(batch.waiting)
         return uids(batch.groups), uids(batch.generated), batch.metrics
 
     whole = Setup(solved=EVEN, **settings)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,3 +52,47 @@ def test_every_bit_comes_back_through_json():
 def test_another_number_type_is_never_rounded():
     with pytest.raises(AssertionError):
         encode_group(make_group(old=np.float64))
+
+
+def test_a_group_with_a_response_that_goes_on_comes_back():
+    group = make_group()
+    going = replace(
+        group.rollouts[2], versions=np.array([7, 8, 8], np.int32), finished=False, goes_on=True
+    )
+    group = replace(group, rollouts=(*group.rollouts[:2], going))
+    got = decode_group(json.loads(json.dumps(encode_group(group))), {"f:3": PROMPT})
+    assert not got.whole
+    assert [r.goes_on for r in got.rollouts] == [False, False, True]
+    assert [r.token_versions.tolist() for r in got.rollouts] == [[7] * 5, [], [7, 8, 8]]
+    assert got.rollouts[2].versions is not None and got.rollouts[2].versions.dtype == np.int32
+
+
+def test_groups_of_checkpoints_before_partial_rollouts_are_read():
+    saved = {
+        "uid": "f:3",
+        "responses": [
+            {
+                "prompt_uid": "f:3",
+                "sample": 0,
+                "token_ids": "BQAAAAcAAAA=",
+                "engine_logprobs": "AAAAvwAAgL8=",
+                "text": "five seven",
+                "finished": True,
+                "weight_version": 4,
+                "old_logprobs": "AACAvgAAgL8=",
+                "score": {
+                    "value": 1.0,
+                    "rule": 1.0,
+                    "judge": None,
+                    "matched": "",
+                    "prediction": "",
+                },
+            }
+        ],
+    }
+    got = decode_group(saved, {"f:3": PROMPT})
+    assert got.whole and got.old_logprobs is not None
+    (rollout,), (old,) = got.rollouts, got.old_logprobs
+    assert (rollout.token_ids.tolist(), rollout.engine_logprobs.tolist()) == ([5, 7], [-0.5, -1.0])
+    assert (rollout.token_versions.tolist(), rollout.finished) == ([4, 4], True)
+    assert old.tolist() == [-0.25, -1.0]

@@ -115,6 +115,17 @@ def test_groups_that_wait_keep_the_logprobs_of_the_weights_that_sampled_them() -
     assert policy.calls == []
 
 
+def test_only_the_tokens_of_the_present_weights_get_logprobs_before_waiting() -> None:
+    policy, meter = FakePolicy(), Meter()
+    policy.version = 2
+    old = (np.array([-0.5], np.float32), np.array([-0.25, np.nan], np.float32))
+    (held,) = make_trainer(policy).with_old_logprobs(
+        [replace(scored("a", 1.0, 0.0), old_logprobs=old)], meter
+    )
+    assert held.old_logprobs is not None
+    assert [values.tolist() for values in held.old_logprobs] == [[-0.5], [-0.25, -3.0]]
+
+
 def test_the_old_policy_of_a_group_is_the_one_that_sampled_it() -> None:
     known = np.array([-0.25, -0.5], np.float32)
     waited = TrainGroup(
