@@ -441,6 +441,7 @@ def make_rl_parts(job: Job, model: Model, run: Run, sampler: Sampler) -> RLParts
             updates_per_step=algorithm.updates_per_step,
             total_steps=run.total_steps,
             use_reference=algorithm.reference,
+            reference_every=algorithm.reference_every,
             permit=run.monitor.permit,
         ),
     )
@@ -457,5 +458,6 @@ def make_sft_trainer(job: Job, model: Model, run: Run) -> Trainer:
         updates_per_step=1,
         total_steps=run.total_steps,
         use_reference=False,
+        reference_every=1,
         permit=run.monitor.permit,
     )

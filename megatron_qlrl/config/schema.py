@@ -217,6 +217,9 @@ class AlgorithmConfig(Section):
     in verl. In the loss use k3: the on-policy gradient of k1 has mean zero."""
     reference: bool = True
     """Keep the starting weights as reference policy; costs one more forward pass a step."""
+    reference_every: int = Field(default=1, gt=0)
+    """Compute the reference's log-probs, and the KL that is logged, every so many steps. Above 1
+    needs kl_coef=0."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Coefficient of the entropy bonus."""
     filter_groups: bool = True
@@ -614,6 +617,11 @@ class Config(Section):
             )
         if self.algorithm.kl_coef > 0 and not self.algorithm.reference:
             raise ValueError("algorithm.kl_coef > 0 needs algorithm.reference=true")
+        if self.algorithm.kl_coef > 0 and self.algorithm.reference_every > 1:
+            raise ValueError(
+                f"algorithm.reference_every={self.algorithm.reference_every} needs "
+                "algorithm.kl_coef=0: with a KL term every update needs the reference"
+            )
         self._check_waiting()
         buffer = self.algorithm.overlong_buffer_tokens or 0
         if buffer > self.rollout.max_response_tokens:

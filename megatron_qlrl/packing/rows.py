@@ -90,7 +90,7 @@ def build_row(
     """One row of the given parts, in this order; `loss_weights` as from `token_loss_weights`.
 
     The row has a column `old_logprobs` if any of its responses has them; it is NaN for the tokens
-    of the others, which `Policy.add_logprobs` fills in.
+    of the others, which `Policy.add_logprobs` or the loss fills in.
     """
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []

@@ -110,9 +110,10 @@ def training_seconds(
     one_pass = (work.forward * flop_s + rows * (tp_s + cp_s)) * work.idle
     if algorithm.reference:
         # Policy and reference swap places with host memory twice, and each swap is two copies.
-        seconds["reference"] = one_pass + 4 * weight_bytes / model_ranks / hardware.host_copy
-    if algorithm.updates_per_step > 1:
-        seconds["old log-probs"] = one_pass
+        swaps = 4 * weight_bytes / model_ranks / hardware.host_copy
+        seconds["reference"] = (one_pass + swaps) / algorithm.reference_every
+    if algorithm.updates_per_step > 1:  # the first mini-batch's are those of its own update
+        seconds["old log-probs"] = one_pass * (1 - 1 / algorithm.updates_per_step)
     return seconds
 
 

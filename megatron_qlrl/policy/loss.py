@@ -39,12 +39,14 @@ class PolicyLoss:
             logprobs, entropy: [M], with gradient.
             columns: float32 [M]: loss_weights, advantages, and old_logprobs, ref_logprobs,
                 engine_logprobs where they are known (importance weights need the engine's).
-                Without old_logprobs the policy is its own old policy: ratio 1 with the right
-                gradient.
+                Where old_logprobs are missing or NaN, the policy is its own old policy: ratio 1
+                with the right gradient.
         """
         config = self.config
         loss_weights, advantages = columns["loss_weights"], columns["advantages"]
-        old = columns.get("old_logprobs", logprobs.detach())
+        own = logprobs.detach()
+        old = columns.get("old_logprobs", own)
+        old = torch.where(old.isnan(), own, old)
         log_ratio = _bounded(logprobs - old)
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)

@@ -6,6 +6,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_qlrl.config.schema import OptimizerConfig
 from megatron_qlrl.platform.device import has_gpu
@@ -81,3 +82,12 @@ def apply_settings(optimizer: Any, config: OptimizerConfig, *, rate: float) -> N
     settings = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     for group in optimizer.param_groups:
         group.update(settings, lr=rate)
+
+
+def clip_and_step(optimizer: Any, norm: Any, *, max_norm: float) -> None:
+    """Takes the optimizer's step on gradients that `prepare_grads` has prepared and whose norm is
+    `norm`. Megatron's own `step` would prepare them and compute their norm once more."""
+    for part in optimizer.chained_optimizers:
+        if parameters := part.get_parameters():  # a rank's shard may be empty
+            clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=norm)
+    optimizer.step_with_ready_grads()

@@ -28,7 +28,12 @@ from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.policy.attention import AttentionPlan
 from megatron_qlrl.policy.logprobs import token_logprobs
 from megatron_qlrl.policy.model import build_model
-from megatron_qlrl.policy.optimizer import apply_settings, build_optimizer, wrap_data_parallel
+from megatron_qlrl.policy.optimizer import (
+    apply_settings,
+    build_optimizer,
+    clip_and_step,
+    wrap_data_parallel,
+)
 from megatron_qlrl.types import MicroBatch, PackedRow
 
 # (log-probs, entropy, columns), all [M] -> (weighted sum, sums for the metrics)
@@ -103,12 +108,12 @@ class Policy:
             sums = self.run(rows, partial(training_loss, loss), forward_only=False)
             with self.optimizer_at_hand():  # a gradient lies on its weight's device
                 self.optimizer.prepare_grads()
-                norm = float(self.optimizer.get_grad_norm())
+                norm = self.optimizer.get_grad_norm()
                 metrics = token_means(sums, self.context)
-                metrics |= {"actor/grad_norm": norm, "actor/lr": lr}
+                metrics |= {"actor/grad_norm": float(norm), "actor/lr": lr}
                 if all(gather_objects(permit(metrics))):
                     apply_settings(self.optimizer, self._optimizer_config, rate=lr)
-                    self.optimizer.step()
+                    clip_and_step(self.optimizer, norm, max_norm=self._optimizer_config.clip_grad)
                     self.version += 1
         return metrics
 

@@ -39,6 +39,7 @@ SETTINGS: Mapping[str, Use] = {
     "algorithm.oversampling": "told",
     "algorithm.incomplete_batch": "told",
     "algorithm.max_staleness": "told",
+    "algorithm.reference_every": "told",  # a curve's resolution: above 1 the loss has no KL term
     "policy": "told",
     "policy.distributed_optimizer": "meaning",  # the kinds cannot read each other's checkpoints
     "optimizer": "told",

@@ -35,6 +35,7 @@ class Trainer:
         updates_per_step: int,
         total_steps: int,
         use_reference: bool,
+        reference_every: int,
         permit: Callable[[Mapping[str, float]], bool],
     ) -> None:
         """
@@ -43,6 +44,7 @@ class Trainer:
             updates_per_step: optimizer updates on one batch (mini-batches of whole groups).
             total_steps: of the whole run, for the learning rate.
             use_reference: the policy has a reference, whose log-probs the loss wants.
+            reference_every: they are computed in each step whose number it divides.
             permit: decides whether an update with these metrics is taken.
         """
         self.policy = policy
@@ -52,29 +54,29 @@ class Trainer:
         self._constant_tokens = constant_tokens
         self._updates_per_step = updates_per_step
         self._total_updates = total_steps * updates_per_step
-        self._use_reference = use_reference
+        self._use_reference, self._reference_every = use_reference, reference_every
         self._cost = partial(block_flops, policy.model_shape)
         self._sharing_checked = not config.share_prompts
 
     def update(self, groups: Sequence[TrainGroup], *, step: int, meter: Meter) -> None:
         """Trains on a step's batch; the metrics go into the meter.
 
-        The log-probs of the whole batch come first, because the old policy is the one that sampled
-        it. With one update on groups that the present weights sampled, the old policy is the
-        present one, and the extra forward pass is left out.
+        The old policy is the one that sampled the batch, so its log-probs of all mini-batches but
+        the first come before the first update. The first is computed with the same weights by its
+        own update, and the loss takes those log-probs where it has no others.
         """
         shares = split_updates(groups, self._updates_per_step)
         self._check_sharing(groups, meter)
         with meter.timed("adv"):
             packed = [self._pack(share) for share in shares]
             batches = [rows for rows, _ in packed]
-        if self._use_reference:
+        if self._use_reference and step % self._reference_every == 0:
             with meter.timed("ref"), self.policy.as_reference():
                 batches = [self.policy.add_logprobs(rows, "ref_logprobs") for rows in batches]
-        waited = any(r.old_logprobs is not None for g in groups for r in g.responses)
-        if len(batches) > 1 or waited:
+        if len(batches) > 1:
             with meter.timed("old_log_prob"):
-                batches = [self.policy.add_logprobs(rows, "old_logprobs") for rows in batches]
+                later = [self.policy.add_logprobs(rows, "old_logprobs") for rows in batches[1:]]
+                batches = [batches[0], *later]
         with meter.timed("update_actor"):
             for number, rows in enumerate(batches, step * self._updates_per_step):
                 rate = learning_rate(

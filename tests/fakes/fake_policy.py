@@ -69,6 +69,7 @@ def make_trainer(policy: FakePolicy, **settings: Any) -> Trainer:
         "updates_per_step": 1,
         "total_steps": 10,
         "use_reference": False,
+        "reference_every": 1,
         "permit": lambda metrics: True,
     }
     trainer = Trainer(

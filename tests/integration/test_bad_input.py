@@ -31,6 +31,7 @@ WRONG_SETTINGS = [
     (["rollout.prompts_per_step=3.5"], ["rollout.prompts_per_step", "valid integer", "3.5"]),
     (["optimizer.lr=.inf"], ["optimizer.lr", "finite"]),
     (["algorithm.updates_per_step=3"], ["algorithm.updates_per_step=3", "must divide", "=4"]),
+    (["algorithm.kl_coef=0.1", "algorithm.reference_every=2"], ["reference_every=2 needs", "=0"]),
     (["policy.max_tokens_per_row=900"], ["policy.max_tokens_per_row=900", "1000 + 24", "1024"]),
     (["phases.0.max_input_tokens=2000"], ["max_input_tokens must grow", "[2000, 1000]"]),
     (["phases.7.steps=1"], ["'phases.7.steps=1'", "out of range"]),

@@ -81,6 +81,13 @@ def test_two_phases_have_two_names(tmp_path: Path) -> None:
         load_config(path)
 
 
+def test_a_kl_term_needs_the_reference_in_every_step(tmp_path: Path) -> None:
+    algorithm = {"kl_coef": 0.1, "reference_every": 2}
+    with pytest.raises(ConfigError, match="reference_every=2 needs algorithm.kl_coef=0"):
+        load_config(write(tmp_path, phases=PHASES, algorithm=algorithm))
+    load_config(write(tmp_path, phases=PHASES, algorithm=algorithm | {"kl_coef": 0.0}))
+
+
 @pytest.mark.parametrize("stem", ["a b", "x" * 101, "a:b"])
 def test_names_of_benchmarks(tmp_path: Path, stem: str) -> None:
     file = tmp_path / f"{stem}.parquet"

@@ -95,9 +95,12 @@ def test_training_time() -> None:
     work = training_work(config(), TINY, gpus=1, lengths=LENGTHS)
     assert seconds() == {"updates": pytest.approx(work.update / 5e5)}
     more = seconds(algorithm={"reference": True, "updates_per_step": 2})
-    assert more["old log-probs"] == pytest.approx(work.forward / 5e5)
+    # the first of two mini-batches needs none
+    assert more["old log-probs"] == pytest.approx(work.forward / 5e5 / 2)
     # the reference's weights in and out, both ways: 4 x 2,000 bytes at 1,000 a second
     assert more["reference"] == pytest.approx(work.forward / 5e5 + 8)
+    rare = seconds(algorithm={"reference": True, "reference_every": 10})
+    assert rare["reference"] == pytest.approx(more["reference"] / 10)
 
 
 def test_fp8_counts_for_linear_layers_alone() -> None:

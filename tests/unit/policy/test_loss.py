@@ -358,6 +358,20 @@ def test_without_old_logprobs_the_policy_is_its_own_old_policy() -> None:
     assert sums["actor/pg_clipfrac"] == 0
 
 
+def test_an_old_logprob_that_is_missing_is_the_policys_own() -> None:
+    """NaN stands for groups that the present weights sampled, beside those that waited."""
+    batch = batch_of()
+    mixed = [[[replace(t, old=t.old if i else math.nan) for i, t in enumerate(r)] for r in g]
+             for g in batch]  # fmt: skip
+    filled = [[[replace(t, old=t.old if i else t.logprob) for i, t in enumerate(r)] for r in g]
+              for g in batch]  # fmt: skip
+    for loss in (PLAIN, changed(PLAIN, rollout_is_threshold=2.0)):
+        found, want = (run(loss, b, "token_mean") for b in (mixed, filled))
+        assert found[0] == want[0]
+        assert torch.equal(found[1], want[1])
+        assert found[3] == want[3]
+
+
 def test_sums_for_the_metrics() -> None:
     loss, batch = changed(PLAIN, dual_clip=3.0, entropy_coef=0.5, kl_coef=0.5), batch_of()
     _, _, _, sums = run(loss, batch, "token_mean")

@@ -27,16 +27,15 @@ def train(groups: Sequence[TrainGroup], step: int, **settings: Any) -> tuple[Fak
     return policy, meter
 
 
-def test_all_logprobs_are_taken_before_the_first_update() -> None:
+def test_logprobs_are_taken_before_the_first_update_which_needs_no_old_ones() -> None:
     policy, meter = train(batch_of(5), 4, updates_per_step=2, use_reference=True)
     assert policy.calls == [
         "reference weights",
         ("ref_logprobs", 2),
         ("ref_logprobs", 3),
         "own weights",
-        ("old_logprobs", 2),
         ("old_logprobs", 3),
-        ("update", 8, ["old_logprobs", "ref_logprobs"]),
+        ("update", 8, ["ref_logprobs"]),
         ("update", 9, ["old_logprobs", "ref_logprobs"]),
     ]
     metrics = meter.summary()
@@ -49,6 +48,14 @@ def test_one_update_needs_no_old_logprobs() -> None:
     policy, meter = train(batch_of(5), 0)
     assert policy.calls == [("update", 0, [])]
     assert not {"timing_s/ref", "timing_s/old_log_prob"} & meter.summary().keys()
+
+
+@pytest.mark.parametrize(("step", "computed"), [(0, True), (1, False), (2, False), (3, True)])
+def test_reference_is_computed_every_few_steps(step: int, computed: bool) -> None:
+    policy, meter = train(batch_of(2), step, use_reference=True, reference_every=3)
+    columns = ["ref_logprobs"] if computed else []
+    assert policy.calls[-1] == ("update", step, columns)
+    assert ("timing_s/ref" in meter.summary()) is computed
 
 
 def test_one_group_left_for_two_updates_is_one_update() -> None:
@@ -132,8 +139,16 @@ def test_the_old_policy_of_a_group_is_the_one_that_sampled_it() -> None:
         np.zeros(1, np.int32), (TrainResponse(np.zeros(2, np.int32), 1.0, None, known),)
     )
     fresh = TrainGroup(np.zeros(1, np.int32), (TrainResponse(np.zeros(3, np.int32), -1.0),))
-    policy, _ = train([waited, fresh], 0)
-    assert policy.calls == [("old_logprobs", 2), ("update", 0, ["old_logprobs"])]
-    (row,) = policy.trained
-    old = {group: row.columns["old_logprobs"][place].tolist() for group, _, place in row.slices()}
-    assert old == {0: [-0.25, -0.5], 1: [-1.0] * 3}
+    batch = [waited, fresh]
+    policy, _ = train([*batch, *batch], 0, updates_per_step=2)
+    update = ("update", 0, ["old_logprobs"])
+    assert policy.calls == [("old_logprobs", 2), update, ("update", 1, ["old_logprobs"])]
+    first, second = (
+        {group: row.columns["old_logprobs"][place].tolist() for group, _, place in row.slices()}
+        for row in policy.trained
+    )
+    # The loss fills in the first mini-batch's: those of its own forward pass.
+    assert first[0] == [-0.25, -0.5]
+    assert len(first[1]) == 3
+    assert np.isnan(first[1]).all()
+    assert second == {0: [-0.25, -0.5], 1: [-1.0] * 3}
