@@ -45,6 +45,7 @@ from megatron_qlrl.rl import RLParts
 from megatron_qlrl.rollout.collect import Collector
 from megatron_qlrl.rollout.vllm_engine import Sampling, VllmEngine
 from megatron_qlrl.train.fingerprint import check_resume, fingerprint
+from megatron_qlrl.train.probe import WeightProbe
 from megatron_qlrl.train.recorder import Recorder
 from megatron_qlrl.train.run import Run
 from megatron_qlrl.train.run_log import RunLog
@@ -177,6 +178,7 @@ def open_model(
         give_up: asked while responses are generated; returns this rank's reason to stop, or "".
     """
     config, folder = job.config, weights or Path(job.config.model.path)
+    rollout = config.rollout
     with closing(scorer):
         with job.progress.doing(f"loading the weights of {folder}"):
             policy = make_policy(
@@ -186,7 +188,7 @@ def open_model(
             policy.model,
             shape=job.shape,
             context=job.context,
-            bucket_bytes=config.rollout.sync_bucket_mib * 2**20,
+            bucket_bytes=rollout.sync_bucket_mib * 2**20,
         )
         engines: list[VllmEngine] = []
 
@@ -207,12 +209,18 @@ def open_model(
             scorer=scorer,
             run_seed=config.run.seed,
             max_masked_share=config.reward.max_masked_share,
+            probe=WeightProbe(policy, max_tokens=_longest(job)) if rollout.check_sync else None,
         )
         try:
             yield Model(policy, stream, collector)
         finally:
             for started in engines:
                 started.close()
+
+
+def _longest(job: Job) -> int:
+    """Returns the tokens of the longest sequence that the engine generates."""
+    return min(job.config.longest_generation, job.shape.max_positions)
 
 
 def _make_engine(job: Job, give_up: Callable[[], str]) -> VllmEngine:
@@ -223,7 +231,7 @@ def _make_engine(job: Job, give_up: Callable[[], str]) -> VllmEngine:
         rank=job.context.rank,
         world_size=job.context.world_size,
         dtype=weight_dtype(config.model.dtype),
-        max_model_len=min(config.longest_generation, job.shape.max_positions),
+        max_model_len=_longest(job),
         stop_token_ids=stop_tokens(folder, job.tokenizer),
         manifest=hf_shapes(job.shape.untied),
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,

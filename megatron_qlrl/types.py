@@ -90,6 +90,22 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class ProbeAnswer:
+    """What an engine makes of the probe, a fixed prompt of P tokens that it reads after each
+    weight sync.
+
+    Attributes:
+        token_ids: int32 [P + D], the prompt and its likeliest continuation by this engine.
+        logprobs: float32 [P + D - 1], of all tokens but the first, at temperature 1.
+        num_prompt: P. The first P - 1 log-probs are those of the prefill.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    num_prompt: int
+
+
+@dataclass(frozen=True)
 class Score:
     """Reward of one response with its parts.
 

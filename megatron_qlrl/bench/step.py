@@ -156,9 +156,9 @@ def _rollout(
 ) -> dict[str, float]:
     """Returns the engine's counts and the seconds that it took to load the weights."""
     sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=response_tokens, n=1)
-    weights, _ = model.collector.weights()
+    weights, version = model.collector.weights()
     began = time.perf_counter()
-    with engine.awake(weights) as generate:
+    with engine.awake(weights, version) as generate:
         loaded = time.perf_counter() - began
         for _ in generate(requests, sampling):
             pass

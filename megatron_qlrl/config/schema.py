@@ -187,6 +187,9 @@ class RolloutConfig(Section):
     sync_bucket_mib: int = Field(default=512, gt=0)
     """Weights are gathered for the engine in buckets of at most this size; a larger tensor is a
     bucket of its own."""
+    check_sync: bool = True
+    """After each weight sync, compare the engines' log-probs of a short fixed prompt with the
+    trainer's, and stop if they differ by more than rounding."""
 
 
 class AlgorithmConfig(Section):

@@ -164,6 +164,15 @@ class Policy:
         values = np.split(flat.cpu().numpy(), starts[1:-1])
         return [_fill_column(row, name, value) for row, value in zip(rows, values, strict=True)]
 
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """A block in which log-probs are taken at `temperature`."""
+        own, self.temperature = self.temperature, temperature
+        try:
+            yield
+        finally:
+            self.temperature = own
+
     def keep_reference(self) -> None:
         """Keeps a copy of the present weights as the reference policy (in host memory)."""
         self._reference = [p.detach().cpu().clone() for p in self.model.parameters()]

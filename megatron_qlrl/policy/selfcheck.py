@@ -73,7 +73,7 @@ def check_sharing(
         KernelError: names the first layer whose output is wrong, or else the first one whose
             gradient is (every rank).
     """
-    with _without_fp8(policy.model.config):
+    with without_fp8(policy.model.config):
         alone = _measured_layers(policy, separate)
         together = _measured_layers(policy, shared)
     # Rotary embeddings are the same for all layers; behind the first, inputs carry rounding.
@@ -108,9 +108,9 @@ def _judge(policy: Policy, mine: Sequence[Finding], side: str) -> float:
 
 
 @contextmanager
-def _without_fp8(config: Any) -> Iterator[None]:
-    """Attention is not computed in FP8, but its inputs are, by blocks of tokens that sharing
-    moves."""
+def without_fp8(config: Any) -> Iterator[None]:
+    """A block in which the model of `config` computes nothing in FP8. Attention never does, but its
+    inputs are, by blocks of tokens that sharing moves."""
     fp8, config.fp8 = config.fp8, None
     try:
         yield

@@ -7,6 +7,7 @@ from megatron_qlrl.report.read import Run, is_number
 
 STAGES = (
     "update_weights",
+    "probe",
     "gen",
     "reward",
     "adv",

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from megatron_qlrl.errors import DataError, RewardError, StopRequested
@@ -23,7 +24,7 @@ from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.rollout.rounds import known_logprobs, next_task
 from megatron_qlrl.rollout.seeds import share_prompts, token_seed
 from megatron_qlrl.rollout.vllm_engine import Generate, Sampling, VllmEngine
-from megatron_qlrl.types import Budget, Prompt, Rollout, Score, ScoredGroup
+from megatron_qlrl.types import Budget, ProbeAnswer, Prompt, Rollout, Score, ScoredGroup
 
 # Scored groups of the prompts, in their order, the same on every rank.
 Collect = Callable[[Sequence[Prompt]], list[ScoredGroup]]
@@ -38,6 +39,16 @@ class Scorer(Protocol):
     def last_failure(self) -> str: ...
     def score(self, prompt: Prompt, response: str) -> Future[Score]: ...
     def take_counts(self) -> dict[str, float]: ...
+
+
+class Probe(Protocol):
+    """What `train.probe.WeightProbe` offers."""
+
+    @property
+    def prompt_ids(self) -> np.ndarray: ...
+    @property
+    def num_tokens(self) -> int: ...
+    def check(self, answer: ProbeAnswer | None) -> dict[str, float]: ...
 
 
 class Answers(Protocol):
@@ -69,6 +80,7 @@ class Collector:
         scorer: the rewards.
         run_seed: part of every response's seed.
         max_masked_share: a batch stops the run when more of its responses have no verdict.
+        probe: asked after each weight sync; None: the engines are trusted.
     """
 
     engine: Callable[[], VllmEngine]
@@ -77,6 +89,7 @@ class Collector:
     scorer: Scorer
     run_seed: int
     max_masked_share: float
+    probe: Probe | None = None
 
     @contextmanager
     def session(
@@ -96,10 +109,7 @@ class Collector:
 
             def collect(prompts: Sequence[Prompt]) -> list[ScoredGroup]:
                 if not running:
-                    with meter.timed("update_weights"):
-                        stream, version = self.weights()
-                        generate = stack.enter_context(self.engine().awake(stream))
-                    running.append((generate, version))
+                    running.append(self._wake(stack, meter))
                 return collect_groups(
                     self, prompts, *running[0], sampling, step, meter, answers, budget
                 )
@@ -113,6 +123,22 @@ class Collector:
             engines, judges, seconds = zip(*gather_objects(mine), strict=True)
             meter.update(engine_metrics(engines, gen_s=max(seconds)))
             meter.update(judge_metrics(judges))
+
+    def _wake(self, stack: ExitStack, meter: Meter) -> tuple[Generate, int]:
+        """Wakes the engine until the stack ends; returns `generate` and the weights' version.
+
+        Raises:
+            SyncError: an engine did not get the trainer's weights (every rank).
+        """
+        with meter.timed("update_weights"):
+            engine = self.engine()
+            stream, version = self.weights()
+            generate = on_all_ranks(lambda: stack.enter_context(engine.awake(stream, version)))
+        if self.probe is not None:
+            with meter.timed("probe"):
+                answer = engine.probe(self.probe.prompt_ids, self.probe.num_tokens)
+                meter.update(self.probe.check(answer if engine.leads else None))
+        return generate, version
 
 
 def collect_groups(

@@ -11,6 +11,7 @@ with a batch queue have not been run there yet.
 import itertools
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from megatron_qlrl.errors import StopRequested, SyncError
 from megatron_qlrl.parallel.collectives import gather_objects
 from megatron_qlrl.platform.device import has_gpu
+from megatron_qlrl.types import ProbeAnswer
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class VllmEngine:
         self._give_up = give_up
         self._counts = dict.fromkeys(_COUNTS, 0.0)
         self._read_before = False
+        self._version = 0
         self._llm = LLM(
             model=str(model),
             tensor_parallel_size=tp,
@@ -137,14 +140,18 @@ class VllmEngine:
         self._sleep()
 
     @contextmanager
-    def awake(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Generate]:
-        """Loads `weights` and yields `generate`; sleeps afterwards, also on an error.
+    def awake(
+        self, weights: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> Iterator[Generate]:
+        """Loads `weights` and yields `generate`; sleeps afterwards, also on an error. No prefix
+        that weights of another `version` have computed is taken from the cache.
 
         Raises:
             SyncError: a tensor is missing, unknown, doubled or of another shape, or the engine
                 cannot load it. If the engine then also fails to sleep, this error is still raised.
             StopRequested: (by `generate`) a rank of this engine has a reason to stop.
         """
+        self._version = version
         try:
             with self._timed("sync_s"):
                 self._wake("weights")
@@ -166,12 +173,16 @@ class VllmEngine:
 
     def _reload(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         executor: Any = self._llm.llm_engine.model_executor  # pyright: ignore
+        stream = iter(weights)
         try:
             # `model.load_weights` does not work after start on CPU, where weights are packed.
-            executor.driver_worker.reload_weights(weights_iterator=self._checked(weights))
+            executor.driver_worker.reload_weights(weights_iterator=self._checked(stream))
         except torch.OutOfMemoryError:
             raise
-        except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+        except (AssertionError, KeyError, RuntimeError, ValueError, SyncError) as error:
+            deque(stream, maxlen=0)  # the other ranks gather with this one to the end
+            if isinstance(error, SyncError):
+                raise
             raise SyncError(
                 f"weight sync: the engine could not load the weights ({type(error).__name__}: "
                 f"{error})"
@@ -216,10 +227,11 @@ class VllmEngine:
         self._llm.reset_prefix_cache()
         # `LLM.generate` would return nothing before the last response is complete.
         engine = self._llm.llm_engine
+        salt = str(self._version)
         for number, request in enumerate(requests):
             engine.add_request(
                 str(number),
-                tokens_input(request.prompt_ids.tolist()),
+                tokens_input(request.prompt_ids.tolist(), cache_salt=salt),
                 SamplingParams(
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
@@ -253,6 +265,43 @@ class VllmEngine:
                     )
                     yield number, _completion(output.outputs[0])
                     bar.update()
+
+    def probe(self, prompt_ids: np.ndarray, num_tokens: int) -> ProbeAnswer:
+        """Reads the prompt and goes on from it greedily by `num_tokens` tokens, while awake. It is
+        in no count."""
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        engine.add_request(
+            "probe",
+            tokens_input(prompt_ids.tolist(), cache_salt=str(self._version)),
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=num_tokens,
+                ignore_eos=True,
+                prompt_logprobs=0,  # the prompt's own; they keep the cache from being read
+                logprobs=0,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            ),
+        )
+        outputs: list[Any] = []
+        while engine.has_unfinished_requests():
+            outputs += engine.step()
+        (output,) = outputs
+        done = _completion(output.outputs[0])
+        read = [
+            position[token].logprob
+            for position, token in zip(output.prompt_logprobs, prompt_ids.tolist(), strict=True)
+            if position is not None  # nothing predicts the first token
+        ]
+        return ProbeAnswer(
+            token_ids=np.concatenate([prompt_ids, done.token_ids]),
+            logprobs=np.concatenate([np.array(read, np.float32), done.logprobs]),
+            num_prompt=len(prompt_ids),
+        )
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -21,7 +21,7 @@ class FakeEngine:
         self.engine_index, self._is_told = rank, rank == told
 
     @contextmanager
-    def awake(self, weights: Any) -> Iterator[Any]:
+    def awake(self, weights: Any, version: int) -> Iterator[Any]:
         yield self.generate
 
     def generate(self, requests: Sequence[Any], sampling: Sampling) -> Iterator[Any]:

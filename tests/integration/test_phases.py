@@ -61,7 +61,7 @@ def test_parts_of_the_steps_sum_to_them(whole: Any, read_jsonl: Any) -> None:
     """Within 2 %. Checkpoints and evaluations lie between steps."""
     run, _ = whole
     lines = [m for m in read_jsonl(run / "metrics.jsonl") if "timing_s/step" in m]
-    parts = "update_weights gen reward adv self_check ref old_log_prob update_actor".split()
+    parts = "update_weights probe gen reward adv self_check ref old_log_prob update_actor".split()
     known = {f"timing_s/{name}" for name in (*parts, "step", "save_checkpoint")}
     assert {n for m in lines for n in m if n.startswith("timing_s/")} <= known
     steps = sum(m["timing_s/step"] for m in lines)

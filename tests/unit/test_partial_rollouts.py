@@ -50,7 +50,7 @@ class FakeEngine:
         """Of each call, for each request: prompt, sample, tokens so far, the most tokens."""
 
     @contextmanager
-    def awake(self, weights: Iterable[Any]) -> Iterator[Any]:
+    def awake(self, weights: Iterable[Any], version: int) -> Iterator[Any]:
         yield self.generate
 
     def generate(

@@ -6,7 +6,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
 const many = runs.length > 1;
 const STAGE_NAMES = {
-  update_weights: "weights into the engine", gen: "generating", reward: "waiting for scores",
+  update_weights: "weights into the engine", probe: "check of the weights", gen: "generating", reward: "waiting for scores",
   adv: "advantages, packing", ref: "reference log-probs", old_log_prob: "old log-probs",
   update_actor: "updating the policy", self_check: "check of shared prompts", save_checkpoint: "saving checkpoints", testing: "evaluating",
 };

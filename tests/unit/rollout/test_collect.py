@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_qlrl.errors import RewardError, StopRequested
+from megatron_qlrl.errors import RewardError, StopRequested, SyncError
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.rollout import collect as collect_file
 from megatron_qlrl.rollout import vllm_engine
@@ -77,12 +77,16 @@ class FakeEngine:
         self.calls: list[Any] = []
 
     @contextmanager
-    def awake(self, weights: Iterable[Any]) -> Iterator[Any]:
-        self.calls.append(("awake", list(weights)))
+    def awake(self, weights: Iterable[Any], version: int) -> Iterator[Any]:
+        self.calls.append(("awake", list(weights), version))
         try:
             yield self.generate
         finally:
             self.calls.append("asleep")
+
+    def probe(self, prompt_ids: np.ndarray, num_tokens: int) -> Any:
+        self.calls.append(("probe", prompt_ids.tolist(), num_tokens))
+        return "answer"
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling
@@ -176,7 +180,7 @@ def test_engine_wakes_once_at_the_first_call_and_sleeps_at_the_end(
         assert engine.calls == []
         collect(PROMPTS)
         collect(PROMPTS[:1])
-    assert engine.calls[0] == ("awake", ["weights"])
+    assert engine.calls[0] == ("awake", ["weights"], 12)
     assert engine.calls[-1] == "asleep"
     assert len(engine.calls) == 4
     metrics = meter.summary()
@@ -188,6 +192,40 @@ def test_engine_wakes_once_at_the_first_call_and_sleeps_at_the_end(
     with collector.session(SAMPLING, step=0, meter=Meter()):
         pass
     assert len(engine.calls) == 4  # nothing was asked for
+
+
+class FakeProbe:
+    prompt_ids, num_tokens = np.array([4, 5], np.int32), 3
+    answers: tuple[Any, ...] = ()
+
+    def check(self, answer: Any) -> dict[str, float]:
+        self.answers += (answer,)
+        if answer is None:
+            raise SyncError("stale")
+        return {"training/probe_prefill_error": 1.5}
+
+
+def test_the_probe_is_asked_once_after_the_weights(
+    made: tuple[Collector, FakeEngine, FakeScorer],
+) -> None:
+    collector, engine, _ = made
+    collector, meter = replace(collector, probe=FakeProbe()), Meter()
+    with collector.session(SAMPLING, step=0, meter=meter) as collect:
+        collect(PROMPTS)
+        collect(PROMPTS)
+    assert [call[0] for call in engine.calls[:2]] == ["awake", "probe"]
+    assert engine.calls[1] == ("probe", [4, 5], 3)
+    assert collector.probe.answers == ("answer",)  # pyright: ignore
+    assert meter.summary()["training/probe_prefill_error"] == 1.5
+    assert meter.seconds("probe") > 0
+
+    engine.leads = False  # its answer is that of its leader
+    with (
+        pytest.raises(SyncError, match="stale"),
+        collector.session(SAMPLING, step=0, meter=Meter()) as collect,
+    ):
+        collect(PROMPTS)
+    assert engine.calls[-1] == "asleep"
 
 
 def test_a_stop_puts_the_engine_to_sleep(made: tuple[Collector, FakeEngine, FakeScorer]) -> None:

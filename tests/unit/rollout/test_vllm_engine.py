@@ -45,6 +45,7 @@ def engine_with(llm: FakeLLM) -> VllmEngine:
     engine._stop = [2]
     engine._counts = dict.fromkeys(vllm_engine._COUNTS, 0.0)
     engine._block_tokens = 1
+    engine._version = 5
     return engine
 
 
@@ -77,7 +78,7 @@ def test_weights_that_do_not_fit(weights: list[tuple[str, torch.Tensor]], messag
 def test_awake_loads_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "has_gpu", lambda: False)
     llm = FakeLLM()
-    with engine_with(llm).awake([("a", A), ("b", B)]):
+    with engine_with(llm).awake([("a", A), ("b", B)], 0):
         assert llm.calls == [("reload", ["a", "b"])]
     assert llm.calls == [("reload", ["a", "b"])]
 
@@ -85,7 +86,7 @@ def test_awake_loads_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_gpu_the_cache_wakes_after_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "has_gpu", lambda: True)
     llm = FakeLLM()
-    with engine_with(llm).awake([("a", A), ("b", B)]):
+    with engine_with(llm).awake([("a", A), ("b", B)], 0):
         pass
     assert llm.calls == [
         ("wake", ["weights"]),
@@ -127,7 +128,7 @@ def test_weights_that_the_engine_cannot_load(
     llm.failure = failure
     with (
         pytest.raises(SyncError, match=rf"could not load .*{type(failure).__name__}.*layers.0.qkv"),
-        engine_with(llm).awake([("a", A), ("b", B)]),
+        engine_with(llm).awake([("a", A), ("b", B)], 0),
     ):
         pass
     assert llm.calls[-1] == ("sleep", 2)
@@ -138,15 +139,15 @@ def test_no_error_of_going_to_sleep_hides_the_first_one(monkeypatch: pytest.Monk
     llm = Half()
     llm.failure = torch.OutOfMemoryError("CUDA out of memory")  # no disagreement about weights
     both = [("a", A), ("b", B)]
-    with pytest.raises(torch.OutOfMemoryError), engine_with(llm).awake(both):
+    with pytest.raises(torch.OutOfMemoryError), engine_with(llm).awake(both, 0):
         pass
-    with pytest.raises(SyncError, match="1 tensors missing"), engine_with(llm).awake([("a", A)]):
+    with pytest.raises(SyncError, match="1 tensors missing"), engine_with(llm).awake([("a", A)], 0):
         pass
     llm.reload = FakeLLM.reload.__get__(llm)  # pyright: ignore
     llm.llm_engine.model_executor.driver_worker.reload_weights = llm.reload
-    with pytest.raises(StopRequested), engine_with(llm).awake(both):
+    with pytest.raises(StopRequested), engine_with(llm).awake(both, 0):
         raise StopRequested("asked")
-    with pytest.raises(RuntimeError, match="cannot sleep"), engine_with(llm).awake(both):
+    with pytest.raises(RuntimeError, match="cannot sleep"), engine_with(llm).awake(both, 0):
         pass
     assert llm.calls.count(("sleep", 2)) == 4
 
@@ -162,7 +163,7 @@ def test_engine_sleeps_after_an_error(monkeypatch: pytest.MonkeyPatch, where: st
             raise OSError(where)
         yield "b", B
 
-    with pytest.raises(OSError, match=where), engine_with(llm).awake(weights()):
+    with pytest.raises(OSError, match=where), engine_with(llm).awake(weights(), 0):
         raise OSError(where)
     assert llm.calls[-1] == ("sleep", 2)
 
@@ -197,7 +198,7 @@ class FakeEngine:
         self.engine_core = SimpleNamespace(engine_core=core)
 
     def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
-        self.calls.append((request_id, prompt, params["seed"], params["output_kind"]))
+        self.calls.append((request_id, prompt, params.get("seed"), params["output_kind"]))
         request = SimpleNamespace(
             name=request_id,
             num_computed_tokens=0,
@@ -255,7 +256,7 @@ def generating(monkeypatch: pytest.MonkeyPatch, lone_group: Any) -> VllmEngine:
     fake = ModuleType("vllm")
     fake.SamplingParams = dict  # pyright: ignore[reportAttributeAccessIssue]
     inputs, params = ModuleType("vllm.inputs"), ModuleType("vllm.sampling_params")
-    inputs.tokens_input = tuple  # pyright: ignore[reportAttributeAccessIssue]
+    inputs.tokens_input = lambda ids, *, cache_salt: (*ids, cache_salt)  # pyright: ignore
     kinds = SimpleNamespace(FINAL_ONLY="final only")
     params.RequestOutputKind = kinds  # pyright: ignore[reportAttributeAccessIssue]
     for module in (fake, inputs, params):
@@ -284,7 +285,7 @@ def test_each_response_is_handed_out_while_others_go_on(generating: VllmEngine) 
         calls.append((number, done))
     assert calls[0] == "reset"
     added, rest = calls[1:4], calls[4:]
-    assert added == [(str(n), (n, n + 1), 10 + n, "final only") for n in range(3)]
+    assert added == [(str(n), (n, n + 1, "5"), 10 + n, "final only") for n in range(3)]
     assert rest[0::2] == ["step"] * 3
     assert [number for number, _ in rest[1::2]] == [0, 1, 2]
     assert [done.token_ids.tolist() for _, done in rest[1::2]] == [[7], [7] * 2, [7] * 3]
@@ -337,7 +338,7 @@ def test_loading_is_timed_and_its_bytes_counted(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(vllm_engine, "has_gpu", lambda: False)
     engine = engine_with(FakeLLM())
     engine.leads = True
-    with engine.awake([("a", A), ("b", B)]):
+    with engine.awake([("a", A), ("b", B)], 0):
         pass
     counts = engine.take_counts()
     assert counts["sync_bytes"] == 4 * (6 + 4)
@@ -355,6 +356,65 @@ def test_decode_speed_leaves_out_tokens_sampled_beside_a_prompt(
     fake.admits, fake.engine_core.engine_core.batch_queue = admits, queue
     list(generating._generate(requests(3), Sampling(1.0, 1.0, 4, 1)))
     assert generating.take_counts()["decode_tokens"] == tokens
+
+
+def test_the_version_of_the_weights_is_part_of_the_caches_key(
+    generating: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "has_gpu", lambda: False)
+    fake: Any = generating._llm.llm_engine
+    worker = SimpleNamespace(reload_weights=FakeLLM().reload)
+    fake.model_executor = SimpleNamespace(driver_worker=worker)
+    salts = []
+    for version in (8, 9):
+        with generating.awake([("a", A), ("b", B)], version) as generate:
+            list(generate(requests(1), Sampling(1.0, 1.0, 4, 1)))
+        salts += [call[1][-1] for call in fake.calls if len(call) == 4 and call[0] == "0"]
+    assert salts == ["8", "8", "9"]
+
+
+def test_probe_gives_the_prompts_and_the_continuations_logprobs(generating: VllmEngine) -> None:
+    fake: Any = generating._llm.llm_engine
+
+    def step() -> list[Any]:
+        fake.scheduler.waiting.clear()
+        token = [{t: SimpleNamespace(logprob=-float(t))} for t in range(10)]
+        output = SimpleNamespace(token_ids=[7, 8], logprobs=token[7:9], finish_reason="length")
+        return [SimpleNamespace(outputs=[output], prompt_logprobs=[None, token[4], token[6]])]
+
+    fake.step = step
+    answer = generating.probe(np.array([3, 4, 6], np.int32), 2)
+    assert answer.token_ids.tolist() == [3, 4, 6, 7, 8]
+    assert answer.logprobs.tolist() == [-4, -6, -7, -8]
+    assert (answer.token_ids.dtype, answer.logprobs.dtype) == (np.int32, np.float32)
+    assert answer.num_prompt == 3
+    assert set(generating.take_counts().values()) == {0.0}
+
+
+@pytest.mark.parametrize("refused", ["by the check", "by the engine"])
+def test_a_stream_is_read_to_its_end_though_a_tensor_is_refused(
+    monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    """The other ranks gather with this one."""
+    monkeypatch.setattr(vllm_engine, "has_gpu", lambda: False)
+    seen: list[str] = []
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in "abc":
+            seen.append(name)
+            yield name, A.t() if name == "a" and refused == "by the check" else A
+
+    llm = FakeLLM()
+    if refused == "by the engine":
+
+        def reload(*, weights_iterator: Iterable[tuple[str, torch.Tensor]]) -> None:
+            next(iter(weights_iterator))
+            raise KeyError("a")
+
+        llm.llm_engine.model_executor.driver_worker.reload_weights = reload
+    with pytest.raises(SyncError), engine_with(llm).awake(weights(), 0):
+        pass
+    assert seen == ["a", "b", "c"]
 
 
 def test_generation_is_given_up_soon(generating: VllmEngine) -> None:
