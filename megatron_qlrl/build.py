@@ -409,6 +409,7 @@ def make_sampler(job: Job, prompts: Sequence[Prompt]) -> Sampler:
         limits=[phase.max_input_tokens for phase in whole.phases],
         seed=whole.run.seed,
         config=config.curriculum,
+        solved_above=config.reward.solved_above,
     )
     return Sampler(
         curriculum,

@@ -149,7 +149,7 @@ class CurriculumConfig(Section):
     """The largest share of a batch's prompts that may come from earlier phases."""
     carry: Literal["seen", "unsolved"] = "seen"
     """Which prompts may be carried. seen: every prompt drawn before. unsolved: only prompts whose
-    newest group had no reward above 0 (the paper's practice)."""
+    newest group had no reward above reward.solved_above (the paper's practice, with 0)."""
     difficulty_eps: float = Field(default=0.01, gt=0)
     """Keeps the weight of a prompt that was never solved finite; see max_difficulty."""
     max_difficulty: float = Field(default=16.0, gt=0)
@@ -425,6 +425,10 @@ class RewardConfig(Section):
     max_masked_share: float = Field(default=0.1, ge=0, le=1)
     """A batch in which a larger share of the responses got no verdict stops the run with a
     checkpoint: the rule gave 0 to every masked sample, so the others are biased."""
+    solved_above: float = Field(default=0.0, ge=0, lt=1)
+    """A response is right, and its prompt solved, when its reward is above this. Counted in
+    curriculum/<new or carried>/solved; decides what carry=unsolved carries and which answers `qlrl
+    distill` keeps. Raise it where rewards are dense: with 0.5, a reward of 0.3 is no solution."""
 
 
 Action = Literal["ignore", "warn", "skip", "stop", "roll_back"]

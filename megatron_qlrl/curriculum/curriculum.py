@@ -29,11 +29,13 @@ class Curriculum:
         limits: Sequence[int],
         seed: int,
         config: CurriculumConfig,
+        solved_above: float = 0.0,
     ) -> None:
         """
         Args:
             prompts: all prompts, with distinct uids.
             limits: the longest prompt of each phase in tokens, in growing order.
+            solved_above: the reward above which a response solves its prompt.
 
         Raises:
             DataError: a phase has no prompt.
@@ -44,7 +46,8 @@ class Curriculum:
             for k in range(len(limits))
         ]
         self.prompts = {uid: p for pool in self._pools for uid, p in pool.prompts.items()}
-        self._carried = RetrospectivePool(config, seed=seed)
+        self._carried = RetrospectivePool(config, seed=seed, solved_above=solved_above)
+        self._solved_above = solved_above
         self._identity = {
             "seed": seed,
             "limits": list(limits),
@@ -87,7 +90,7 @@ class Curriculum:
         for group in groups:
             counts = self._counts[phase][self.source(phase, group.prompt.uid)]
             counts["drawn"] += 1
-            counts["solved"] += bool(np.nansum(group.rewards) > 0)
+            counts["solved"] += bool((group.rewards > self._solved_above).any())
             self._carried.observe(group, step=step, phase=phase)
 
     def reached(self, phase: int, groups: Sequence[ScoredGroup]) -> None:
@@ -97,7 +100,8 @@ class Curriculum:
 
     def metrics(self, phase: int) -> dict[str, float]:
         """Returns size, epoch and mean rewards of the phase's own prompts; and by source, how many
-        prompts of the phase were drawn, solved (a response got a reward) and trained on so far."""
+        prompts of the phase were drawn, solved (a response's reward is above `solved_above`) and
+        trained on so far."""
         pool = self._pools[phase]
         means = [s.mean for uid, s in self._carried.seen.items() if uid in pool.prompts]
         metrics = {

@@ -23,20 +23,23 @@ class Seen:
         attempts: groups with at least one verdict.
         mean: mean reward of the newest of them; older ones come from older weights and say less.
         step, phase: when the newest of them was generated.
+        best: the newest one's highest reward.
     """
 
     attempts: int
     mean: float
     step: int
     phase: int
+    best: float
 
 
 class RetrospectivePool:
     """Keeps statistics of every prompt seen, and draws prompts by difficulty. A draw depends on the
     seed, the number of the draw and the statistics alone."""
 
-    def __init__(self, config: CurriculumConfig, *, seed: int) -> None:
-        self._config, self._seed = config, seed
+    def __init__(self, config: CurriculumConfig, *, seed: int, solved_above: float = 0.0) -> None:
+        """`solved_above` is the reward above which a response solves its prompt."""
+        self._config, self._seed, self._solved_above = config, seed, solved_above
         self._draws = 0
         self._seen: dict[str, Seen] = {}
 
@@ -50,14 +53,15 @@ class RetrospectivePool:
         if judged.size:
             uid = group.prompt.uid
             attempts = self._seen[uid].attempts + 1 if uid in self._seen else 1
-            self._seen[uid] = Seen(attempts, float(judged.mean()), step, phase)
+            mean, best = float(judged.mean()), float(judged.max())
+            self._seen[uid] = Seen(attempts, mean, step, phase, best)
 
     def weight(self, uid: str) -> float:
         """Returns the difficulty of a prompt that was seen, or 0 if it must not be carried."""
-        mean = self._seen[uid].mean
-        if self._config.carry == "unsolved" and mean > 0:
+        seen = self._seen[uid]
+        if self._config.carry == "unsolved" and seen.best > self._solved_above:
             return 0.0
-        return min(1 / (mean + self._config.difficulty_eps), self._config.max_difficulty)
+        return min(1 / (seen.mean + self._config.difficulty_eps), self._config.max_difficulty)
 
     def draw(self, n: int, candidates: Sequence[str]) -> list[str]:
         """Returns n of the candidates that were seen, or fewer if there are fewer. They are drawn
@@ -81,4 +85,5 @@ class RetrospectivePool:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues exactly where `state_dict` was taken."""
         self._draws = state["draws"]
-        self._seen = {uid: Seen(*values) for uid, values in state["seen"].items()}
+        # Older checkpoints have no best; their mean is above 0 exactly where it is.
+        self._seen = {uid: Seen(*(*v, v[1])[:5]) for uid, v in state["seen"].items()}

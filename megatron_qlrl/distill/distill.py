@@ -78,6 +78,7 @@ def run_distill(config: Config, out: Path) -> None:
             scorer,
             num_tokens=lambda text: len(response_ids(tokenizer, text)),
             max_tokens=settings.max_tokens,
+            solved_above=config.reward.solved_above,
         )
     report = {
         "settings": identity,
@@ -198,11 +199,12 @@ def select(
     *,
     num_tokens: Callable[[str], int],
     max_tokens: int,
+    solved_above: float = 0.0,
 ) -> tuple[list[dict[str, Any]], dict[str, Counter[str]]]:
     """(SFT rows in the order of prompts and samples, counts by data source).
 
-    Kept are answers that ended by themselves, that the scorer calls correct, that fit, and that
-    are not there already. `num_tokens` counts an answer by the student's tokenizer.
+    Kept are answers that ended by themselves, that the scorer gives more than `solved_above`, that
+    fit, and that are not there already. `num_tokens` counts an answer by the student's tokenizer.
     """
     kept: list[dict[str, Any]] = []
     counts: dict[str, Counter[str]] = {}
@@ -226,7 +228,7 @@ def select(
             outcome = "no_verdict"
         elif final_text(sample.response, reasoning_open=prompt.reasoning_open) is None:
             outcome = "open_reasoning"
-        elif score.value <= 0:
+        elif score.value <= solved_above:
             outcome = "wrong"
         elif prompt.num_tokens + num_tokens(sample.response) > max_tokens:
             outcome = "too_long"

@@ -50,6 +50,7 @@ SETTINGS: Mapping[str, Use] = {
     "reward.judge": "free",
     "reward.judge.model": "rl",
     "reward.max_masked_share": "told",
+    "reward.solved_above": "rl",
     "stability": "told",
     "checkpoint": "free",
     "evaluation": "told",

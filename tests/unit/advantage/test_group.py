@@ -49,6 +49,18 @@ def test_no_verdict_is_left_out_of_the_statistics():
     assert group_advantages(np.array([NAN, 3.0, 1.0]), "rloo").tolist() == [0.0, 2.0, -2.0]
 
 
+def test_dense_rewards_by_hand():
+    # 0.3, 0.7, 0.5: mean 0.5; squares 0.04 + 0.04 + 0; std = sqrt(0.08 / 2) = 0.2.
+    rewards = np.array([0.3, NAN, 0.7, 0.5])
+    grpo = [-0.2 / (0.2 + 1e-6), 0.0, 0.2 / (0.2 + 1e-6), 0.0]
+    np.testing.assert_allclose(group_advantages(rewards, "grpo"), grpo, atol=1e-14)
+    np.testing.assert_allclose(
+        group_advantages(rewards, "dr_grpo"), [-0.2, 0.0, 0.2, 0.0], atol=1e-15
+    )
+    # 0.3 - 0.6; 0.7 - 0.4; 0.5 - 0.5.
+    np.testing.assert_allclose(group_advantages(rewards, "rloo"), [-0.3, 0.0, 0.3, 0.0], atol=1e-15)
+
+
 def test_the_input_is_left_alone():
     rewards = np.array([1.0, 0.0])
     group_advantages(rewards, "grpo")

@@ -12,11 +12,11 @@ SHORT = [f"short:{i}" for i in range(4)]
 LONG = [f"long:{i}" for i in range(6)]
 
 
-def make_curriculum(*, seed=0, limits=(10, 20), num_long=6):
+def make_curriculum(*, seed=0, limits=(10, 20), num_long=6, solved_above=0.0):
     sizes = {uid: 5 for uid in SHORT} | {uid: 15 for uid in LONG[:num_long]}
     prompts = [Prompt(uid, np.zeros(n, np.int32), "s", "q", "a") for uid, n in sizes.items()]
     config = CurriculumConfig.model_validate({})
-    return Curriculum(prompts, limits=limits, seed=seed, config=config)
+    return Curriculum(prompts, limits=limits, seed=seed, config=config, solved_above=solved_above)
 
 
 def make_group(curriculum, uid, values):
@@ -101,6 +101,16 @@ def test_counts_by_phase_and_source():
     }
     assert curriculum.metrics(0)["curriculum/new/drawn"] == 3.0
     assert "curriculum/seen_rewards/mean" not in make_curriculum().metrics(0)
+
+
+@pytest.mark.parametrize(("above", "solved"), [(0.0, 2.0), (0.3, 1.0), (0.7, 0.0)])
+def test_a_prompt_is_solved_above_the_threshold(above, solved):
+    curriculum = make_curriculum(solved_above=above)
+    values = {"short:0": [0.3, 0.1], "short:1": [0.7, None, 0.0], "short:2": [0.0, None]}
+    curriculum.observe(0, 0, [make_group(curriculum, uid, own) for uid, own in values.items()])
+    assert curriculum.metrics(0)["curriculum/new/solved"] == solved
+    # 0.2, 0.35 and 0: whatever solves a prompt, its mean is that of its verdicts.
+    assert curriculum.metrics(0)["curriculum/seen_rewards/mean"] == pytest.approx(0.55 / 3)
 
 
 @pytest.mark.parametrize("cut", [0, 3, 7])

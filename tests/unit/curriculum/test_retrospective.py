@@ -84,7 +84,7 @@ def test_statistics_are_of_the_newest_group_with_a_verdict():
     pool.observe(make_group("a", [1.0, None, 0.0]), step=4, phase=1)
     pool.observe(make_group("a", [None, None]), step=5, phase=1)
     pool.observe(make_group("b", [None]), step=5, phase=1)
-    assert pool.seen == {"a": Seen(attempts=2, mean=0.5, step=4, phase=1)}
+    assert pool.seen == {"a": Seen(attempts=2, mean=0.5, step=4, phase=1, best=1.0)}
 
 
 def test_draws_depend_on_seed_and_number_and_survive_a_stop():
@@ -102,5 +102,44 @@ def test_draws_depend_on_seed_and_number_and_survive_a_stop():
     assert sequence(resumed, 12) == whole[8:]
     assert resumed.state_dict() == {
         "draws": 20,
-        "seen": {uid: [1, mean, 0, 0] for uid, mean in MEANS.items()},
+        "seen": {uid: [1, mean, 0, 0, float(mean > 0)] for uid, mean in MEANS.items()},
     }
+
+
+def dense_pool(*, solved_above):
+    settings = {"carry": "unsolved", "difficulty_eps": 0.1}
+    pool = RetrospectivePool(
+        CurriculumConfig.model_validate(settings), seed=7, solved_above=solved_above
+    )
+    pool.observe(make_group("near", [0.3, 0.7, None, 0.5]), step=0, phase=0)
+    pool.observe(make_group("far", [0.0, 0.3, 0.0, 0.1]), step=0, phase=0)
+    pool.observe(make_group("none", [0.0, 0.0]), step=0, phase=0)
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("solved_above", "carried"),
+    [
+        (0.0, ["none"]),
+        (0.3, ["far", "none"]),
+        (0.5, ["far", "none"]),
+        (0.7, ["far", "near", "none"]),
+    ],
+)
+def test_dense_rewards_solve_a_prompt_above_the_threshold(solved_above, carried):
+    pool = dense_pool(solved_above=solved_above)
+    assert sorted(pool.draw(9, ["near", "far", "none"])) == carried
+
+
+def test_dense_rewards_weigh_by_their_mean():
+    pool = dense_pool(solved_above=0.9)
+    # Means: (0.3 + 0.7 + 0.5) / 3 = 0.5; 0.4 / 4 = 0.1; 0.
+    weights = [pool.weight(uid) for uid in ("near", "far", "none")]
+    assert weights == pytest.approx([1 / 0.6, 1 / 0.2, 1 / 0.1], rel=1e-15)
+
+
+def test_statistics_of_older_checkpoints_have_no_best():
+    pool = RetrospectivePool(CurriculumConfig(carry="unsolved"), seed=7)
+    pool.load_state_dict({"draws": 3, "seen": {"a": [2, 0.5, 4, 1], "b": [1, 0.0, 4, 1]}})
+    assert pool.seen["a"] == Seen(attempts=2, mean=0.5, step=4, phase=1, best=0.5)
+    assert pool.draw(2, ["a", "b"]) == ["b"]

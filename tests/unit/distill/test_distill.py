@@ -121,6 +121,29 @@ def test_kept_are_whole_correct_short_and_new_answers(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(("above", "right"), [(0.0, ["p\na", "p\nabc"]), (0.7, ["p\nabc"])])
+def test_partial_credit_is_right_above_the_threshold(
+    tmp_path: Path, above: float, right: list[str]
+) -> None:
+    """The rule `recite` gives difflib's ratio: 2 * 2 / (2 + 4) of "\\na" and "\\nabc"."""
+    journal = open_journal(tmp_path)
+    for k, text in enumerate(["x\nabc", "p\na", "p\nabc"]):
+        journal.add(Sample("f:0", k, text, True))
+    prompt = replace(prompts_of(1)[0], data_source="mrcr", ground_truth="p\n\nabc")
+    prompt = replace(prompt, reasoning_open=False)
+    rows = [{"prompt": [{"role": "user", "content": "a"}]}]
+    kept, _ = select(
+        [prompt],
+        rows,
+        journal,
+        Scorer(None),
+        num_tokens=len,
+        max_tokens=100,
+        solved_above=above,
+    )
+    assert [row["response"] for row in kept] == right
+
+
 def test_an_answer_that_leaves_the_students_reasoning_open_is_counted_as_such(
     tmp_path: Path,
 ) -> None:

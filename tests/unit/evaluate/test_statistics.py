@@ -49,6 +49,8 @@ def test_pass_at_k_is_the_formula_of_the_literature(n: int, c: int, k: int) -> N
 
 def test_pass_at_2_of_one_right_in_four_is_a_half() -> None:
     assert pass_at_k([0, 1, 0, 0], 2) == 0.5  # 3 of the 6 pairs hold it
+    # The best of the pairs (0.3, 0.7), (0.3, 0.5), (0.7, 0.5).
+    assert pass_at_k([0.3, 0.7, 0.5], 2) == pytest.approx((0.7 + 0.5 + 0.7) / 3)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,8 @@ def test_pass_at_2_of_one_right_in_four_is_a_half() -> None:
         ([("", 0), ("", 0), ("Paris", 1)], 1),  # what is empty has no vote
         ([("", 0), ("", 0)], 0),
         ([("5", 1), ("5", 0)], 0.5),  # the judge was of two minds
+        ([("5", 0.3), ("5", 0.3), ("6", 0.7)], 0.3),  # partial credit
+        ([("5", 0.3), ("6", 0.7)], 0.5),
         ([("5", None), ("5", 1), ("6", 0)], 0.5),  # without a verdict there is no vote: a tie
         ([("5", None), ("5", None), ("6", 0)], 0),
         ([("5", None), ("5", None)], None),
