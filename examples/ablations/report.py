@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from arms import ARMS, GRID, LIMITS, MAIN, SFT_STEPS, TRADE_OFF, Arm, Curriculum
+from arms import ARMS, LIMITS, MAIN, SFT_STEPS, TRADE_OFF, Arm, Curriculum
 from matplotlib.figure import Figure
 from studies import Scores, differences, interval, percent, read_scores, spread
 
@@ -32,7 +32,6 @@ COLORS = {
     "phased": "tab:blue",
     "retrospective": "tab:green",
 }
-LINES = {"grpo": "-", "dapo": "--"}
 WINDOW = 5
 """The number of steps over which curves of training metrics are averaged."""
 
@@ -94,16 +93,15 @@ def summary(record: Record) -> dict[str, float]:
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     lines = [
-        "| start | curriculum | algorithm | short, % | long, % | longer, % | mean, % | entropy "
+        "| start | curriculum | short, % | long, % | longer, % | mean, % | entropy "
         "| KL | KL, highest | RL tokens, M |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in MAIN:
         runs = results[arm.name]
         cells = [
             STARTS[arm.start],
             arm.curriculum,
-            arm.algorithm.upper(),
             *(percent([run[size] for run in runs]) for size in SIZES),
             percent([mean(run[size] for size in SIZES) for run in runs]),
             spread([run["entropy"] for run in runs], 3),
@@ -122,7 +120,7 @@ def curricula(scores: dict[Arm, list[Scores]]) -> str:
         "|---|---|---|---|---|",
     ]
     for start, name in STARTS.items():
-        arms = {arm.curriculum: arm for arm in GRID if arm.start == start}
+        arms = {arm.curriculum: arm for arm in MAIN if arm.start == start}
         for ours, theirs in PAIRS:
             runs = list(zip(scores[arms[ours]], scores[arms[theirs]], strict=True))
             cells = [interval([differences(one, two, size) for one, two in runs]) for size in SIZES]
@@ -134,7 +132,7 @@ def trade_off(results: dict[str, list[dict[str, float]]]) -> str:
     """Compares short and long SFT, and what RL adds to each."""
     headers = " | ".join(f"{size}, % after SFT | after RL" for size in SIZES)
     lines = [f"| SFT steps | {headers} | gain of the mean |", "|---" * (2 * len(SIZES) + 2) + "|"]
-    after_short = Arm("sft", TRADE_OFF.curriculum, TRADE_OFF.algorithm)
+    after_short = Arm("sft", TRADE_OFF.curriculum)
     for arm in (after_short, TRADE_OFF):
         runs = results[arm.name]
         gains = [mean(run[size] - run[f"start_{size}"] for size in SIZES) for run in runs]
@@ -155,9 +153,8 @@ def draw(path: Path, records: dict[Arm, list[Record]]) -> None:
             ends = [xs[-1] for xs in x]
             grid = np.linspace(max(xs[0] for xs in x), min(ends), 60)
             lines = np.stack([np.interp(grid, xs, ys) for xs, ys in zip(x, y, strict=True)])
-            color, line = COLORS[arm.curriculum], LINES[arm.algorithm]
-            name = f"{arm.curriculum}, {arm.algorithm.upper()}"
-            axis.plot(grid / 1e6, lines.mean(0), line, color=color, label=name)
+            color = COLORS[arm.curriculum]
+            axis.plot(grid / 1e6, lines.mean(0), color=color, label=arm.curriculum)
             axis.fill_between(grid / 1e6, lines.min(0), lines.max(0), color=color, alpha=0.1)
         axis.set_title(title)
         axis.set_xlabel("RL tokens, M")

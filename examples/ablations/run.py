@@ -80,7 +80,6 @@ def train_rl(out: Path, arm: Arm, seed: int) -> None:
         f"model.path={start_folder(out, arm.start, seed)}",
         f"run.seed={seed}",
         f"data.eval_files={eval_files(out)}",
-        f"evaluation.every_steps={arm.every_steps}",
         "evaluation.before_training=true",
         *arm.settings,
     )
