@@ -354,6 +354,7 @@ def open_run(
             identity={"command": command, "fingerprint": print_of_run},
             rollouts_per_step=config.logging.rollouts_per_step,
             fresh_steps=fresh_steps,
+            keep_best=config.checkpoint.keep_best,
             progress=job.progress,
             warn=job.warn,
         )

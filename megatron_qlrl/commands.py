@@ -50,6 +50,7 @@ from megatron_qlrl.train.phases import (
     reference_folder,
 )
 from megatron_qlrl.train.recorder import newest_checkpoint, save_checkpoint
+from megatron_qlrl.train.run import Run
 from megatron_qlrl.train.run_log import RunLog
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_weights
 from megatron_qlrl.weights.checkpoint_folder import (
@@ -111,9 +112,8 @@ def _run_phases(
         steps_done = state.get("step", 0)
         run.begin(make_phases(config), steps_done)
         train_rl(parts, group.phases, first_step=steps_done)
-        if group.is_last:
-            run.recorder.release(job.folder / "hf")
-            _report(job)
+        if group.is_last or run.exhausted:
+            _finish(job, run)
             return None
         run.recorder.store.wait()
         run.stop_if_asked(group.phases[-1].end_step)
@@ -150,12 +150,21 @@ def run_sft(config: Config) -> None:
                 batch_size=sft.batch_size,
                 seed=config.run.seed,
             )
-            run.recorder.release(job.folder / "hf")
-            _report(job)
+            _finish(job, run)
 
 
-def _report(job: build.Job) -> None:
-    """Leaves a page about the run in its folder; the run has succeeded without it, too."""
+def _finish(job: build.Job, run: Run) -> None:
+    """Leaves a Hugging Face folder, and a page about the run, without which it succeeded, too."""
+    if run.exhausted and job.leads:
+        ranking = run.evaluation.ranking
+        print(
+            f"qlrl: the run ends early: {job.config.evaluation.patience} evaluations in a row were "
+            f"not better than the best one, {ranking.best}; the last one: {ranking.last}",
+            flush=True,
+        )
+    best = job.config.checkpoint.release == "best"
+    write = run.recorder.release_best if best else run.recorder.release
+    write(job.folder / "hf")
     if job.leads and (problem := report_at_end(job.folder)):
         job.warn(f"no report was written ({problem}); `qlrl report {job.folder}` tries again")
 

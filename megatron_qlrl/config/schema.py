@@ -477,6 +477,11 @@ class CheckpointConfig(Section):
     """Save after every n-th step, and always after the last step of a phase."""
     keep: int = Field(default=2, gt=0)
     """How many checkpoints stay on disk, the newest ones."""
+    keep_best: bool = False
+    """Also save after each evaluation that is the best so far by val/score (the newer one of equal
+    ones), and keep that checkpoint beside the newest ones until a better one is saved."""
+    release: Literal["last", "best"] = "last"
+    """Which weights <run.dir>/hf has at the end; best needs keep_best. The card names both."""
     resume: bool = True
     """Continue from the newest checkpoint in run.dir whose checksums hold."""
 
@@ -490,6 +495,8 @@ class EvaluationConfig(Section):
     """Evaluate data.eval_files after each phase (and after SFT)."""
     every_steps: int | None = Field(default=None, gt=0)
     """Evaluate after every n-th step, too. None: only as the two settings above say."""
+    patience: int | None = Field(default=None, gt=0)
+    """End the run after so many evaluations in a row without a new best val/score. None: never."""
     temperature: float = Field(default=0.7, ge=0)
     """Sampling temperature; 0 is greedy."""
     top_p: float = Field(default=0.95, gt=0, le=1)
@@ -560,6 +567,7 @@ class Config(Section):
             raise ValueError(
                 f"phases: max_input_tokens must grow from phase to phase, got {limits}"
             )
+        self._check_best()
         names = [p.name for p in self.phases]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -605,6 +613,18 @@ class Config(Section):
                 "rollout.tokens_per_round, or algorithm.incomplete_batch=skip with "
                 "algorithm.generation_rounds above 1; or leave max_staleness at 0"
             )
+
+    def _check_best(self) -> None:
+        """Refuses to look for a best step that nothing can find."""
+        wanted = {
+            "checkpoint.keep_best": self.checkpoint.keep_best,
+            "evaluation.patience": self.evaluation.patience is not None,
+        }
+        for setting in (name for name, is_set in wanted.items() if is_set):
+            if not self.data.eval_files:
+                raise ValueError(f"{setting} needs held-out scores; set data.eval_files")
+        if self.checkpoint.release == "best" and not self.checkpoint.keep_best:
+            raise ValueError("checkpoint.release=best needs checkpoint.keep_best=true")
 
     def _check_sizes(self) -> None:
         if self.rollout.prompts_per_step % self.algorithm.updates_per_step:

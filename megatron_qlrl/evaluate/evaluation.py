@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_qlrl.config.schema import EvaluationConfig
 from megatron_qlrl.evaluate.benchmarks import benchmark_scores
+from megatron_qlrl.evaluate.best import BestScore, HeldOutScore
 from megatron_qlrl.evaluate.counted import CountedAnswers
 from megatron_qlrl.evaluate.statistics import statistics
 from megatron_qlrl.metrics.meter import Meter
@@ -21,7 +22,11 @@ from megatron_qlrl.types import Prompt, ScoredGroup
 
 
 class Evaluation:
-    """Methods are collective, but for the state."""
+    """Methods are collective, but for the state.
+
+    Attributes:
+        ranking: the best and the last of the evaluations `after` a step.
+    """
 
     def __init__(
         self,
@@ -39,6 +44,7 @@ class Evaluation:
         """`write` runs what it is given on rank 0, with the run's tracker; answers go into
         `folder`, and into the journal as they come."""
         self._steps_done: int | None = None  # at the newest evaluation
+        self.ranking = BestScore(config.patience)
         self._config, self._benchmarks = config, benchmarks
         self._collector = collector
         self._sampling = evaluation_sampling(config, max_response_tokens)
@@ -57,15 +63,24 @@ class Evaluation:
         if self._steps_done == steps_done:
             return
         if last and self._config.at_phase_end:
-            self.score(phase, steps_done)
+            name = phase
         elif every is not None and steps_done % every == 0:
-            self.score(f"step_{steps_done}", steps_done)
+            name = f"step_{steps_done}"
+        else:
+            return
+        metrics = self.score(name, steps_done)
+        # A mean over fewer benchmarks, because the judge was away, is not to be compared.
+        if metrics and all(f"val/{benchmark}/score" in metrics for benchmark in self._benchmarks):
+            error = metrics.get("val/standard_error")
+            self.ranking.observe(HeldOutScore(steps_done, name, metrics["val/score"], error))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps_done": self._steps_done}
+        return {"steps_done": self._steps_done, "ranking": self.ranking.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._steps_done = state["steps_done"]
+        if "ranking" in state:  # older checkpoints have none
+            self.ranking.load_state_dict(state["ranking"])
 
     def score(self, name: str, steps_done: int) -> dict[str, float]:
         """Scores the held-out files. Writes <folder>/<name>.json and, in .jsonl, the answers. The

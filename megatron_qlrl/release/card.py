@@ -20,6 +20,7 @@ from megatron_qlrl.report.read import Evaluation
 LONG_POSITIONS, MAX_STRETCH = 131_072, 4
 """How far the card says that YaRN could stretch a model, and by which factor at most."""
 _HERE = "OWNER/NAME"
+_RANKED = ("best evaluation", "last evaluation")
 _TRAINED = {
     "sft": "warm-up SFT, the first stage of the QwenLong-L1 method",
     "rl": "reinforcement learning in phases of growing input length, after the QwenLong-L1 method",
@@ -103,6 +104,7 @@ def _model(record: Record, shape: ModelShape, dtype: str) -> str:
         ("parameters", f"{sum(map(math.prod, hf_shapes(shape).values())):,} in {dtype}"),
         ("positions", f"{shape.max_positions:,}"),
         ("steps done", f"{record.steps_done:,}"),
+        *((name, record.facts[name]) for name in _RANKED if name in record.facts),
         ("software", code(record.facts.get("software", "not known"))),
     ]  # fmt: skip
     return table(("", ""), rows)

@@ -75,6 +75,7 @@ class Recorder:
         identity: Mapping[str, Any],
         rollouts_per_step: int,
         fresh_steps: frozenset[int],
+        keep_best: bool,
         progress: Progress,
         warn: Callable[[str], None],
     ) -> None:
@@ -89,6 +90,7 @@ class Recorder:
             rollouts_per_step: groups of a step that the rollout log shows.
             fresh_steps: of a checkpoint at these steps the weights alone are loaded: a phase begins
                 there with a new optimizer state.
+            keep_best: the checkpoint of the best evaluation stays beside the newest ones.
         """
         self.store = store
         self._policy, self._stream, self._log = policy, stream, log
@@ -97,6 +99,7 @@ class Recorder:
         self._facts, self._identity = dict(facts), dict(identity)
         self._card, self._steps_done = card, 0
         self._rollouts_per_step, self._fresh_steps = rollouts_per_step, fresh_steps
+        self._keep_best = keep_best
         self._progress, self._warn = progress, warn
         self._is_writer = policy.context.rank == 0
         self._batch_watch = BatchWatch(warn)
@@ -191,6 +194,16 @@ class Recorder:
             optimizer.reload_model_params()
         return state
 
+    @property
+    def _best_step(self) -> int | None:
+        """The step whose checkpoint is kept because its evaluation is the best so far."""
+        best = self._evaluation.ranking.best
+        return best.steps_done if self._keep_best and best is not None else None
+
+    def keeps(self, steps_done: int) -> bool:
+        """Whether the checkpoint of a step is kept as the best so far."""
+        return self._best_step == steps_done
+
     def save(self) -> None:
         """A checkpoint of the last step recorded, unless there is one already; the store writes it
         while training goes on."""
@@ -204,7 +217,8 @@ class Recorder:
                 step,
                 companions=self._folder,
                 dtype=self._dtype,
-                facts=self._facts,
+                facts=self._facts_now(),
+                spare=self._best_step,
                 state={
                     **self._identity,
                     **state,
@@ -221,13 +235,37 @@ class Recorder:
         self._log.close()
         gather_objects(None)
 
+    def release_best(self, folder: Path) -> None:
+        """Writes the weights with the best evaluation as a Hugging Face folder, in place of the
+        present ones, which are gone afterwards. Without any evaluation the present ones.
+
+        Raises:
+            CheckpointError: their checkpoint cannot be read (every rank).
+        """
+        step = self._best_step
+        if step is None:
+            self._warn("no evaluation has a score, so the release has the last weights")
+        elif step != self._steps_done:
+            self.store.wait()
+            path = self.store.path(step)
+            with self._progress.doing(f"loading the best weights, those of {path}"):
+                load_weights(path, model=self._policy.model)
+            self._steps_done = step
+        self.release(folder)
+
+    def _facts_now(self) -> dict[str, Any]:
+        """What a card says beside the run's folder, with the best and the last evaluation."""
+        ranking = self._evaluation.ranking
+        scores = {"best evaluation": ranking.best, "last evaluation": ranking.last}
+        return self._facts | {name: str(score) for name, score in scores.items() if score}
+
     def release(self, folder: Path) -> None:
         """Writes the present weights as a Hugging Face folder."""
         write_release(
             self._stream,
             folder,
             companions=self._folder,
-            card=partial(self._card, self._facts, self._steps_done),
+            card=partial(self._card, self._facts_now(), self._steps_done),
             writer=self._is_writer,
             dtype=self._dtype,
             positions=self._policy.model_shape.position_fields(),
@@ -243,9 +281,10 @@ def save_checkpoint(
     dtype: str,
     facts: Mapping[str, Any],
     state: Mapping[str, Any],
+    spare: int | None = None,
 ) -> None:
     """A checkpoint of the policy with `state`; `companions` is the folder whose config and
-    tokenizer it gets, for an export by itself."""
+    tokenizer it gets, for an export by itself; `spare` is a step whose checkpoint stays."""
     store.save(
         step,
         model=policy.model,
@@ -263,4 +302,5 @@ def save_checkpoint(
             dtype=dtype,
             positions=policy.model_shape.position_fields(),
         ),
+        spare=spare,
     )

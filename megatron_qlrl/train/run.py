@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from megatron_qlrl.errors import StabilityError, StopRequested
@@ -36,15 +37,21 @@ class Run:
     stacks: Path
 
     def steps(self, phases: Sequence[Phase], first_step: int) -> Iterator[tuple[Phase, int]]:
-        """The steps from `first_step` on, each with its phase. A step that hangs ends this
-        process."""
-        steps = (
+        """The steps from `first_step` on, each with its phase, until evaluations stop to improve. A
+        step that hangs ends this process."""
+        every = (
             (phase, step)
             for phase in phases
             for step in range(max(phase.first_step, first_step), phase.end_step)
         )
+        steps = takewhile(lambda _: not self.exhausted, every)
         told = self.progress.during_first(steps, "working on the first step")
         return watch_steps(told, stacks=self.stacks, floor_s=self.hang_after_s)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the run ends early, since its evaluations have not improved for long."""
+        return self.evaluation.ranking.exhausted
 
     def begin(self, phases: Sequence[Phase], steps_done: int) -> None:
         """Before the first step: evaluates the model that the run starts from or, after a resume,
@@ -85,7 +92,8 @@ class Run:
                 "resumes"
             )
         self.evaluation.after(steps_done, phase.name, last=is_last)
-        if is_last or steps_done % self.save_every == 0:
+        regular = is_last or steps_done % self.save_every == 0
+        if regular or self.exhausted or self.recorder.keeps(steps_done):
             self.recorder.save()
         self.stop_if_asked(steps_done)
 

@@ -71,9 +71,11 @@ class CheckpointStore:
         optimizer: Any,
         state: Mapping[str, Any],
         companions: Callable[[Path], None] = lambda folder: None,
+        spare: int | None = None,
     ) -> Path:
         """Takes a checkpoint and returns; a thread writes it to the path returned and removes all
-        but the newest `keep`. Waits for the save before it: there is one snapshot at a time.
+        but the newest `keep` and the one of step `spare`. Waits for the save before it: there is
+        one snapshot at a time.
 
         `companions` fills the checkpoint's hf/ folder (called on rank 0, by the thread).
 
@@ -82,13 +84,17 @@ class CheckpointStore:
                 ones are untouched. What fails later is raised by `wait`.
         """
         self.wait()
-        final = self.folder / f"step_{step:08d}"
+        final = self.path(step)
         snapshot = take_snapshot(model, optimizer)
         needed = sum(gather_objects(snapshot.num_bytes, self._group))
         _on_rank_0(self.folder, lambda: self._prepare(_temporary(final), needed))
         text = json.dumps({"format": FORMAT, **state}, indent=1)  # now: the run changes it
-        self._pending = self._thread.submit(self._write, snapshot, text, companions, final)
+        self._pending = self._thread.submit(self._write, snapshot, text, companions, final, spare)
         return final
+
+    def path(self, step: int) -> Path:
+        """Returns where the checkpoint of a step is, if there is one."""
+        return self.folder / f"step_{step:08d}"
 
     @cached_property
     def _group(self) -> dist.ProcessGroup:
@@ -153,7 +159,12 @@ class CheckpointStore:
         (temporary / "weights").mkdir(parents=True)
 
     def _write(
-        self, snapshot: Snapshot, state: str, companions: Callable[[Path], None], final: Path
+        self,
+        snapshot: Snapshot,
+        state: str,
+        companions: Callable[[Path], None],
+        final: Path,
+        spare: int | None,
     ) -> None:
         """The thread's work."""
         temporary, group = _temporary(final), self._group
@@ -166,7 +177,7 @@ class CheckpointStore:
 
         def finish() -> None:
             _publish(temporary, final, digests)
-            self._remove_others(step_of(final))
+            self._remove_others(step_of(final), spare)
 
         try:
             _on_rank_0(temporary, write_plain, group)
@@ -178,11 +189,14 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _remove_others(self, step: int) -> None:
-        """Removes all but the last `keep` checkpoints up to `step`. Those with a higher number were
-        torn when the run resumed below them; if they counted, they would push good ones out."""
+    def _remove_others(self, step: int, spare: int | None) -> None:
+        """Removes all but the last `keep` checkpoints up to `step`, and that of `spare`. Those with
+        a higher number were torn when the run resumed below them; if they counted, they would push
+        good ones out."""
         folders = sorted(self.folder.glob(_FOLDERS))
-        kept = [f for f in folders if f.name <= f"step_{step:08d}"][-self._keep :]
+        kept = [f for f in folders if f <= self.path(step)][-self._keep :]
+        if spare is not None:
+            kept.append(self.path(spare))
         for folder in [*folders, *self.folder.glob(f"{_FOLDERS}.tmp")]:
             if folder not in kept:
                 _remove(folder)

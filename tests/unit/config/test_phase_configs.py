@@ -114,6 +114,22 @@ def test_a_budget_of_tokens_needs_groups_that_may_wait(
             load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"checkpoint": {"keep_best": True}}, "keep_best needs held-out scores; set data.eval_f"),
+        ({"evaluation": {"patience": 2}}, "patience needs held-out scores; set data.eval_files"),
+        ({"checkpoint": {"release": "best"}}, "release=best needs checkpoint.keep_best=true"),
+    ],
+)
+def test_the_best_needs_scores_to_choose_by(
+    tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path, {}, policy=FITS, **sections)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
 def test_overlong_buffer_must_fit_the_response(tmp_path: Path) -> None:
     path = write(tmp_path, {}, policy={}, algorithm={"overlong_buffer_tokens": 51})
     with pytest.raises(ConfigError, match="overlong_buffer_tokens=51 is longer than .*=50"):

@@ -13,6 +13,7 @@ from fake_policy import FakePolicy
 
 from megatron_qlrl.config.schema import Config, StabilityConfig
 from megatron_qlrl.errors import CheckpointError
+from megatron_qlrl.evaluate.best import BestScore, HeldOutScore
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.platform.progress import Progress
@@ -73,6 +74,8 @@ class FakeParts(FakePolicy):
         super().__init__()
         self.scores = {"start: val/score": 0.25}
         self.saved: list[tuple[int, dict[str, Any]]] = []
+        self.spared: list[int | None] = []
+        self.ranking = BestScore(None)
 
     @property
     def optimizer(self) -> "FakeParts":
@@ -89,9 +92,12 @@ class FakeParts(FakePolicy):
     def newest(self) -> Path | None:
         return self.checkpoint
 
-    def save(self, step: int, *, model: Any, optimizer: Any, state: Any, companions: Any) -> None:
+    def save(
+        self, step: int, *, model: Any, optimizer: Any, state: Any, companions: Any, spare: Any
+    ) -> None:
         assert (model, optimizer) == (self.model, self)
         self.saved.append((step, state))
+        self.spared.append(spare)
 
     def state_dict(self) -> dict[str, Any]:
         return {"scores": dict(self.scores), "released": self.released}
@@ -130,6 +136,7 @@ class Made:
             identity={"command": "rl", "fingerprint": {"seed": 0}},
             rollouts_per_step=1,
             fresh_steps=frozenset({8}),
+            keep_best=True,
             progress=Progress(self.doing.append),
             warn=self.warnings.append,
         )
@@ -214,6 +221,21 @@ def test_a_checkpoint_is_the_last_step_recorded_and_is_taken_once(made: Made) ->
     assert state["evaluation"]["scores"] == {"start: val/score": 0.25}
     assert state["monitor"] == made.monitor.state_dict()
     assert state["tracker"] == {"step": 2, "lines": 1, "wandb_id": None}
+
+
+def test_a_checkpoint_spares_and_names_the_best(made: Made) -> None:
+    made.recorder.start(None)
+    made.record(0)
+    made.recorder.save()
+    for steps_done, value in [(2, 0.5), (3, 0.25)]:
+        made.parts.ranking.observe(HeldOutScore(steps_done, "short", value, 0.03))
+    assert [made.recorder.keeps(step) for step in (1, 2, 3)] == [False, True, False]
+    made.record(2)
+    made.recorder.save()
+    assert made.parts.spared == [None, 2]
+    facts = made.parts.saved[1][1]["facts"]
+    assert facts["best evaluation"] == "0.5000 ± 0.0300 after 2 steps"
+    assert facts["last evaluation"] == "0.2500 ± 0.0300 after 3 steps"
 
 
 def test_the_line_after_a_save_says_how_long_it_took(made: Made, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ class FakeParts:
     reason = "step 1: gradient_spike"
     asked = ""
     save_failed = False
+    exhausted = False
+    best_step = 0
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -30,6 +32,13 @@ class FakeParts:
     @property
     def store(self) -> "FakeParts":
         return self
+
+    @property
+    def ranking(self) -> "FakeParts":
+        return self
+
+    def keeps(self, steps_done: int) -> bool:
+        return steps_done == self.best_step
 
     def failed(self) -> bool:
         return self.save_failed
@@ -71,6 +80,23 @@ def test_steps_go_through_the_phases_from_where_the_run_is() -> None:
         ("long", 4),
     ]
     assert list(run.steps(PHASES, 5)) == []
+
+
+def test_a_run_that_gains_nothing_any_more_ends_between_steps() -> None:
+    run, parts = make()
+    steps = iter(run.steps(PHASES, 0))
+    assert next(steps)[1] == 0
+    parts.exhausted = True
+    assert list(steps) == []
+    run.decide(FIRST, 0)  # is saved out of turn, so that a new start knows that it is over
+    assert "save" in parts.calls
+
+
+def test_the_best_step_is_saved_out_of_turn() -> None:
+    run, parts = make()
+    parts.best_step = 1
+    run.decide(FIRST, 0)
+    assert parts.calls == ["step done", ("evaluate", 1, "short", False), "save", ("left", 4)]
 
 
 def test_order_after_a_phases_last_step() -> None:

@@ -100,11 +100,11 @@ def test_links_and_files_in_place_of_checkpoints(tmp_path: Path) -> None:
         f"checkpoint {folder}/step_00000003",
     ]
     store = CheckpointStore(folder, keep=1, warn=print)
-    store._remove_others(2)
+    store._remove_others(2, None)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000002", "step_0000000x"]
     assert not older.exists()
     write(folder / "step_00000003")
-    store._remove_others(3)
+    store._remove_others(3, None)
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000003", "step_0000000x"]
     assert torn(elsewhere) is None
 
@@ -114,8 +114,18 @@ def test_removal_keeps_the_newest_and_forgets_what_was_torn(tmp_path: Path) -> N
     for name in ["08", "09", "11", "12", "10.tmp"]:
         (tmp_path / f"step_000000{name}").mkdir()
     (tmp_path / "notes").mkdir()
-    CheckpointStore(tmp_path, keep=2, warn=print)._remove_others(11)
+    CheckpointStore(tmp_path, keep=2, warn=print)._remove_others(11, None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_00000009", "step_00000011"]
+
+
+def test_removal_spares_the_best_beside_the_newest(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        (tmp_path / f"step_0000000{step}").mkdir()
+    store = CheckpointStore(tmp_path, keep=1, warn=print)
+    store._remove_others(8, 4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000004", "step_00000008"]
+    store._remove_others(8, 8)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000008"]
 
 
 @pytest.mark.usefixtures("lone_group")
