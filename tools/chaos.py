@@ -4,7 +4,9 @@ one.
     python tools/chaos.py /tmp/chaos --blows 50 --processes 2 --json chaos.json
 
 One reference run of the toy task is left alone. In the others, every start takes a blow; they
-resume from what is left, and must end with the same weights, metrics and rollouts, bit for bit. The
+resume from what is left, and must end with the same weights, metrics and rollouts, bit for bit.
+Responses get 8 of at most 24 tokens a step (`rollout.tokens_per_round`), so that most checkpoints
+hold responses that wait; the result counts the blows after which a run went on with some. The
 blows:
 
     kill_all    kill -9 of the launcher and all ranks
@@ -69,7 +71,8 @@ class Chain:
             mark = (self.folder / "log.txt").stat().st_size
             if blow is not None and self._wait_for_the_moment(process):
                 record = self._strike(process, blow)
-                self.blows.append(record | {"found": before})
+                waiting = self._waiting()
+                self.blows.append(record | {"found": before, "waiting_responses": waiting})
             code = process.wait(timeout=LIMIT_S)
             text = (self.folder / "log.txt").read_text()[mark:]
             resumed = re.search(r"resuming from \S+/step_0*(\d+)", text)
@@ -124,10 +127,15 @@ class Chain:
             if blow in ("flip", "cut"):
                 step = newest(self.run)
                 if step is not None:
-                    file = damage(self.run / "checkpoints" / f"step_{step:08d}", blow, self.rng)
+                    file = damage(checkpoint(self.run, step), blow, self.rng)
                     self.damaged = (file, file.stat().st_mtime_ns)
                     record["damaged"] = str(file.relative_to(self.run))
         return record
+
+    def _waiting(self) -> int:
+        """Returns how many responses wait in the checkpoint that the next start goes on from."""
+        step = newest(self.run)
+        return 0 if step is None else waiting_responses(checkpoint(self.run, step))
 
     def _spoiled(self) -> int | None:
         """Returns the step of the damaged checkpoint, unless it was written again since."""
@@ -193,6 +201,18 @@ def newest(run: Path) -> int | None:
     return next((step_of(f) for f in whole), None)
 
 
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def waiting_responses(folder: Path) -> int:
+    """Returns how many responses of a checkpoint go on in the next step."""
+    from megatron_qlrl.weights.checkpoint_folder import read_state
+
+    groups = read_state(folder)["sampler"]["waiting"]
+    return sum(response["goes_on"] for group in groups for response in group["responses"])
+
+
 def write_config(folder: Path, data: Path) -> Path:
     config = {
         "model": {"path": str(ROOT / "examples/quickstart/base")},
@@ -202,10 +222,15 @@ def write_config(folder: Path, data: Path) -> Path:
             {"name": "short", "max_input_tokens": 250, "steps": STEPS // 2},
             {"name": "long", "max_input_tokens": 1000, "steps": STEPS - STEPS // 2},
         ],
-        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 24},
+        "rollout": {
+            "prompts_per_step": 4,
+            "group_size": 4,
+            "max_response_tokens": 24,
+            "tokens_per_round": 8,
+        },
         "curriculum": {"carried_share": 0.25},
         "policy": {"tp": 2, "max_tokens_per_row": 2048},
-        "algorithm": {"filter_groups": False, "entropy_coef": 0.01},
+        "algorithm": {"filter_groups": False, "entropy_coef": 0.01, "max_staleness": 3},
         "optimizer": {"lr": 5.0e-4},
         "checkpoint": {"every_steps": 2, "keep": 3},
         "evaluation": {"max_input_tokens": 1000},
@@ -261,6 +286,7 @@ def main() -> None:
     result = {
         "blows": len(blows),
         "kinds": dict(Counter(b["blow"] for b in blows)),
+        "with_waiting_responses": sum(b["waiting_responses"] > 0 for b in blows),
         "runs": number,
         "processes": args.processes,
         "seed": args.seed,

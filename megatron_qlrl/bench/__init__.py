@@ -1,4 +1,4 @@
-"""Measures this package: updates, log-probs, rows, packing, scoring and checkpoints.
+"""Measures this package: updates, log-probs, rows, packing, generation, scoring and checkpoints.
 
 In: sizes of a model and of a batch. Out: figures ready for JSON, with the machine they were
 measured on. Invariants: both sides of a comparison run interleaved in one process; models have

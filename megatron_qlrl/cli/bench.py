@@ -187,5 +187,38 @@ def step(
     )
 
 
+@app.command()
+def rollout(
+    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Config of a run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings: a.b=value.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Ranks; rollout.tp of them an engine.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a side.")] = 8,
+    prompt_tokens: Count = 64,
+    median_tokens: Annotated[float, typer.Option(min=1, help="Median response length.")] = 16.0,
+    sigma: Annotated[float, typer.Option(min=0, help="Deviation of the log length.")] = 1.0,
+    rounds: Rounds = 3,
+) -> None:
+    """Measure generation where the lengths of responses differ: as it is, with the longest first,
+    and with partial rollouts (rollout.tokens_per_round)."""
+    with shown_once():
+        loaded = load_config(config, overrides or [])
+
+    def run() -> None:
+        from megatron_qlrl.bench.rollout import bench_rollout
+
+        figures = bench_rollout(
+            loaded,
+            steps=steps,
+            prompt_tokens=prompt_tokens,
+            median_tokens=median_tokens,
+            sigma=sigma,
+            rounds=rounds,
+        )
+        if read_ranks().rank == 0:
+            _print(figures)
+
+    on_ranks(sys.argv[1:], processes, check=lambda world_size: None, run=run)
+
+
 def _print(figures: dict[str, Any]) -> None:
     typer.echo(json.dumps(figures, indent=1))

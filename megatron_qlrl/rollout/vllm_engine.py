@@ -29,12 +29,14 @@ from megatron_qlrl.types import ProbeAnswer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: `n` responses to each prompt; temperature 0 is greedy."""
+    """How to sample: `n` responses to each prompt; temperature 0 is greedy. `ignore_end` samples on
+    after an end token, to `max_tokens` (benches force the lengths of responses)."""
 
     temperature: float
     top_p: float
     max_tokens: int
     n: int
+    ignore_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,8 @@ class VllmEngine:
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     max_tokens=request.max_tokens or sampling.max_tokens,
-                    stop_token_ids=self._stop,
+                    stop_token_ids=[] if sampling.ignore_end else self._stop,
+                    ignore_eos=sampling.ignore_end,
                     seed=request.seed,
                     logprobs=0,  # the sampled token's own
                     detokenize=False,

@@ -149,3 +149,23 @@ def test_gpu_check_runs_every_part(tmp_path: Path) -> None:
         f"{name}: ok" for name in found if name not in ("machine", "command")
     ]
     assert found["sharing"]["layers"] == 4
+
+
+def test_rollout(qlrl: Callable[..., Any]) -> None:
+    found = bench(
+        qlrl, "rollout", "examples/quickstart/config.yaml", "rollout.prompts_per_step=4",
+        "rollout.group_size=2", "rollout.tokens_per_round=8", "algorithm.max_staleness=2",
+        "--steps=4", "--median-tokens=6", "--rounds=1",
+    )  # fmt: skip
+    assert (found["engines"], set(found["sides"])) == (2, {"plain", "sorted", "partial"})
+    plain, longest_first, partial = (found["sides"][s] for s in ("plain", "sorted", "partial"))
+    # 16 groups of two, of 6 e^(1/2) tokens on average, cut at 32. Partial rollouts begin fewer
+    # where what waits fills the last step.
+    assert plain["tokens"] == longest_first["tokens"] >= partial["tokens"] > 100
+    assert plain["staleness_max"] == longest_first["staleness_max"] == 0
+    assert 0 < partial["staleness_max"] <= 2
+    for side in found["sides"].values():
+        assert 0 <= side["engine_idle_share"] < 1
+        assert 0 <= side["idle_share"] < 1
+    assert found["speedup"]["plain"] == 1
+    assert found["speedup"]["partial"] > 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tools.chaos import Failed, check_start, damage, differences
+from tools.chaos import Failed, check_start, damage, differences, waiting_responses
 
 
 def finished(folder: Path, *, weights: bytes = b"w", rollouts: str = "r", **metrics: Any) -> Path:
@@ -74,3 +74,10 @@ def test_damage_changes_one_file(tmp_path: Path, blow: str) -> None:
     else:
         flipped = [a ^ b for a, b in zip(before, now, strict=True)]
         assert sum(bits.bit_count() for bits in flipped) == 1
+
+
+def test_responses_that_wait_in_a_checkpoint_are_counted(tmp_path: Path) -> None:
+    groups = [{"responses": [{"goes_on": on} for on in kinds]} for kinds in ((1, 0, 1), (0,), (1,))]
+    state = {"format": 2, "sampler": {"waiting": groups}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    assert waiting_responses(tmp_path) == 3
