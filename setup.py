@@ -62,7 +62,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_qlrl", "megatron_qlrl.*"]),
-    package_data={"megatron_qlrl": ["py.typed", "report/assets/*", "report/assets/uplot/*"]},
+    package_data={
+        "megatron_qlrl": [
+            "py.typed",
+            "report/assets/*",
+            "report/assets/uplot/*",
+            "reward/labelled_pairs.jsonl",
+        ]
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["qlrl = megatron_qlrl.cli:main"]},

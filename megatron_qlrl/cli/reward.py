@@ -15,7 +15,7 @@ from megatron_qlrl.platform.env import read_secret
 from megatron_qlrl.platform.files import check_output, replaced
 
 app = typer.Typer(help="The reward.", no_args_is_help=True)
-_JUDGE_URL = "http://127.0.0.1:8000/v1"
+JUDGE_URL = "http://127.0.0.1:8000/v1"
 
 
 @app.command()
@@ -24,7 +24,7 @@ def score(
     out: Annotated[Path | None, typer.Option(help="JSONL file for the scored rows.")] = None,
     no_judge: Annotated[bool, typer.Option("--no-judge", help="Rules alone.")] = False,
     judge_url: Annotated[
-        list[str] | None, typer.Option(help=f"Judge server; repeatable. Default: {_JUDGE_URL}")
+        list[str] | None, typer.Option(help=f"Judge server; repeatable. Default: {JUDGE_URL}")
     ] = None,
     judge_model: Annotated[str, typer.Option(help="As the server names it.")] = JUDGE_MODEL,
     judge_key_env: Annotated[
@@ -53,7 +53,7 @@ def score(
     if out:
         check_output(out, [file])  # before the judge is asked
     opened = _reasoning_open(reasoning, model)
-    judge = None if no_judge else _judge(judge_url or [_JUDGE_URL], judge_model, judge_key_env)
+    judge = None if no_judge else _judge(judge_url or [JUDGE_URL], judge_model, judge_key_env)
     with ExitStack() as stack:
         stream = stack.enter_context(_opened(out, file)) if out else None
         scorer = stack.enter_context(closing(Scorer(judge)))

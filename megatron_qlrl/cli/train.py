@@ -245,8 +245,10 @@ def _phases(command: checks.Command, config: Config) -> list[Config]:
 def _check_judge(config: Config) -> None:
     judge = config.reward.judge
     if judge is not None:
+        from megatron_qlrl.reward.certificate import check_certificate
         from megatron_qlrl.reward.judge import check_judge
 
+        check_certificate(judge, max_no_verdict=config.reward.max_masked_share)
         check_judge(judge, key=read_secret(judge.api_key_env))
 
 

@@ -390,6 +390,12 @@ class JudgeConfig(EndpointConfig):
     """Name under which the servers offer the model."""
     max_tokens: int = Field(default=32, gt=0)
     """The longest reply; a verdict takes about 10 tokens."""
+    certificate: str | None = None
+    """File that `qlrl judge certify` wrote about this judge. A run refuses it if it is of another
+    model, prompt or set of pairs; the run's report and model card show it."""
+    max_false_positive: float | None = Field(default=None, ge=0, le=1)
+    """The largest share of different answers that the judge may call equivalent on the labelled
+    pairs. A run without a `certificate` that says so does not start. None: nothing is demanded."""
 
 
 class TeacherConfig(EndpointConfig):

@@ -257,9 +257,22 @@ def _reward(record: Record) -> str:
         name = last_part(judge.model) if judge.model[:1] in "/.~" else judge.model
         how = (
             f"The reward is max(rule, judge), from 0 to 1: {rule}, and, where the rule gives 0, "
-            f"the LLM judge {code(name)}."
+            f"the LLM judge {code(name)}. {_certified(record)}"
         )
     return how if record.command == "rl" else f"SFT has no reward; evaluations are scored. {how}"
+
+
+def _certified(record: Record) -> str:
+    certificate = record.run.certificate if record.run else None
+    if certificate is None:
+        return "How well this judge judges was not measured."
+    judge = record.config.reward.judge if record.config else None
+    bound = judge.max_false_positive if judge else None
+    demanded = "" if bound is None else f" The run demanded false positives of at most {bound:.1%}."
+    return (
+        "On labelled pairs of answers (`qlrl judge certify`) the judge had "
+        f"{plain(certificate.summary())}.{demanded}"
+    )
 
 
 def _settings(record: Record) -> str:

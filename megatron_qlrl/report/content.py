@@ -88,6 +88,7 @@ def _run(run: Run, rate: float | None, *, max_points: int, max_bytes: int) -> di
         "command": run.command,
         "steps_done": run.steps_done,
         "steps_planned": _planned(run),
+        "judge": _judge(run),
         "cost": run_cost(run, rate),
         "phases": _phases(run),
         "curves": {"steps": curves, "tests": tests},
@@ -112,6 +113,18 @@ def _status(run: Run) -> str:
     if ended or run.command == "eval":
         return "finished"
     return "going on" if run.is_held else "stopped"
+
+
+def _judge(run: Run) -> str | None:
+    """Returns the judge with what its certificate says, or None for a run without a judge."""
+    judge = run.config.reward.judge if run.config else None
+    if judge is None:
+        return None
+    if run.certificate is None:
+        return f"{judge.model}: no certificate"
+    bound = judge.max_false_positive
+    demanded = "" if bound is None else f"; demanded: false positives of at most {bound:.1%}"
+    return f"{judge.model}: {run.certificate.summary()}{demanded}"
 
 
 def _bounds(run: Run) -> list[tuple[Any, int, int]]:

@@ -13,9 +13,10 @@ import yaml
 
 from megatron_qlrl.config.load import load_config
 from megatron_qlrl.config.schema import Config
-from megatron_qlrl.errors import ConfigError, DataError
+from megatron_qlrl.errors import ConfigError, DataError, RewardError
 from megatron_qlrl.evaluate.compare import RunScores, read_run
 from megatron_qlrl.platform.lock import SILENCE_S
+from megatron_qlrl.reward.certificate import FILE, Certificate, read_certificate
 
 TRACES = ("metrics.jsonl", "config.yaml", "starts.jsonl", "eval")
 """A folder that has none of these is no run."""
@@ -55,6 +56,8 @@ class Run:
         starts: lines of starts.jsonl.
         steps: lines of metrics.jsonl about a training step; finite numbers only.
         tests: lines of metrics.jsonl about an evaluation, each with "steps_done" before it.
+        certificate: what the judge was measured to be worth; None where the config names no
+            certificate, or its copy in the folder is missing or damaged.
         is_held: whether a process is working in the folder.
         notes: what could not be read.
     """
@@ -68,6 +71,7 @@ class Run:
     tests: Sequence[Mapping[str, float]]
     evaluations: Sequence[Evaluation]
     is_held: bool
+    certificate: Certificate | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -132,9 +136,21 @@ def _read(folder: Path, label: str) -> Run:
         steps=steps,
         tests=tests,
         evaluations=sorted(evaluations, key=lambda evaluation: place(evaluation.name, config)),
+        certificate=_certificate(folder / FILE, config, notes),
         is_held=any(time.time() - _changed(p) < SILENCE_S for p in folder.glob("run.lock.*")),
         notes=notes,
     )
+
+
+def _certificate(path: Path, config: Config | None, notes: list[str]) -> Certificate | None:
+    judge = config.reward.judge if config else None
+    if judge is None or judge.certificate is None:
+        return None
+    try:
+        return read_certificate(path)
+    except RewardError as error:
+        notes.append(f"the judge's certificate is left out: {error}")
+        return None
 
 
 def _behaviours(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -105,6 +106,14 @@ def judge_request(claim: Claim, *, model: str, max_tokens: int) -> dict[str, Any
         "candidate": claim.prediction,
     }
     return closed_request(_SYSTEM, fields, _RESPONSE_FORMAT, model=model, max_tokens=max_tokens)
+
+
+@cache
+def prompt_digest() -> str:
+    """Returns what stands in certificates for everything in a request but claim, model and
+    max_tokens."""
+    request = judge_request(Claim("", "", ""), model="", max_tokens=1)
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def closed_request(

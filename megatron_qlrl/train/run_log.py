@@ -15,6 +15,7 @@ from megatron_qlrl.metrics.sinks import Tracker
 from megatron_qlrl.parallel.collectives import on_all_ranks
 from megatron_qlrl.platform.device import device_name
 from megatron_qlrl.platform.machine import commit, versions
+from megatron_qlrl.reward.certificate import FILE
 
 T = TypeVar("T")
 
@@ -30,12 +31,16 @@ class RunLog:
         self._tracker = Tracker.silent()
 
     def record_start(self, *, world_size: int) -> None:
-        """Writes the resolved config of the run and a line for this start: which code and
-        packages, on how many ranks and which device. Call it once it is known that the run goes
-        on: a refused run leaves nothing."""
+        """Writes the resolved config of the run, a copy of its judge's certificate, and a line for
+        this start: which code and packages, on how many ranks and which device. Call it once it is
+        known that the run goes on: a refused run leaves nothing."""
 
         def write() -> None:
             save_config(self._config, self._folder / "config.yaml")
+            judge = self._config.reward.judge
+            if judge is not None and judge.certificate is not None:
+                certificate = Path(judge.certificate).read_bytes()
+                (self._folder / FILE).write_bytes(certificate)
             start = {
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 "version": __version__,

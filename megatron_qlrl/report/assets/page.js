@@ -75,11 +75,13 @@ function runName(label) {
 
 function summary() {
   const money = data.rate !== null;
-  const rows = runs.map(({ label, status, command, steps_done, steps_planned, cost, folder }) => [
+  const judged = runs.some((run) => run.judge);
+  const rows = runs.map(({ label, status, command, steps_done, steps_planned, judge, cost, folder }) => [
     ["run", runName(label)], ["status", status], ["command", command ? `qlrl ${command}` : "–"],
     ["steps", steps_planned ? `${steps_done} of ${steps_planned}` : steps_done],
     ["time on record", duration(cost.seconds)],
     ["hours", `${number(cost.hours)} ${cost.unit}-hours`], ["tokens", number(cost.tokens)],
+    ...(judged ? [["judge", judge ?? "–"]] : []),
     ...(money ? [[`money at ${data.rate} an hour`, number(cost.money)]] : []), ["folder", folder],
   ]);
   if (many) {
