@@ -6,6 +6,9 @@ from typing import Any
 
 import yaml
 
+from megatron_qlrl.reward.pairs import pairs_digest
+from megatron_qlrl.reward.verdict import prompt_digest
+
 PAYLOADS = [
     "<script>alert(1)</script>",
     "</script><script>alert(1)</script>",
@@ -82,6 +85,32 @@ def write_evaluation(
     write_jsonl(folder / "eval" / f"{name}.jsonl", records)
     metrics = {f"val/{benchmark}/score": sum(scores) / len(scores), f"val/{benchmark}/masked": 0}
     (folder / "eval" / f"{name}.json").write_text(json.dumps(metrics))
+
+
+def write_certificate(file: Path, **fields: Any) -> Path:
+    """Writes what `qlrl judge certify` would have written: 1 false positive among 50 pairs, 2
+    false negatives among 40."""
+    outcomes = {
+        "equivalent": {"right": 38, "wrong": 2, "no_verdict": 0, "unasked": 0},
+        "different": {"right": 49, "wrong": 1, "no_verdict": 0, "unasked": 3},
+    }
+    record = {
+        "format": 1,
+        "model": "judge",
+        "urls": ["http://secret-host:2/v1"],
+        "prompt": prompt_digest(),
+        "pairs": pairs_digest(),
+        "made": "2026-01-02T03:04:05+00:00",
+        "software": "megatron_qlrl 1",
+        "repeats": 3,
+        "categories": {"names": outcomes},
+        "agreeing": 90,
+        "repeated": 90,
+        "verdicts_per_s": 20.0,
+        "mistakes": [1, 2, 3],
+    }
+    file.write_text(json.dumps(record | fields))
+    return file
 
 
 def write_run(folder: Path, *, steps: int = 4, lr: float = 1e-5) -> Path:

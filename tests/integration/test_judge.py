@@ -15,7 +15,10 @@ import pytest
 from judge_server import MODEL, FakeJudge, Reply, running, verdict
 
 from megatron_qlrl.config.schema import JudgeConfig
+from megatron_qlrl.reward.certificate import read_certificate
+from megatron_qlrl.reward.extract import Answer
 from megatron_qlrl.reward.judge import Judge
+from megatron_qlrl.reward.rules import apply_rule
 from megatron_qlrl.reward.score import Scorer
 from tools.make_reference import undocumented
 
@@ -153,6 +156,38 @@ def test_samples_without_a_verdict_are_masked_and_the_run_goes_on(
     }
 
 
+def test_a_run_that_demands_a_certificate(
+    qlrl: Callable[..., Any], config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One message on however many ranks, before any of them starts; then the run shows it."""
+    certificate = tmp_path / "certificate.json"
+    demand = {"certificate": str(certificate), "max_false_positive": 0.01}
+
+    def by_rule(fields: dict[str, str]) -> Reply:
+        """A judge that knows no more than the rules."""
+        answer = Answer(fields["candidate"], "")
+        known = apply_rule("qa", gold=fields["reference"], answer=answer)
+        return verdict(known or fields["candidate"] == "The city of Paris.")
+
+    with running(FakeJudge(by_rule)) as judge:
+        path = config({"urls": [judge.url], **demand})
+        refused = qlrl("rl", path, "--processes", "2")
+        assert refused.code == 2
+        (message,) = refused.messages
+        assert (
+            f"the judge {MODEL} is not certified for this run: {certificate} cannot be" in message
+        )
+        assert not (tmp_path / "run").exists()
+        options = ("--url", judge.url, "--model", MODEL, "--out", certificate)
+        table = qlrl("judge", "certify", *options, "--repeats", "1").check().out
+        assert "false positives     0.0% (0 of 3" in table
+        qlrl("rl", path).check()
+    assert (tmp_path / "run" / "judge_certificate.json").read_bytes() == certificate.read_bytes()
+    shown = "false positives 0.0% (0 of 3"
+    assert shown in (tmp_path / "run" / "report.html").read_text()
+    assert shown in (tmp_path / "run" / "hf" / "README.md").read_text()
+
+
 # --- vLLM's own server ------------------------------------------------------------------------
 
 
@@ -195,6 +230,14 @@ def test_vllm_judges_is_killed_and_comes_back(
     assert [r["rule"] for r in scored] == [1, 0, 0, 0, 0]
     assert [r["judge"] is None for r in scored] == [True, False, False, True, False]
     assert not any(r["masked"] for r in scored)
+
+    out = tmp_path / "certificate.json"
+    options = ("--url", url, "--model", "toy", "--concurrency", "8", "--timeout", "120")
+    certified = qlrl("judge", "certify", *options, "--repeats", "1", "--out", out).check()
+    certificate = read_certificate(out)
+    assert certificate.no_verdict.wrong == 0
+    assert certificate.false_positives.of > 300 and certificate.false_negatives.of > 200
+    assert f"false positives     {certificate.false_positives}" in certified.out
 
     futures = submit([f"city {n}" for n in range(300)] + ["Paris"])
     futures[0].result(timeout=60)

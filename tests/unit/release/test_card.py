@@ -15,7 +15,7 @@ from megatron_qlrl.config.schema import Config
 from megatron_qlrl.release.card import model_card
 from megatron_qlrl.release.record import read_record, training_facts
 from tests.conftest import HF_CONFIG
-from tests.run_folder import PAYLOADS, write_evaluation, write_run
+from tests.run_folder import PAYLOADS, write_certificate, write_evaluation, write_run
 
 FACTS = {
     "base model": "Qwen/Qwen3-4B",
@@ -142,6 +142,27 @@ def test_data_settings_and_reward(run: Path, folder: Path, tmp_path: Path) -> No
     assert metadata(card).model_name == "mine"
     assert "secret" not in card.lower()
     assert str(tmp_path) not in card and "/gone" not in card
+
+
+def test_the_judges_certificate(run: Path, folder: Path) -> None:
+    judge = {"urls": ["http://secret-host:2/v1"], "model": "judge"}
+    change(run, reward={"judge": judge})
+    assert "the LLM judge `judge`. How well this judge judges was not measured." in card_of(
+        run, folder
+    )
+    judge |= {"certificate": "/secret-folder/c.json", "max_false_positive": 0.05}
+    change(run, reward={"judge": judge})
+    write_certificate(run / "judge_certificate.json")
+    card = card_of(run, folder)
+    assert (
+        "On labelled pairs of answers (`qlrl judge certify`) the judge had false positives 2.0% "
+        "(1 of 50 pairs, 95% interval 0.4% to 10.5%), false negatives 5.0% (2 of 40 pairs, "
+    ) in card
+    assert (
+        "measured 2026-01-02, 3 verdicts a pair. The run demanded false positives of at most 5.0%."
+        in card
+    )
+    assert "secret" not in card
 
 
 def test_an_unstated_licence_is_said(run: Path, folder: Path) -> None:

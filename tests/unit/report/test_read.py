@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.report.page import report_page
 from megatron_qlrl.report.read import flat, read_runs
-from tests.run_folder import write_evaluation, write_run
+from tests.run_folder import write_certificate, write_evaluation, write_run
 
 
 def test_no_run_is_one_message(tmp_path: Path) -> None:
@@ -85,6 +86,27 @@ def test_other_line_ends_within_an_answer(tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     path.write_text(re.sub("the answer is", "the\u2028answer\x85is", text), encoding="utf-8")
     assert b"the\\u2028answer\xc2\x85is" in report_page(read_runs([folder]))
+
+
+def test_the_judges_certificate_is_read_where_the_config_names_one(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    copy = write_certificate(folder / "judge_certificate.json")
+    assert read_runs([folder])[0].certificate is None  # of an earlier start
+    judge = {"urls": ["http://h/v1"], "model": "judge", "max_false_positive": 0.05}
+    config = folder / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    settings["reward"] = {"judge": judge | {"certificate": "elsewhere.json"}}
+    config.write_text(yaml.safe_dump(settings))
+    (run,) = read_runs([folder])
+    assert run.certificate is not None and run.certificate.false_positives.wrong == 1
+    page = report_page([run]).decode()
+    assert "judge: false positives 2.0% (1 of 50 pairs, 95% interval 0.4% to 10.5%), " in page
+    assert "; demanded: false positives of at most 5.0%" in page
+    copy.write_text("{")
+    (run,) = read_runs([folder])
+    assert run.certificate is None
+    assert [note for note in run.notes if "the judge's certificate is left out: " in note]
+    assert "judge: no certificate" in report_page([run]).decode()
 
 
 def test_behaviours_join_the_steps_that_have_them(tmp_path: Path) -> None:

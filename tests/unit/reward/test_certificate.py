@@ -116,7 +116,7 @@ def test_a_good_judge_passes(write):
 @pytest.mark.parametrize(
     ("fields", "settings", "message"),
     [
-        ({}, {"max_false_positive": 0.02}, r"false positives are 2\.5% \(2 of 80 .* more than 2\.0%"),
+        ({}, {"max_false_positive": 0.02}, r"are 2\.5% \(2 of 80 .* more than 2\.0%"),
         ({"model": "older"}, {}, "is of the model older"),
         ({"prompt": "0" * 64}, {}, "is of another version of the judge's prompt"),
         ({"pairs": "0" * 64}, {"max_false_positive": 1.0}, "another version of the labelled pairs"),

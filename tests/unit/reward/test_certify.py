@@ -93,7 +93,7 @@ def test_verdicts_that_change_are_counted_as_wrong_and_unstable(tmp_path):
     with running(FakeJudge(wavering)) as server:
         result = measure(server, tmp_path / "journal")
     assert result.unstable.wrong == result.false_negatives.wrong == 1
-    names = result.categories["names"]["equivalent"]
+    names = result.categories["names"].equivalent
     assert (names.wrong, names.no_verdict) == (1, 0)
     assert [PAIRS[n - 1].answer for n in result.mistakes] == ["Friedrich von Hagenau"]
 
