@@ -62,7 +62,7 @@ class Rollout:
     Attributes:
         token_ids: int32 [R], end-of-sequence token included when there is one.
         engine_logprobs: float32 [R], the engine's log-probability of each sampled token,
-            after temperature and, with top_p < 1, renormalised over the nucleus.
+            after temperature, over the whole vocabulary.
         text: the response decoded without special tokens.
         finished: False when the response hit the length limit.
         weight_version: number of optimizer updates that the weights had seen which sampled the

@@ -210,8 +210,9 @@ class AlgorithmConfig(Section):
     """Lower bound c of the objective for negative advantages, c * A (dual-clip PPO)."""
     rollout_is_threshold: float | None = Field(default=None, ge=1)
     """Truncated importance sampling: each token's objective is multiplied by its probability in the
-    trainer over that in the engine, at most by this number (2.0 is usual). It corrects for a
-    trainer and an engine of different precision (FP8 and bfloat16). None: no correction."""
+    trainer over that in the engine, both before top-p, at most by this number (2.0 is usual). It
+    corrects for a trainer and an engine of different precision (FP8 and bfloat16). None: no
+    correction."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Coefficient of the KL term to the reference policy in the loss. The KL is logged at 0,
     too."""

@@ -24,6 +24,7 @@ import torch
 from megatron_qlrl.errors import StopRequested, SyncError
 from megatron_qlrl.parallel.collectives import gather_objects
 from megatron_qlrl.platform.device import has_gpu
+from megatron_qlrl.rollout.normalize import normalize_logits
 from megatron_qlrl.types import ProbeAnswer
 
 
@@ -55,7 +56,8 @@ class Completion:
 
     Attributes:
         token_ids: int32 [R], with the end token.
-        logprobs: float32 [R], at the temperature, and with top_p < 1 renormalised over the nucleus.
+        logprobs: float32 [R], at the temperature and over the whole vocabulary (also with
+            top_p < 1, see `rollout/normalize.py`).
         finished: whether the response ended by itself.
     """
 
@@ -116,6 +118,7 @@ class VllmEngine:
         self._give_up = give_up
         self._counts = dict.fromkeys(_COUNTS, 0.0)
         self._read_before = False
+        self._temperature = 1.0
         self._version = 0
         self._llm = LLM(
             model=str(model),
@@ -129,14 +132,17 @@ class VllmEngine:
             **_platform_settings(max_model_len, enforce_eager),
             # Nothing from the model folder may change how we sample.
             generation_config="vllm",
-            # The default reports log-probs BEFORE temperature, which no trainer can match.
-            logprobs_mode="processed_logprobs",
+            # The default reports log-probs BEFORE temperature, which no trainer can match, and
+            # "processed_logprobs" those of the nucleus. These logits are log-probs (see normalize).
+            logprobs_mode="processed_logits",
             # vLLM's reload leaves a tied LM head at its old weights ("ParallelLMHead: Failed to
             # load weights"), so the engine never ties: the trainer sends the head by name.
             hf_overrides={"tie_word_embeddings": False, **positions},
             disable_log_stats=True,
             seed=seed,
         )
+        executor: Any = self._llm.llm_engine.model_executor  # pyright: ignore
+        normalize_logits(executor.driver_worker.get_model(), lambda: self._temperature)
         self._ranks = get_tp_group().cpu_group
         self._block_tokens = self._llm.llm_engine.vllm_config.cache_config.block_size
         self._sleep()
@@ -227,6 +233,7 @@ class VllmEngine:
         # Cached prefixes may come from other weights; without them the responses depend on these
         # requests alone.
         self._llm.reset_prefix_cache()
+        self._temperature = sampling.temperature or 1.0
         # `LLM.generate` would return nothing before the last response is complete.
         engine = self._llm.llm_engine
         salt = str(self._version)
@@ -277,6 +284,7 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
+        self._temperature = 1.0
         engine.add_request(
             "probe",
             tokens_input(prompt_ids.tolist(), cache_salt=str(self._version)),
