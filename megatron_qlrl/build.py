@@ -445,7 +445,9 @@ def make_rl_parts(job: Job, model: Model, run: Run, sampler: Sampler) -> RLParts
             model.policy,
             config=job.config.policy,
             optimizer_config=job.config.optimizer,
-            loss=PolicyLoss(algorithm),
+            loss=PolicyLoss(
+                algorithm, partial(dist.all_reduce, group=model.policy.context.cp.group)
+            ),
             aggregation=algorithm.aggregation,
             constant_tokens=rollout.max_response_tokens,
             updates_per_step=algorithm.updates_per_step,

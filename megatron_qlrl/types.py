@@ -281,6 +281,8 @@ class MicroBatch:
         hidden_index: int64 [M], the local position that predicts each response token.
         target_ids: int64 [M].
         slots: int64 [M], the token's place in the row's columns.
+        responses: int64 [M], the number of the token's response in the row.
+        num_responses: responses of the whole row.
         columns: float32 [M], the row's columns at `slots`.
     """
 
@@ -291,4 +293,6 @@ class MicroBatch:
     hidden_index: np.ndarray
     target_ids: np.ndarray
     slots: np.ndarray
+    responses: np.ndarray
+    num_responses: int
     columns: Mapping[str, np.ndarray]

@@ -213,6 +213,12 @@ class AlgorithmConfig(Section):
     trainer over that in the engine, both before top-p, at most by this number (2.0 is usual). It
     corrects for a trainer and an engine of different precision (FP8 and bfloat16). None: no
     correction."""
+    rollout_rs: Literal["geometric"] | None = None
+    """Masks whole responses. geometric: a response has no loss if the geometric mean of its tokens'
+    probability in the trainer over that in the engine is outside rollout_rs_band. The other
+    responses keep their weights. None: no response is masked."""
+    rollout_rs_band: tuple[float, float] = (0.99, 1.01)
+    """Smallest and largest mean that rollout_rs keeps."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Coefficient of the KL term to the reference policy in the loss. The KL is logged at 0,
     too."""
@@ -651,6 +657,12 @@ class Config(Section):
             )
         if self.algorithm.kl_coef > 0 and not self.algorithm.reference:
             raise ValueError("algorithm.kl_coef > 0 needs algorithm.reference=true")
+        low, high = self.algorithm.rollout_rs_band
+        if not 0 < low <= 1 <= high:
+            raise ValueError(
+                f"algorithm.rollout_rs_band=[{low:g}, {high:g}] must hold 1, the mean of a trainer "
+                "and an engine that agree, and begin above 0"
+            )
         if self.algorithm.kl_coef > 0 and self.algorithm.reference_every > 1:
             raise ValueError(
                 f"algorithm.reference_every={self.algorithm.reference_every} needs "

@@ -29,6 +29,7 @@ def shard_row(row: PackedRow, *, cp_size: int, cp_rank: int, multiple_of: int = 
     identity = cp_size == 1 and length == row.num_tokens
 
     hidden, targets, slots = _predictions(row, local_of_row)
+    lengths = [end - start for block in row.blocks for start, end in block.responses]
     return MicroBatch(
         token_ids=_padded(row.token_ids[owned[cp_rank]], length),
         position_ids=_padded(row.position_ids[owned[cp_rank]], length),
@@ -37,6 +38,8 @@ def shard_row(row: PackedRow, *, cp_size: int, cp_rank: int, multiple_of: int = 
         hidden_index=hidden,
         target_ids=targets,
         slots=slots,
+        responses=np.repeat(np.arange(len(lengths)), lengths)[slots],
+        num_responses=len(lengths),
         columns={name: values[slots] for name, values in row.columns.items()},
     )
 

@@ -1,6 +1,7 @@
 """Policy losses as plain functions on flat response tokens ([M]); METHOD: Eq. 3-6 of
 arXiv 2505.17667 (GRPO, DAPO), dual clip from arXiv 1912.09729, k1/k3 from Schulman's note,
-truncated importance weights against the engine as in verl's rollout correction (token level).
+truncated importance weights against the engine as in verl's rollout correction (token level), and
+its masks of whole responses by the geometric mean.
 
 Nothing here averages: each token's loss weight already holds the aggregation over the whole
 optimizer batch, so a loss is a weighted sum and the sum over any split is the same.
@@ -10,8 +11,10 @@ Differences of log-probs are clamped before they are exponentiated, at the limit
 float32. A clamped value has no gradient, in verl as here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import log
+from typing import Any
 
 import torch
 
@@ -25,9 +28,15 @@ MAX_K3 = 10.0
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """The clipped policy loss with the settings of the config's algorithm section."""
+    """The clipped policy loss with the settings of the config's algorithm section.
+
+    Attributes:
+        sum_over_cp: adds up a tensor of all context parallel ranks, which share each response,
+            in place.
+    """
 
     config: AlgorithmConfig
+    sum_over_cp: Callable[[torch.Tensor], Any] = lambda _: None
 
     def __call__(
         self, logprobs: torch.Tensor, entropy: torch.Tensor, columns: Mapping[str, torch.Tensor]
@@ -40,7 +49,8 @@ class PolicyLoss:
             columns: float32 [M]: loss_weights, advantages, and old_logprobs, ref_logprobs,
                 engine_logprobs where they are known (importance weights need the engine's).
                 Where old_logprobs are missing or NaN, the policy is its own old policy: ratio 1
-                with the right gradient.
+                with the right gradient. `rollout_rs` needs responses (int64 [M]), the number of
+                each token's response in the row, and num_responses of the row (a scalar), too.
         """
         config = self.config
         loss_weights, advantages = columns["loss_weights"], columns["advantages"]
@@ -70,6 +80,11 @@ class PolicyLoss:
                 "rollout_corr/rollout_is_mean": importance.sum(),
                 "rollout_corr/rollout_is_ratio_fraction_high": high,
             }
+        if config.rollout_rs is not None and "engine_logprobs" in columns:
+            kept = self._kept(old, columns)
+            sums["rollout_corr/rollout_rs_masked_fraction"] = (~kept).sum()
+            # Multiplied, so that what is not finite stays visible.
+            loss_weights = loss_weights * kept
         token_loss = -lower
         sums["actor/pg_loss"] = (token_loss * loss_weights).sum()
         if config.entropy_coef:  # without its gradient the log-probs' backward pass is shorter
@@ -82,6 +97,19 @@ class PolicyLoss:
         if "engine_logprobs" in columns:
             sums |= mismatch(old, columns["engine_logprobs"])
         return (token_loss * loss_weights).sum(), {k: v.detach() for k, v in sums.items()}
+
+    def _kept(self, old: torch.Tensor, columns: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Returns bool [M]: the geometric mean of p_old / p_engine over the token's whole response
+        is in the band."""
+        low, high = self.config.rollout_rs_band
+        responses = columns["responses"]
+        log_ratio = (old - columns["engine_logprobs"]).double()
+        sums = log_ratio.new_zeros(2, int(columns["num_responses"]))
+        sums[0].index_add_(0, responses, log_ratio)
+        sums[1].index_add_(0, responses, torch.ones_like(log_ratio))
+        self.sum_over_cp(sums)
+        mean = sums[0] / sums[1]
+        return ((mean >= log(low)) & (mean <= log(high)))[responses]
 
 
 def sft_loss(

@@ -266,6 +266,8 @@ def training_loss(
     columns = {
         name: torch.from_numpy(values).to(logprobs.device) for name, values in batch.columns.items()
     }
+    columns["responses"] = torch.from_numpy(batch.responses).to(logprobs.device)
+    columns["num_responses"] = torch.tensor(batch.num_responses)  # stays in host memory
     total, sums = loss(logprobs, entropy, columns)
     num_tokens = torch.tensor(len(logprobs))
     return total, torch.zeros((), dtype=torch.int), sums | {"num_tokens": num_tokens}

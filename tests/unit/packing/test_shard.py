@@ -204,3 +204,14 @@ def test_empty_row_has_tokens_but_no_predictions(cp: int) -> None:
         assert len(shard.token_ids) == 2
         assert len(shard.slots) == len(shard.hidden_index) == len(shard.target_ids) == 0
         assert {k: len(v) for k, v in shard.columns.items()} == {"loss_weights": 0, "advantages": 0}
+
+
+@pytest.mark.parametrize("cp", [1, 2, 3])
+def test_every_rank_knows_the_responses_of_its_tokens(cp: int) -> None:
+    """Responses of 3, 0, 2 and 4 tokens to two prompts: numbers 0, 1, 2 and 3 of the row."""
+    shards = shards_of(row_of([(5, [3, 0]), (2, [2, 4])]), cp)
+    found = {s: r for m in shards for s, r in zip(m.slots, m.responses, strict=True)}
+    assert [found[slot] for slot in range(9)] == [0, 0, 0, 2, 2, 3, 3, 3, 3]
+    assert {m.num_responses for m in shards} == {4}
+    empty = shard_row(empty_row(), cp_size=cp, cp_rank=0)
+    assert (len(empty.responses), empty.num_responses) == (0, 0)

@@ -188,6 +188,9 @@ def run(
         "engine_logprobs": column(tokens, "engine"),
     }
     columns = {k: v.to(dtype) for k, v in columns.items() if k not in leave_out}
+    responses = [response for group in batch for response in group]
+    columns["responses"] = torch.tensor([k for k, r in enumerate(responses) for _ in r])
+    columns["num_responses"] = torch.tensor(len(responses))
     total, sums = loss(logprobs.to(dtype), entropy.to(dtype), columns)
     by_logprob, by_entropy = torch.autograd.grad(total, [logprobs, entropy], materialize_grads=True)
     return total, by_logprob, by_entropy, sums
@@ -356,6 +359,49 @@ def test_without_old_logprobs_the_policy_is_its_own_old_policy() -> None:
     assert by_logprob.abs().sum() > 0  # detached, or the ratio would have no gradient
     assert sums["actor/ppo_kl"] == 0
     assert sums["actor/pg_clipfrac"] == 0
+
+
+@pytest.mark.parametrize(
+    ("ratios", "kept"),
+    [
+        # [response][token]: the trainer's probability over the engine's
+        ([[2.0, 0.5], [1.1, 1.1]], [True, False]),  # means 1 and 1.1
+        ([[1.2, 1.0, 1.0], [0.8]], [False, False]),  # 1.2^(1/3) = 1.063
+        ([[1.2, 1.0, 1.0, 1.0]], [True]),  # 1.2^(1/4) = 1.047
+        ([[0.96], [0.94, 1.0, 0.86]], [True, False]),  # 0.8084^(1/3) = 0.932
+        ([[], [1.0]], [True, True]),
+    ],
+)
+def test_responses_are_masked_by_the_geometric_mean_of_their_ratios(
+    ratios: list[list[float]], kept: list[bool]
+) -> None:
+    """Band 0.95 to 1.05; advantage 2, ratio to the old policy 1, KL and entropy are masked too."""
+    loss = changed(
+        PLAIN, rollout_rs="geometric", rollout_rs_band=(0.95, 1.05), kl_coef=0.5, entropy_coef=0.1
+    )
+    group = [[Token(-1.0, -1.0, -1.0, 3.0, 2.0, -1.0 - math.log(r)) for r in response]
+             for response in ratios]  # fmt: skip
+    total, by_logprob, by_entropy, sums = run(loss, [group], "token_mean")
+    mask = [1.0 if keep else 0.0 for r, keep in zip(ratios, kept, strict=True) for _ in r]
+    weights = np.array(mask) / len(mask)  # masked tokens count in the mean
+    np.testing.assert_allclose(by_logprob, -2 * weights)
+    np.testing.assert_allclose(by_entropy, -0.1 * weights)
+    assert total.item() == pytest.approx(-2.3 * weights.sum())
+    assert sums["rollout_corr/rollout_rs_masked_fraction"] == mask.count(0.0)
+
+
+def test_context_parallel_ranks_add_up_their_parts_of_a_response() -> None:
+    """Ratios 1.2 | 1, 1, 1 lie on two ranks. The whole response's mean, 1.047, is in the band,
+    the first rank's own is not; that rank adds what the other one has."""
+
+    def add(sums: torch.Tensor) -> None:
+        sums += torch.tensor([[0.0], [3.0]], dtype=sums.dtype)
+
+    loss = changed(PLAIN, rollout_rs="geometric", rollout_rs_band=(0.95, 1.05))
+    token = Token(-1.0, -1.0, -1.0, 0.0, 2.0, -1.0 - math.log(1.2))
+    for chosen, masked in ((loss, 1), (replace(loss, sum_over_cp=add), 0)):
+        sums = run(chosen, [[[token]]], "token_mean")[3]
+        assert sums["rollout_corr/rollout_rs_masked_fraction"] == masked
 
 
 def test_an_old_logprob_that_is_missing_is_the_policys_own() -> None:
