@@ -24,13 +24,13 @@ from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.curriculum.sampler import Sampler
 from megatron_qlrl.data.template import response_decoder
 from megatron_qlrl.data.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
-from megatron_qlrl.errors import RewardError, StabilityError, StopRequested
+from megatron_qlrl.errors import ConfigError, RewardError, StabilityError, StopRequested
 from megatron_qlrl.evaluate.benchmarks import read_benchmarks
 from megatron_qlrl.evaluate.evaluation import Evaluation
 from megatron_qlrl.evaluate.journal import AnswerJournal, open_answers
 from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.packing.shard import shard_row
-from megatron_qlrl.parallel.collectives import on_all_ranks
+from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.platform.device import weight_dtype
 from megatron_qlrl.platform.env import set_engine_env
@@ -155,9 +155,20 @@ def make_scorer(job: Job) -> Scorer:
     """Makes the scorer of a run, before the run writes anything; collective.
 
     Raises:
-        ConfigError: the judge's key is not in the environment (every rank).
+        ConfigError: the judge's key is not in the environment, an own reward cannot be used, or its
+            file differs between ranks (every rank).
     """
-    return on_all_ranks(lambda: Scorer.of(job.config.reward))
+    scorer = on_all_ranks(lambda: Scorer.of(job.config.reward))
+    sources = gather_objects(scorer.sources)
+    for name, source in sources[0].items():
+        if len({own[name].digest for own in sources}) > 1:
+            raise ConfigError(
+                f"reward.custom: {name} is not the same on all ranks: {source.file} differs "
+                "between machines; put it on a file system that all of them see"
+            )
+        if job.leads:
+            print(f"qlrl: own reward {name}: {source.file}, SHA-256 {source.digest}", flush=True)
+    return scorer
 
 
 @contextmanager
@@ -210,6 +221,7 @@ def open_model(
             run_seed=config.run.seed,
             max_masked_share=config.reward.max_masked_share,
             probe=WeightProbe(policy, max_tokens=_longest(job)) if rollout.check_sync else None,
+            warn=job.warn,
         )
         try:
             yield Model(policy, stream, collector)
@@ -327,8 +339,9 @@ def open_run(
         CheckpointError: the run cannot go on from `newest`, which is another run's (every rank).
     """
     config = job.config
-    print_of_run = on_all_ranks(partial(_fingerprint, job, command, newest, rows))
-    scorer, benchmarks = make_scorer(job), read_held_out(job)
+    scorer = make_scorer(job)
+    print_of_run = on_all_ranks(partial(_fingerprint, job, command, newest, rows, scorer))
+    benchmarks = read_held_out(job)
     log = RunLog(job.whole, is_writer=job.leads)
     log.record_start(world_size=job.context.world_size)
     monitor = Monitor(config.stability, warn=job.warn)
@@ -385,12 +398,20 @@ def _model_card(
     return model_card(record, out)
 
 
-def _fingerprint(job: Job, command: str, newest: Path | None, rows: str) -> dict[str, Any]:
+def _fingerprint(
+    job: Job, command: str, newest: Path | None, rows: str, scorer: Scorer
+) -> dict[str, Any]:
     """The run's fingerprint, compared with that of the checkpoint; {} on ranks other than 0, which
     write no state."""
     if not job.leads:
         return {}
-    today = fingerprint(job.whole, command, tokenizer=job.tokenizer, rows=rows)
+    today = fingerprint(
+        job.whole,
+        command,
+        tokenizer=job.tokenizer,
+        rows=rows,
+        own_rewards={name: source.digest for name, source in scorer.sources.items()},
+    )
     if newest is not None:
         with taking_up(newest):
             line = check_resume(newest, read_state(newest), today)

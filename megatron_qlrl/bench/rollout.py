@@ -138,6 +138,9 @@ class NoScorer:
     def take_counts(self) -> dict[str, float]:
         return {}
 
+    def take_custom_counts(self) -> dict[str, float]:
+        return {}
+
 
 def bench_rollout(
     config: Config,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
-from megatron_qlrl.config.schema import JUDGE_MODEL, JudgeConfig
+from megatron_qlrl.config.schema import JUDGE_MODEL, JudgeConfig, RewardConfig
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.platform.env import read_secret
 from megatron_qlrl.platform.files import check_output, replaced
@@ -29,6 +29,13 @@ def score(
     judge_model: Annotated[str, typer.Option(help="As the server names it.")] = JUDGE_MODEL,
     judge_key_env: Annotated[
         str | None, typer.Option(help="Environment variable that holds the key.")
+    ] = None,
+    custom: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MODULE:FUNCTION",
+            help="Own reward for the sources with NAME, as reward.custom has it; repeatable.",
+        ),
     ] = None,
     reasoning: Annotated[
         Literal["required", "optional"] | None,
@@ -56,7 +63,8 @@ def score(
     judge = None if no_judge else _judge(judge_url or [JUDGE_URL], judge_model, judge_key_env)
     with ExitStack() as stack:
         stream = stack.enter_context(_opened(out, file)) if out else None
-        scorer = stack.enter_context(closing(Scorer(judge)))
+        own = Scorer.with_functions(judge, _own_rewards(custom or []))
+        scorer = stack.enter_context(closing(own))
 
         def write(row: dict[str, Any]) -> None:
             if stream is not None:
@@ -64,7 +72,7 @@ def score(
 
         result = audit(file, scorer, write, reasoning_open=opened)
         if scorer.last_failure:
-            typer.echo(f"the judge's last failure: {scorer.last_failure}", err=True)
+            typer.echo(f"the last failure: {scorer.last_failure}", err=True)
     typer.echo(result.table())
     for line in result.bad:
         typer.echo(line, err=True)
@@ -77,6 +85,18 @@ def score(
 def _opened(out: Path, source: Path) -> Iterator[TextIO]:
     with replaced(out, inputs=[source]) as fresh, fresh.open("w", encoding="utf-8") as stream:
         yield stream
+
+
+def _own_rewards(named: list[str]) -> RewardConfig:
+    from pydantic import ValidationError
+
+    try:
+        parts = [option.partition("=") for option in named]
+        return RewardConfig.model_validate({"custom": {name: f for name, _, f in parts}})
+    except ValidationError as error:
+        raise ConfigError(
+            f"--custom takes NAME=package.module:function, found {', '.join(named)}"
+        ) from error
 
 
 def _reasoning_open(reasoning: str | None, model: Path | None) -> bool | None:

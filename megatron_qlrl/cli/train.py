@@ -64,7 +64,7 @@ def evaluate(config: ConfigPath, overrides: Overrides = None, processes: Process
     if loaded.evaluation.endpoint is not None:
         _check_files(loaded, "eval")
         checks.check_run_dir(loaded)
-        check_judge_of(loaded)
+        _check_rewards(loaded)
         from megatron_qlrl.distill.endpoint import evaluate_endpoint
 
         evaluate_endpoint(loaded)
@@ -85,7 +85,7 @@ def distill(
 
     for file in output_files(out):
         check_output(file, [config, *map(Path, loaded.data.train_files)])
-    check_judge_of(loaded)
+    _check_rewards(loaded)
     run_distill(loaded, out)
 
 
@@ -149,7 +149,7 @@ def _check_config(config: Config, world_size: int) -> None:
         if used:
             _check_files(config, command)
     _check_layouts(config.phase_configs(), world_size=world_size, here=world_size)
-    check_judge_of(config)
+    _check_rewards(config)
 
 
 def machine_report() -> dict[str, str]:
@@ -213,7 +213,7 @@ def check_command(command: checks.Command, config: Config, world_size: int) -> N
     here = world_size if read_ranks().world_size == 1 else 1
     _check_layouts(_phases(command, config), world_size=world_size, here=here)
     checks.check_run_dir(config)
-    check_judge_of(config)
+    _check_rewards(config)
 
 
 def _check_layouts(phases: list[Config], *, world_size: int, here: int) -> None:
@@ -240,6 +240,14 @@ def _check_files(config: Config, command: checks.Command) -> None:
 
 def _phases(command: checks.Command, config: Config) -> list[Config]:
     return config.phase_configs() if command == "rl" else [config]
+
+
+def _check_rewards(config: Config) -> None:
+    if config.reward.custom:
+        from megatron_qlrl.reward.custom import check_own_rewards
+
+        check_own_rewards(config.reward.custom)
+    check_judge_of(config)
 
 
 def check_judge_of(config: Config) -> None:

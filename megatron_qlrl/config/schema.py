@@ -430,14 +430,30 @@ class DistillConfig(Section):
     paper: 20K)."""
 
 
+FUNCTION = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
+"""The name of a Python function, package.module:function."""
+
+
 class RewardConfig(Section):
     """The reward max(rule, judge); see docs/rewards.md."""
 
+    custom: dict[
+        Annotated[str, Field(min_length=1)], Annotated[str, Field(pattern=f"^{FUNCTION}$")]
+    ] = {}
+    """Own rewards in place of the rules, {name: package.module:function}: the first name that is a
+    part of data_source, in any case, counts, before those of the rules; * is a part of all. See
+    docs/own-rewards.md."""
+    custom_judged: bool = False
+    """Ask the judge, too, where an own reward gives 0: the reward is max(own reward, judge)."""
+    custom_timeout_s: float = Field(default=10.0, gt=0)
+    """Time limit of one call of an own reward; after it the response has no verdict."""
+    custom_workers: int = Field(default=2, gt=0)
+    """Processes of each rollout engine that call own rewards."""
     judge: JudgeConfig | None = None
     """The LLM judge, which is asked where the rule gives 0. None: the rules alone."""
     max_masked_share: float = Field(default=0.1, ge=0, le=1)
-    """A batch in which a larger share of the responses got no verdict stops the run with a
-    checkpoint: the rule gave 0 to every masked sample, so the others are biased."""
+    """A batch in which a larger share of the responses got no verdict, of the judge or of an own
+    reward, stops the run with a checkpoint: the others are a biased choice."""
     solved_above: float = Field(default=0.0, ge=0, lt=1)
     """A response is right, and its prompt solved, when its reward is above this. Counted in
     curriculum/<new or carried>/solved; decides what carry=unsolved carries and which answers `qlrl

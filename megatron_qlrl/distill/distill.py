@@ -55,7 +55,7 @@ def run_distill(config: Config, out: Path) -> None:
     tokenizer = load_tokenizer(Path(config.model.path))
     prompts = load_prompts(files, tokenizer=tokenizer, enable_thinking=config.data.enable_thinking)
     rows = load_rows(files)
-    check_sources(prompts)
+    check_sources(prompts, config.reward.custom)
     assert settings.teacher is not None  # checked before
     identity = {
         "files": [Path(f).name for f in files],

@@ -68,7 +68,7 @@ def evaluate_endpoint(config: Config) -> None:
             # The service makes the tokens.
             chats.append([m | {"content": escaped(tokenizer, m["content"])} for m in kept])
     prompts = [prompt for own in benchmarks.values() for prompt in own]
-    check_sources(prompts)
+    check_sources(prompts, config.reward.custom)
     if report := cut_report(benchmarks, limits):
         print(f"qlrl: warning: {report}", flush=True)
     request = {

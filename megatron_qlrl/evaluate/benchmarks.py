@@ -42,7 +42,7 @@ def read_benchmarks(
         )
         for file in config.data.eval_files
     }
-    check_sources([p for prompts in benchmarks.values() for p in prompts])
+    check_sources([p for own in benchmarks.values() for p in own], config.reward.custom)
     if report := cut_report(benchmarks, limits):
         warn(report)
     return benchmarks

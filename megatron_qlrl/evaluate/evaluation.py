@@ -104,7 +104,7 @@ class Evaluation:
         metrics = benchmark_scores(answers) | {
             f"val/{key}": value
             for key, value in answering.summary().items()
-            if key.startswith("reward/judge/")
+            if key.startswith(("reward/judge/", "reward/custom/"))
         }
         details = statistics(answers)
         groups = [group for answered in answers.values() for group in answered]

@@ -28,7 +28,7 @@ def sample_prompts(
         tokenizer=tokenizer,
         enable_thinking=data.enable_thinking,
     )
-    check_sources(prompts)
+    check_sources(prompts, config.reward.custom)
     longest = min(config.longest_generation, max_positions)
     kept, report = drop_overlong(prompts, longest - config.rollout.max_response_tokens)
     if report:

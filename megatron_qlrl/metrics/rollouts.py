@@ -103,6 +103,16 @@ def judge_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return metrics | {"reward/judge/latency_s": latency}
 
 
+def custom_metrics(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The counts of own rewards of all ranks as metrics; nothing where there are none."""
+    if not counts[0]:
+        return {}
+    total = {name: sum(c[name] for c in counts) for name in counts[0]}
+    latency = total.pop("seconds") / max(total["asked"], 1)
+    metrics = {f"reward/custom/{name}": value for name, value in total.items()}
+    return metrics | {"reward/custom/latency_s": latency}
+
+
 def rollout_records(groups: Sequence[ScoredGroup]) -> list[dict[str, Any]]:
     """One record of the rollout log for each response."""
     return [

@@ -251,6 +251,9 @@ def _reward(record: Record) -> str:
         return _NO_RUN
     judge = record.config.reward.judge
     rule = "the rule of a row's data source, which compares the final answer with the gold"
+    if own := record.config.reward.custom:
+        functions = ", ".join(code(name) for name in dict.fromkeys(own.values()))
+        rule = f"{rule}, or a function of the run's authors ({functions})"
     if judge is None:
         how = f"The reward is that of {rule}: from 0 to 1. No LLM judge was asked."
     else:

@@ -123,7 +123,10 @@ def audit(
                 "required (it scores 0), or give the rows the field `reasoning`"
             )
         try:
-            future = scorer.submit(**texts, reasoning_open=opened)
+            extra = row.get("extra_info")
+            future = scorer.submit(
+                **texts, reasoning_open=opened, extra=extra if isinstance(extra, dict) else None
+            )
         except DataError as error:
             result.bad.append(f"{where}: {error}")
             continue

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_qlrl.reward.extract import final_text
-from megatron_qlrl.reward.rules import RuleName, rule_of
+from megatron_qlrl.reward.rules import RuleName, SourceRule, find_rule
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup
 
 MAX_SHARE = 0.9
@@ -21,6 +21,7 @@ _LOOKED_FOR: dict[RuleName, str] = {
     "choice": 'a letter after the last "the correct answer is", or in a \\boxed{}',
     "exact": 'the words after the last "the answer is", or a \\boxed{}',
     "recite": "the prefix that the gold starts with",
+    "custom": "what your function of reward.custom pays for",
 }
 # Causes come before effects: a response that is cut has no answer, and without one it scores 0.
 _PROBLEMS = {
@@ -105,7 +106,9 @@ def _message(problem: str, counts: Counter[str], groups: Sequence[ScoredGroup]) 
     """Returns the problem, what the rule looks for, an example from `groups`, and the cure."""
     having = (response for response in _responses(groups) if problem in _problems(*response))
     prompt, rollout, score = next(having, next(_responses(groups)))
-    looked_for = _LOOKED_FOR[rule_of(prompt.data_source).rule]
+    own = SourceRule("custom", judged=False)
+    rule = own if score.matched == "custom" else find_rule(prompt.data_source) or own
+    looked_for = _LOOKED_FOR[rule.rule]
     where = " after </think>" if prompt.reasoning_open else ""
     read = f"read {score.prediction!r}, the gold is {prompt.ground_truth!r}"
     return (

@@ -5,7 +5,7 @@ Rules are strict on purpose: a wrong 1 is trained into the policy, while a judge
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -23,15 +23,17 @@ from megatron_qlrl.reward.extract import (
 from megatron_qlrl.reward.numeric import Number, parse_number
 from megatron_qlrl.reward.text import fold_width, normalize, strip_invisible
 
-RuleName = Literal["qa", "numeric", "choice", "exact", "recite"]
+RuleName = Literal["qa", "numeric", "choice", "exact", "recite", "custom"]
 
 
 @dataclass(frozen=True)
 class SourceRule:
-    """How a data source is scored: its rule, and whether the LLM judge may correct the rule's 0."""
+    """How a data source is scored: its rule, and whether the LLM judge may correct the rule's 0.
+    The rule `custom` is the user's own `function` (package.module:function)."""
 
     rule: RuleName
     judged: bool
+    function: str = ""
 
 
 _QA = SourceRule("qa", judged=True)
@@ -57,21 +59,34 @@ RELATIVE_TOLERANCE = 0.0015
 _YEAR = re.compile(r"(?:1[5-9]|2[01])[0-9]{2}(?:\.0*)?")
 
 
-@lru_cache(maxsize=256)
-def rule_of(data_source: str) -> SourceRule:
+def with_own_rewards(functions: Mapping[str, str], *, judged: bool) -> dict[str, SourceRule]:
+    """Returns the table of rules with the user's functions, by a part of the source's name, before
+    the built-in rules. A function's 0 may be corrected by the judge if it is `judged`."""
+    own = {name.lower(): SourceRule("custom", judged, f) for name, f in functions.items()}
+    return own | {name: rule for name, rule in RULE_OF_SOURCE.items() if name not in own}
+
+
+def find_rule(
+    data_source: str, rules: Mapping[str, SourceRule] = RULE_OF_SOURCE
+) -> SourceRule | None:
+    """Returns how a data source is scored, or None if no name in `rules` is part of its name."""
+    lowered = data_source.lower()
+    return next((rule for name, rule in rules.items() if name in lowered or name == "*"), None)
+
+
+def rule_of(data_source: str, rules: Mapping[str, SourceRule] = RULE_OF_SOURCE) -> SourceRule:
     """Returns how a data source is scored.
 
     Raises:
-        DataError: no known name is part of `data_source`.
+        DataError: no name in `rules` is part of `data_source`.
     """
-    lowered = data_source.lower()
-    for name, source_rule in RULE_OF_SOURCE.items():
-        if name in lowered:
-            return source_rule
-    raise DataError(
-        f"data_source {data_source!r} has no rule; its name must contain one of: "
-        f"{', '.join(RULE_OF_SOURCE)}"
-    )
+    rule = find_rule(data_source, rules)
+    if rule is None:
+        raise DataError(
+            f"data_source {data_source!r} has no rule; its name must contain one of: "
+            f"{', '.join(rules)}"
+        )
+    return rule
 
 
 def check_gold(data_source: str, gold: str) -> None:

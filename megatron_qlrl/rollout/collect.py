@@ -19,7 +19,7 @@ import torch
 
 from megatron_qlrl.errors import DataError, RewardError, StopRequested
 from megatron_qlrl.metrics.meter import Meter
-from megatron_qlrl.metrics.rollouts import engine_metrics, judge_metrics
+from megatron_qlrl.metrics.rollouts import custom_metrics, engine_metrics, judge_metrics
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.rollout.rounds import known_logprobs, next_task
 from megatron_qlrl.rollout.seeds import share_prompts, token_seed
@@ -39,6 +39,7 @@ class Scorer(Protocol):
     def last_failure(self) -> str: ...
     def score(self, prompt: Prompt, response: str) -> Future[Score]: ...
     def take_counts(self) -> dict[str, float]: ...
+    def take_custom_counts(self) -> dict[str, float]: ...
 
 
 class Probe(Protocol):
@@ -81,6 +82,7 @@ class Collector:
         run_seed: part of every response's seed.
         max_masked_share: a batch stops the run when more of its responses have no verdict.
         probe: asked after each weight sync; None: the engines are trusted.
+        warn: gets a line where own rewards failed.
     """
 
     engine: Callable[[], VllmEngine]
@@ -90,6 +92,7 @@ class Collector:
     run_seed: int
     max_masked_share: float
     probe: Probe | None = None
+    warn: Callable[[str], None] = lambda _: None
 
     @contextmanager
     def session(
@@ -123,6 +126,23 @@ class Collector:
             engines, judges, seconds = zip(*gather_objects(mine), strict=True)
             meter.update(engine_metrics(engines, gen_s=max(seconds)))
             meter.update(judge_metrics(judges))
+            self._tell_custom(meter)
+
+    def _tell_custom(self, meter: Meter) -> None:
+        """Counts what own rewards did, and warns of those that failed."""
+        mine = self.scorer.take_custom_counts(), self.scorer.last_failure
+        counts, reasons = zip(*gather_objects(mine), strict=True)
+        metrics = custom_metrics(counts)
+        meter.update(metrics)
+        names = ("raised", "invalid", "timeout", "crashed")
+        failed = {n: c for n in names if (c := metrics.get(f"reward/custom/{n}", 0.0))}
+        if failed:
+            kinds = ", ".join(f"{name} {count:g}" for name, count in failed.items())
+            self.warn(
+                f"own rewards failed on {sum(failed.values()):g} of "
+                f"{metrics['reward/custom/asked']:g} responses, which have no verdict ({kinds}); "
+                f"the last reason: {next(filter(None, reasons))}"
+            )
 
     def _wake(self, stack: ExitStack, meter: Meter) -> tuple[Generate, int]:
         """Wakes the engine until the stack ends; returns `generate` and the weights' version.
@@ -243,9 +263,9 @@ def check_masked(groups: Sequence[ScoredGroup], *, max_share: float, reason: str
     masked, ended = values.count(None) - waiting, len(values) - waiting
     if masked > max_share * ended:
         raise RewardError(
-            f"the judge gave no verdict on {masked} of {ended} responses, more than "
-            f"reward.max_masked_share={max_share:g} ({reason}). Bring the judge back and start "
-            "again: the run resumes"
+            f"judge or own rewards gave no verdict on {masked} of {ended} responses, more than "
+            f"reward.max_masked_share={max_share:g} ({reason}). Bring the judge back, or mend the "
+            "function, and start again: the run resumes"
         )
 
 

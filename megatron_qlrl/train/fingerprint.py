@@ -47,6 +47,10 @@ SETTINGS: Mapping[str, Use] = {
     "sft.batch_size": "sft",
     "sft.aggregation": "sft",
     "distill": "free",
+    "reward.custom": "rl",
+    "reward.custom_judged": "rl",
+    "reward.custom_timeout_s": "told",
+    "reward.custom_workers": "free",
     "reward.judge": "free",
     "reward.judge.model": "rl",
     "reward.max_masked_share": "told",
@@ -67,11 +71,20 @@ _IN_CONFIG_ALONE = frozenset(
 writes in another way."""
 
 
-def fingerprint(config: Config, command: str, *, tokenizer: Any, rows: str) -> dict[str, Any]:
+def fingerprint(
+    config: Config,
+    command: str,
+    *,
+    tokenizer: Any,
+    rows: str,
+    own_rewards: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """JSON-able; reads model.path.
 
     Args:
         rows: `rows_digest` of the training data.
+        own_rewards: digests of the files of `reward.custom`. A change is told and not refused,
+            because a function that stopped the run must be mended before the run goes on.
 
     Raises:
         CheckpointError: the model's files cannot be read.
@@ -80,6 +93,7 @@ def fingerprint(config: Config, command: str, *, tokenizer: Any, rows: str) -> d
     settings = dict(_flat(config.model_dump(mode="json", exclude={"phases"})))
     phases = enumerate(config.phases) if command == "rl" else ()
     told = {k: v for k, v in settings.items() if use_of(k) == "told"}
+    told |= {f"the source of {k}": v for k, v in (own_rewards or {}).items()}
     return {
         "contents": {
             "the model's config.json": _config_digest(folder),
@@ -193,7 +207,7 @@ def _by_number(phases: Sequence[PhaseConfig]) -> dict[str, Any]:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and name != "model.rope_scaling":
+        if isinstance(value, Mapping) and name not in ("model.rope_scaling", "reward.custom"):
             yield from _flat(value, f"{name}.")
         else:
             yield name, value

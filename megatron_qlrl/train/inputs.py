@@ -20,7 +20,7 @@ def read_train_prompts(
     prompts = load_prompts(
         data.train_files, tokenizer=tokenizer, enable_thinking=data.enable_thinking
     )
-    check_sources(prompts)
+    check_sources(prompts, config.reward.custom)
     kept, report = drop_overlong(prompts, config.max_input_tokens)
     if report:
         warn(report)

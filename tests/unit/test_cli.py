@@ -264,6 +264,16 @@ def test_module_prints_one_line_for_bad_input(tmp_path: Path) -> None:
     )
 
 
+def test_an_own_reward_that_cannot_be_used_stops_the_run_before_it_starts(
+    make_config: MakeConfig, calls: list[Any], launches: list[Any]
+) -> None:
+    config = make_config(reward={"custom": {"toy": "no_such_module:f"}})
+    result = invoke("rl", config, "--processes", 2)
+    assert result.exit_code == 2
+    assert "reward.custom: there is no module 'no_such_module'" in result.stderr
+    assert calls == launches == []
+
+
 def test_a_judge_that_does_not_answer_stops_the_run_before_it_starts(
     make_config: MakeConfig, calls: list[Any], launches: list[Any]
 ) -> None:

@@ -138,3 +138,13 @@ def test_an_interrupt_leaves_no_file_and_no_stack_trace(tmp_path: Path) -> None:
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert list(out.iterdir()) == []
+
+
+def test_own_rewards_by_option(file: Path, tmp_path: Path) -> None:
+    own = "musique=tests.unit.reward.own_rewards:share"
+    result = invoke(file, "--no-judge", "--custom", own, "--out", tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.output
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    # The letters of Paris in "the answer is Paris", "... Paname" and "... Rome", which have "ris".
+    assert [r["score"] for r in written] == [1.0, 1.0, 0.8]
+    assert invoke(file, "--no-judge", "--custom", "musique").exit_code != 0

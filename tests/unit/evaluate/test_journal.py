@@ -55,6 +55,9 @@ class Scorer:
     def take_counts(self) -> dict[str, float]:
         return {}
 
+    def take_custom_counts(self) -> dict[str, float]:
+        return {}
+
 
 def answer(
     folder: Path, engine: SeededEngine, prompts: Sequence[Prompt] = PROMPTS, **settings: Any

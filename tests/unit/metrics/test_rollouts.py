@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_qlrl.metrics.rollouts import (
+    custom_metrics,
     engine_metrics,
     judge_metrics,
     part_metrics,
@@ -153,3 +154,20 @@ def test_records_have_the_end_of_the_prompt() -> None:
     of = Prompt("a", np.arange(3, dtype=np.int32), "docqa", "?", "!", end="</text> <b>?")
     (record,) = rollout_records([scored(of, 1.0)])
     assert (record["prompt_end"], record["question"]) == ("</text> <b>?", "?")
+
+
+def test_own_rewards_are_counted_over_all_ranks() -> None:
+    names = ("asked", "no_verdict", "raised", "invalid", "timeout", "crashed", "seconds")
+    one = dict(zip(names, (6, 1, 2, 0, 0, 0, 1.5), strict=True))
+    two = dict(zip(names, (2, 0, 0, 1, 1, 0, 0.5), strict=True))
+    assert custom_metrics([one, two]) == {
+        "reward/custom/asked": 8,
+        "reward/custom/no_verdict": 1,
+        "reward/custom/raised": 2,
+        "reward/custom/invalid": 1,
+        "reward/custom/timeout": 1,
+        "reward/custom/crashed": 0,
+        "reward/custom/latency_s": 0.25,
+    }
+    assert custom_metrics([dict.fromkeys(names, 0.0)])["reward/custom/latency_s"] == 0
+    assert custom_metrics([{}, {}]) == {}

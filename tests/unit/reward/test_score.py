@@ -75,8 +75,8 @@ def test_each_source_is_scored_by_its_rule(source, gold, response):
 def test_unknown_sources_are_all_named_before_training():
     prompts = [make_prompt(), make_prompt("gsm8k"), make_prompt("gsm8k"), make_prompt("aime")]
     with pytest.raises(DataError, match=r"'aime' \(1 rows\), 'gsm8k' \(2 rows\).*one of: multihop"):
-        check_sources(prompts)
-    check_sources([make_prompt(), make_prompt("docmath")])
+        check_sources(prompts, {})
+    check_sources([make_prompt(), make_prompt("docmath")], {})
 
 
 @given(st.text(), st.text(), st.sampled_from(["musique", "docmath", "long_toc_choices"]))

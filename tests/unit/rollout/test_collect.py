@@ -123,6 +123,9 @@ class FakeScorer:
     def take_counts(self) -> dict[str, float]:
         return {}
 
+    def take_custom_counts(self) -> dict[str, float]:
+        return {}
+
 
 PROMPTS = [prompt("a:0", 2), prompt("a:1", 4)]
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=8, n=3)
@@ -309,6 +312,25 @@ def test_responses_without_a_verdict_stop_the_batch(
     with some.session(SAMPLING, step=0, meter=Meter()) as collect:
         groups = collect(PROMPTS)
     assert [score.value for score in groups[0].scores] == [1.0, None, 1.0]
+
+
+def test_own_rewards_that_fail_are_counted_and_told(
+    made: tuple[Collector, FakeEngine, FakeScorer],
+) -> None:
+    collector, _, scorer = made
+    counts = {"asked": 6.0, "no_verdict": 1.0, "raised": 2.0, "invalid": 0.0}
+    counts |= {"timeout": 1.0, "crashed": 0.0, "seconds": 3.0}
+    told: list[str] = []
+    scorer.take_custom_counts = lambda: counts  # pyright: ignore[reportAttributeAccessIssue]
+    scorer.last_failure = "reward.custom: m:f returned 2.0"
+    meter = Meter()
+    with replace(collector, warn=told.append).session(SAMPLING, step=0, meter=meter) as collect:
+        collect(PROMPTS)
+    assert told == [
+        "own rewards failed on 3 of 6 responses, which have no verdict (raised 2, timeout 1); the "
+        "last reason: reward.custom: m:f returned 2.0"
+    ]
+    assert meter.summary()["reward/custom/raised"] == 2.0
 
 
 def group(*values: float | None) -> ScoredGroup:

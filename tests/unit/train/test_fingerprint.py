@@ -85,6 +85,8 @@ def test_nothing_changed() -> None:
         ({"rollout": {"prompts_per_step": 4}}, "rollout.prompts_per_step: 8 -> 4"),
         ({"algorithm": {"updates_per_step": 2}}, "algorithm.updates_per_step: 1 -> 2"),
         ({"algorithm": {"advantage": "rloo"}}, "algorithm.advantage: grpo -> rloo"),
+        ({"reward": {"custom": {"a": "m:f"}}}, "reward.custom: {} -> {'a': 'm:f'}"),
+        ({"reward": {"solved_above": 0.5}}, "reward.solved_above: 0.0 -> 0.5"),
         ({"data": {"enable_thinking": False}}, "data.enable_thinking: None -> False"),
         (
             {"reward": {"judge": {"urls": ["http://h:1/v1"], "model": "j"}}},
@@ -110,6 +112,20 @@ def test_what_changes_the_meaning_is_refused(sections: dict[str, Any], refused: 
 )
 def test_what_does_not_is_told(sections: dict[str, Any], told: str) -> None:
     assert compare(_print(), _print(**sections), 2) == ([], f"goes on with other settings: {told}")
+
+
+def test_another_source_of_an_own_reward_is_told() -> None:
+    """A function that stopped the run has to be mended before it goes on."""
+    config = _config(reward={"custom": {"a": "m:f"}})
+    old, new = (
+        fingerprint(
+            config, "rl", tokenizer=FakeTokenizer(), rows="r", own_rewards={"a (m:f)": digest}
+        )
+        for digest in ("12ab", "34cd")
+    )
+    told = "goes on with other settings: the source of a (m:f): 12ab -> 34cd"
+    assert compare(old, new, 2) == ([], told)
+    assert compare(old, old, 2) == ([], "")
 
 
 def test_paths_and_records_are_free(tmp_path: Path) -> None:
