@@ -53,7 +53,7 @@ from megatron_qlrl.train.trainer import Trainer
 from megatron_qlrl.types import Prompt
 from megatron_qlrl.weights.checkpoint import CheckpointStore
 from megatron_qlrl.weights.checkpoint_folder import read_state, taking_up
-from megatron_qlrl.weights.stream import WeightStream, load_hf, untied
+from megatron_qlrl.weights.stream import WeightStream, load_hf
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def open_model(
 
         def present_weights() -> tuple[Iterator[tuple[str, torch.Tensor]], int]:
             policy.free_gradients()  # the engine gets as much memory as there can be
-            return untied(stream), policy.version
+            return stream.for_engine(rollout.tp), policy.version
 
         collector = Collector(
             engine=engine,

@@ -26,7 +26,6 @@ from megatron_qlrl.plan.flops import UPDATE_TO_FORWARD, block_flops, prefill_flo
 from megatron_qlrl.platform.device import device, has_gpu, weight_dtype
 from megatron_qlrl.platform.env import init_ranks
 from megatron_qlrl.rollout.vllm_engine import Request, Sampling, VllmEngine
-from megatron_qlrl.weights.stream import untied
 
 
 def bench_step(
@@ -92,7 +91,7 @@ def _measure(
     b = torch.randn(shape.ffn_size, shape.hidden_size, device=device()).to(a.dtype)
     parts: dict[str, Callable[[], Any]] = {
         "copy": lambda: target.copy_(source),
-        "stream": lambda: deque(untied(model.stream), maxlen=0),
+        "stream": lambda: deque(model.stream.for_engine(1), maxlen=0),
         "matmul": lambda: torch.nn.functional.linear(a, b),
         "update": lambda: model.policy.update(rows, LOSS, lr=0.0),
     }

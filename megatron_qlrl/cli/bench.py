@@ -128,6 +128,35 @@ def row(
 
 
 @app.command()
+@_sized(layers=8, hidden=512, heads=8, kv_heads=2, ffn=1536, vocab=32_768)
+def sync(
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel size of the trainer.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Its pipeline parallel size.")] = 1,
+    engine_tp: Annotated[int, typer.Option(min=1, help="Ranks of an engine.")] = 1,
+    bucket_mib: Annotated[int, typer.Option(min=1, help="rollout.sync_bucket_mib.")] = 64,
+    rounds: Rounds = 3,
+    **sizes: int,
+) -> None:
+    """Measure the stream of weights into engines, on tp x pp ranks, against a gather of each
+    tensor and a copy in memory."""
+    if tp * pp % engine_tp:
+        raise typer.BadParameter(f"{tp * pp} ranks do not form engines of {engine_tp} ranks each")
+
+    def run() -> None:
+        from megatron_qlrl.bench.policy import make_shape
+        from megatron_qlrl.bench.sync import bench_sync
+
+        shape = make_shape(**sizes, positions=128)
+        figures = bench_sync(
+            shape, tp=tp, pp=pp, engine_tp=engine_tp, bucket_mib=bucket_mib, rounds=rounds
+        )
+        if read_ranks().rank == 0:
+            _print(figures)
+
+    on_ranks(sys.argv[1:], tp * pp, check=lambda world_size: None, run=run)
+
+
+@app.command()
 def reward(
     samples: Count = 1024,
     latency_ms: Annotated[float, typer.Option(min=0, help="The judge's latency.")] = 50.0,

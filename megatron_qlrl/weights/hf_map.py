@@ -111,19 +111,48 @@ def to_hf(
 ) -> list[tuple[str, torch.Tensor]]:
     """Returns the Hugging Face tensors of a Megatron parameter, made of all its tensor parallel
     shards."""
-    names = entry.hf_names
     if entry.kind == "whole":
-        return [(names[0], shards[0])]
-    if entry.kind == "row":
-        return [(names[0], _join(shards, 1))]
+        return [(entry.hf_names[0], shards[0])]
+    parts = [_parts(entry, shard, shape=shape, tp_size=len(shards)) for shard in shards]
+    tensors = [_join(list(same), _cut_dim(entry)) for same in zip(*parts, strict=True)]
     if entry.kind == "vocab":
-        return [(names[0], _join(shards)[: shape.vocab_size])]
+        tensors = [tensor[: shape.vocab_size] for tensor in tensors]
+    return list(zip(entry.hf_names, tensors, strict=True))
+
+
+def to_hf_slices(
+    entry: Entry, shard: torch.Tensor, *, shape: ModelShape, tp_size: int, tp_rank: int
+) -> list[tuple[str, torch.Tensor]]:
+    """Returns the Hugging Face tensors of a Megatron parameter in their full shape, of which only
+    what this rank's shard holds is filled in; other rows or columns are not initialised."""
+    if entry.kind == "whole":
+        return [(entry.hf_names[0], shard)]
+    sizes, dim = hf_shapes(shape), _cut_dim(entry)
+    pairs = []
+    for name, part in zip(
+        entry.hf_names, _parts(entry, shard, shape=shape, tp_size=tp_size), strict=True
+    ):
+        tensor = part.new_empty(sizes[name])
+        start = min(tp_rank * part.shape[dim], tensor.shape[dim])
+        length = min(part.shape[dim], tensor.shape[dim] - start)  # the vocabulary may be padded
+        tensor.narrow(dim, start, length).copy_(part.narrow(dim, 0, length))
+        pairs.append((name, tensor))
+    return pairs
+
+
+def _cut_dim(entry: Entry) -> int:
+    return 1 if entry.kind == "row" else 0
+
+
+def _parts(
+    entry: Entry, shard: torch.Tensor, *, shape: ModelShape, tp_size: int
+) -> list[torch.Tensor]:
+    """Returns what one of `tp_size` shards holds of each Hugging Face tensor of the entry."""
     if entry.kind == "gate_up":
-        halves = [shard.chunk(2) for shard in shards]
-        return [(name, _join([h[i] for h in halves])) for i, name in enumerate(names)]
-    groups = shape.num_kv_heads // len(shards)
-    parts = [_split_qkv(shard, shape=shape, groups=groups) for shard in shards]
-    return [(name, _join([p[i] for p in parts])) for i, name in enumerate(names)]
+        return list(shard.chunk(2))
+    if entry.kind == "qkv":
+        return _split_qkv(shard, shape=shape, groups=shape.num_kv_heads // tp_size)
+    return [shard]
 
 
 def _join(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:

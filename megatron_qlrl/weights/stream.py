@@ -2,7 +2,7 @@
 tensors in bounded buckets, for the rollout engine and for releases."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from megatron_qlrl.config.folder import INDEX, find_tensors
-from megatron_qlrl.config.shape import ModelShape, hf_shapes
+from megatron_qlrl.config.shape import ModelShape, hf_shapes, padded_vocab
 from megatron_qlrl.errors import CheckpointError, SyncError
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import ParallelContext
-from megatron_qlrl.weights.hf_map import Entry, entry_of, local_shard, to_hf
+from megatron_qlrl.weights.hf_map import Entry, entry_of, local_shard, to_hf, to_hf_slices
 
 
 def _entry(name: str, shape: ModelShape, context: ParallelContext) -> Entry:
@@ -79,8 +79,9 @@ class WeightStream:
 
     Every rank must iterate (gathering is collective) and sees every tensor, which may be the
     model's own memory: read it before the next update. A bucket holds
-    the tp shards of consecutive parameters of one stage: one all-gather over tp, one
-    broadcast over pp. A parameter larger than a bucket gets a bucket of its own.
+    the tp shards of consecutive parameters of one stage: one broadcast of a shard over pp, one
+    all-gather over tp. A parameter larger than a bucket gets a bucket of its own. Beside a bucket
+    there is at most as much memory again: its shards, or a tensor that is joined from them.
     """
 
     def __init__(
@@ -113,44 +114,81 @@ class WeightStream:
                 f"and has unknown {sorted(names - expected)[:3]}"
             )
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._stream(lambda bucket: False)
+
+    def for_engine(self, tp: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Streams the tensors with an LM head of its own, also where the model ties it to the
+        embedding, for engines of `tp` ranks: world ranks [i * tp, (i + 1) * tp) form engine i.
+
+        Where an engine is cut as the trainer is, nothing is gathered over tp: of each tensor only
+        the rows or columns that this rank's engine keeps are filled in. (vLLM takes no slices: its
+        loaders cut them out of the whole shape, `narrow` in model_executor/parameter.py.)
+        """
+        axis, rank = self._context.tp, self._context.rank
+        alike = tp == axis.size > 1 and rank % tp == axis.rank
+        # vLLM pads the vocabulary to a multiple of 64, and divides what that gives.
+        vocab = self._shape.vocab_size
+        same_vocab = padded_vocab(vocab, tp) == -(-vocab // 64) * 64
+
+        def is_cut_alike(bucket: list[_Item]) -> bool:
+            return alike and all(same_vocab or item.entry.kind != "vocab" for item in bucket)
+
+        for name, tensor in self._stream(is_cut_alike):
+            yield name, tensor
+            if self.tied and name == "model.embed_tokens.weight":
+                yield "lm_head.weight", tensor
+
+    @torch.no_grad()
+    def _stream(
+        self, in_slices: Callable[[list[_Item]], bool]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """`in_slices` says whether this rank's slices of a bucket's tensors are enough."""
+        tp, shape = self._context.tp, self._shape
         for bucket in self._buckets:
-            for item, shards in zip(bucket, self._gather(bucket), strict=True):
-                for name, tensor in to_hf(item.entry, shards, shape=self._shape):
+            sliced = in_slices(bucket)
+            for item, shards in zip(bucket, self._gather(bucket, over_tp=not sliced), strict=True):
+                if sliced:
+                    pairs = to_hf_slices(
+                        item.entry, shards[0], shape=shape, tp_size=tp.size, tp_rank=tp.rank
+                    )
+                else:
+                    pairs = to_hf(item.entry, shards, shape=shape)
+                for name, tensor in pairs:
                     yield name, tensor.contiguous()
 
-    def _gather(self, bucket: list[_Item]) -> Iterator[list[torch.Tensor]]:
-        """Yields the tensor parallel shards of each parameter in the bucket, on every rank. On a
-        single rank that is the parameter itself, not a copy."""
+    def _gather(self, bucket: list[_Item], *, over_tp: bool) -> Iterator[list[torch.Tensor]]:
+        """Yields the tensor parallel shards of each parameter in the bucket, on every rank; without
+        `over_tp` only the one of this rank's place. What a rank need not receive is not copied."""
         tp, pp = self._context.tp, self._context.pp
-        if tp.size * pp.size == 1:
+        if pp.size == 1 and (tp.size == 1 or not over_tp):
             yield from ([self._parameters[item.local].detach()] for item in bucket)
             return
-        some = next(iter(self._parameters.values()))
-        total = sum(item.numel for item in bucket)
-        gathered = torch.empty(tp.size * total, dtype=some.dtype, device=some.device)
-        stage = bucket[0].stage
-        if pp.rank == stage:
-            local = torch.cat([self._parameters[i.local].detach().reshape(-1) for i in bucket])
-            dist.all_gather_into_tensor(gathered, local, group=tp.group)
-        if pp.size > 1:
-            source = dist.get_global_rank(pp.group, stage)
-            dist.broadcast(gathered, src=source, group=pp.group)
+        gathered = self._shards(bucket, over_tp=over_tp)
         start = 0
         for item in bucket:
             end = start + item.numel
-            yield [flat[start:end].view(item.size) for flat in gathered.chunk(tp.size)]
+            yield [flat[start:end].view(item.size) for flat in gathered]
             start = end
 
-
-def untied(stream: WeightStream) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the stream with an LM head of its own, also where the model ties it to the
-    embedding."""
-    for name, tensor in stream:
-        yield name, tensor
-        if stream.tied and name == "model.embed_tokens.weight":
-            yield "lm_head.weight", tensor
+    def _shards(self, bucket: list[_Item], *, over_tp: bool) -> tuple[torch.Tensor, ...]:
+        """Returns the bucket's parameters one after another, [numel] for each tp rank. A stage
+        sends its shards before they are gathered: every tp rank sends a part, at the same time."""
+        tp, pp = self._context.tp, self._context.pp
+        some = next(iter(self._parameters.values()))
+        stage, total = bucket[0].stage, sum(item.numel for item in bucket)
+        if pp.rank == stage:
+            flat = [self._parameters[item.local].detach().reshape(-1) for item in bucket]
+            local = flat[0] if len(flat) == 1 else torch.cat(flat)
+        else:
+            local = some.new_empty(total)
+        if pp.size > 1:
+            dist.broadcast(local, src=dist.get_global_rank(pp.group, stage), group=pp.group)
+        if tp.size == 1 or not over_tp:
+            return (local,)
+        gathered = some.new_empty(tp.size * total)
+        dist.all_gather_into_tensor(gathered, local, group=tp.group)
+        return gathered.chunk(tp.size)
 
 
 def _buckets(plan: list[_Item], *, limit: int) -> list[list[_Item]]:

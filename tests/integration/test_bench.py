@@ -169,3 +169,17 @@ def test_rollout(qlrl: Callable[..., Any]) -> None:
         assert 0 <= side["idle_share"] < 1
     assert found["speedup"]["plain"] == 1
     assert found["speedup"]["partial"] > 0
+
+
+@pytest.mark.parametrize(("layout", "engine"), [((1, 1), 1), ((2, 1), 2)])
+def test_sync_reports_every_layout(
+    qlrl: Callable[..., Any], layout: tuple[int, int], engine: int
+) -> None:
+    tp, pp = layout
+    figures = bench(
+        qlrl, "sync", *MODEL, f"--tp={tp}", f"--pp={pp}", f"--engine-tp={engine}", "--rounds=3"
+    )
+    assert figures["speedup_over_per_tensor"] > 0  # tiny shapes: a matter of luck
+    assert figures["share_of_memcpy"] > 0
+    assert figures["extra_buckets"] < 2
+    assert figures["bytes_kept"] > 0

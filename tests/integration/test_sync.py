@@ -27,7 +27,6 @@ from megatron_qlrl.packing.distribute import group_rows
 from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.platform.env import init_ranks
 from megatron_qlrl.rollout.vllm_engine import Request, Sampling
-from megatron_qlrl.weights.stream import untied
 
 MATRIX = "model.layers.1.self_attn.o_proj.weight"
 sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=4, n=1)
@@ -50,7 +49,7 @@ with process_group(rank=0, local_rank=0, world_size=1):
                 found[name] = str(error)
 
         def present(change=lambda name, tensor: tensor):
-            return [(name, change(name, tensor)) for name, tensor in untied(model.stream)]
+            return [(name, change(name, tensor)) for name, tensor in model.stream.for_engine(1)]
 
         def square(name, tensor):
             if name != MATRIX:

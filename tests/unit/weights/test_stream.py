@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_qlrl.config.shape import ModelShape, hf_shapes
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.weights.hf_map import Entry
-from megatron_qlrl.weights.stream import _buckets, _Item, load_hf, untied, write_hf
+from megatron_qlrl.weights.stream import _buckets, _Item, load_hf, write_hf
 
 SHAPE = ModelShape.from_hf(
     {
@@ -51,17 +51,6 @@ def test_buckets_hold_neighbours_of_one_stage_up_to_the_limit() -> None:
     # 25 is larger than a bucket and gets its own; 3 and 2 lie on different stages
     assert [[i.numel for i in bucket] for bucket in found] == [[4, 6], [1], [25], [3], [2, 8]]
     assert [i for bucket in found for i in bucket] == plan
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_untied_names_the_head_of_a_tied_model(tied: bool) -> None:
-    tensors = {"model.embed_tokens.weight": torch.ones(2, 2), "model.norm.weight": torch.ones(2)}
-    found: Any = list(untied(Stream(tensors, tied=tied)))  # pyright: ignore[reportArgumentType]
-    names = [name for name, _ in found]
-    head = ["lm_head.weight"] if tied else []
-    assert names == ["model.embed_tokens.weight", *head, "model.norm.weight"]
-    if tied:
-        assert found[1][1] is found[0][1]
 
 
 TENSORS = {f"t{i}": torch.full((i + 1, 4), float(i)) for i in range(4)}  # 16, 32, 48, 64 bytes
