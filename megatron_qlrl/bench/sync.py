@@ -21,8 +21,8 @@ def bench_sync(
     shape: ModelShape, *, tp: int, pp: int, engine_tp: int, bucket_mib: int, rounds: int
 ) -> dict[str, Any]:
     """Returns, for the slowest rank, `speedup_over_per_tensor`, `share_of_memcpy` (the copy's
-    seconds over the stream's) and `extra_buckets` (the stream's extra memory; a bucket is as large
-    as the largest tensor at least). Every rank returns the same."""
+    seconds over the stream's) and `extra_buckets` (the extra memory, gloo's own buffers included;
+    a bucket is as large as the largest tensor at least). Every rank returns the same."""
     with random_policy(shape, tp=tp, pp=pp) as policy:
         context = policy.context
         bucketed, single = (
@@ -40,6 +40,7 @@ def bench_sync(
         def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
             for name, tensor in weights:
                 engine[name].copy_(_kept(name, tensor, engine_tp, place))
+                del tensor  # or it would stay until the next bucket is there
 
         def copy() -> None:
             for name, tensor in source.items():

@@ -81,7 +81,7 @@ class WeightStream:
     model's own memory: read it before the next update. A bucket holds
     the tp shards of consecutive parameters of one stage: one broadcast of a shard over pp, one
     all-gather over tp. A parameter larger than a bucket gets a bucket of its own. Beside a bucket
-    there is at most as much memory again: its shards, or a tensor that is joined from them.
+    there is at most as much memory again: the tensors that are joined from its shards.
     """
 
     def __init__(
@@ -138,24 +138,28 @@ class WeightStream:
             yield name, tensor
             if self.tied and name == "model.embed_tokens.weight":
                 yield "lm_head.weight", tensor
+            del tensor
 
     @torch.no_grad()
     def _stream(
         self, in_slices: Callable[[list[_Item]], bool]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """`in_slices` says whether this rank's slices of a bucket's tensors are enough."""
-        tp, shape = self._context.tp, self._shape
         for bucket in self._buckets:
-            sliced = in_slices(bucket)
-            for item, shards in zip(bucket, self._gather(bucket, over_tp=not sliced), strict=True):
-                if sliced:
-                    pairs = to_hf_slices(
-                        item.entry, shards[0], shape=shape, tp_size=tp.size, tp_rank=tp.rank
-                    )
-                else:
-                    pairs = to_hf(item.entry, shards, shape=shape)
-                for name, tensor in pairs:
-                    yield name, tensor.contiguous()
+            # What the bucket held is free before the next one is gathered.
+            yield from self._tensors(bucket, sliced=in_slices(bucket))
+
+    def _tensors(self, bucket: list[_Item], *, sliced: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        tp, shape = self._context.tp, self._shape
+        for item, shards in zip(bucket, self._gather(bucket, over_tp=not sliced), strict=True):
+            if sliced:
+                pairs = to_hf_slices(
+                    item.entry, shards[0], shape=shape, tp_size=tp.size, tp_rank=tp.rank
+                )
+            else:
+                pairs = to_hf(item.entry, shards, shape=shape)
+            for name, tensor in pairs:
+                yield name, tensor.contiguous()
 
     def _gather(self, bucket: list[_Item], *, over_tp: bool) -> Iterator[list[torch.Tensor]]:
         """Yields the tensor parallel shards of each parameter in the bucket, on every rank; without
@@ -177,18 +181,18 @@ class WeightStream:
         tp, pp = self._context.tp, self._context.pp
         some = next(iter(self._parameters.values()))
         stage, total = bucket[0].stage, sum(item.numel for item in bucket)
+        num, place = (tp.size, tp.rank) if over_tp else (1, 0)
+        gathered = some.new_empty(num * total)
+        shards = gathered.chunk(num)
+        local = shards[place]
         if pp.rank == stage:
             flat = [self._parameters[item.local].detach().reshape(-1) for item in bucket]
-            local = flat[0] if len(flat) == 1 else torch.cat(flat)
-        else:
-            local = some.new_empty(total)
+            torch.cat(flat, out=local)
         if pp.size > 1:
             dist.broadcast(local, src=dist.get_global_rank(pp.group, stage), group=pp.group)
-        if tp.size == 1 or not over_tp:
-            return (local,)
-        gathered = some.new_empty(tp.size * total)
-        dist.all_gather_into_tensor(gathered, local, group=tp.group)
-        return gathered.chunk(tp.size)
+        if num > 1:
+            dist.all_gather_into_tensor(gathered, local, group=tp.group)
+        return shards
 
 
 def _buckets(plan: list[_Item], *, limit: int) -> list[list[_Item]]:
