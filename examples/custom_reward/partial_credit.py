@@ -1,11 +1,14 @@
 """A dense reward: the F1 score of the answer's words against the gold's (SQuAD's measure).
 
-An answer of which some words are right earns a part. A response without "the answer is" is compared
-as a whole, so that its other words cost precision.
+An answer of which some words are right earns a part. Words that every answer could have ("and")
+do not count: they would be learned first, as the cheapest way to a reward. A response without "the
+answer is" is compared as a whole, so that its other words cost precision.
 """
 
 import re
 from collections import Counter
+
+_FREE = frozenset("a an and or the".split())
 
 
 def token_f1(gold: str, final: str) -> float:
@@ -24,4 +27,4 @@ def _stated(final: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+    return [word for word in re.findall(r"\w+", text.casefold()) if word not in _FREE]

@@ -9,9 +9,15 @@ import pytest
 from tools.make_reference import undocumented
 
 BAD = """
-import os
+from pathlib import Path
+
+CALLS = Path(__file__).with_name("calls")
 
 def reward(response):
+    with CALLS.open("ab") as calls:
+        calls.write(b".")
+    if CALLS.stat().st_size <= 8:
+        return len(response) % 10 / 10
     kind = len(response) % 4
     if kind == 0:
         while True:
@@ -49,7 +55,7 @@ def test_a_reward_that_fails_stops_the_run_and_is_mended(
         rollout={"prompts_per_step": 2, "group_size": 4},
     )
 
-    module.write_text(BAD)
+    module.write_text(BAD)  # from the second step on
     stopped = qlrl("rl", config, "reward.max_masked_share=0.1")
     assert stopped.code == 2
     (message,) = stopped.messages
@@ -63,7 +69,7 @@ def test_a_reward_that_fails_stops_the_run_and_is_mended(
     assert [s["reward/custom/asked"] for s in steps] == [8, 8]
     assert all(0 < s["critic/rewards/min"] <= s["critic/rewards/max"] < 1 for s in steps)
 
-    # With no limit a run goes on without rewards, and says so at every step.
+    # With no limit a run goes on without rewards, and says so at every step. `calls` is full.
     module.write_text(BAD)
     told = qlrl("rl", config, f"run.dir={tmp_path / 'told'}").check()
     assert told.out.count("own rewards failed on 8 of 8 responses, which have no verdict") == 2

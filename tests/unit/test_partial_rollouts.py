@@ -96,6 +96,9 @@ class FakeScorer:
     def take_counts(self) -> dict[str, float]:
         return {}
 
+    def take_custom_counts(self) -> dict[str, float]:
+        return {}
+
 
 class Job:
     """A run of one phase; it is the recorder and what decides."""

@@ -24,8 +24,9 @@ def test_the_docstring_is_right() -> None:
     ("gold", "final", "f1"),
     [
         ("bronze and eel", "Therefore, the answer is (bronze and eel).", 1.0),
-        ("bronze and eel", "the answer is Bronze", 2 * 1 / (3 + 1)),
-        ("bronze and eel", "the answer is (zinc and eel)", 2 * 2 / (3 + 3)),
+        ("bronze and eel", "the answer is Bronze", 2 * 1 / (2 + 1)),
+        ("bronze and eel", "the answer is (zinc and eel)", 2 * 1 / (2 + 2)),
+        ("bronze and eel", "the answer is (zinc and trout)", 0.0),
         ("eel", "the answer is eel eel eel", 2 * 1 / (1 + 3)),
         ("eel", "the answer is trout", 0.0),
         ("eel", "it is eel", 2 * 1 / (1 + 3)),
@@ -44,4 +45,4 @@ def test_the_config_finds_the_function_from_the_repository(
     prompt = Prompt("f:0", np.zeros(1, np.int32), "toy_docqa_needles", "?", "bronze and eel")
     with closing(Scorer.of(config.reward)) as scorer:
         score = scorer.score(prompt, "Therefore, the answer is (zinc and eel).").result()
-    assert score == Score(2 / 3, 2 / 3, matched="custom", prediction="zinc and eel")
+    assert score == Score(0.5, 0.5, matched="custom", prediction="zinc and eel")
