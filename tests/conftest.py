@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
 from megatron_qlrl.config.shape import ModelShape, hf_shapes
+
+# A deadline per example fails on a busy machine; how fast code is, benchmarks say.
+settings.register_profile("qlrl", deadline=None)
+settings.load_profile("qlrl")
 
 LAUNCH_VARIABLES = (
     "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT QLRL_ERROR_DIR "
