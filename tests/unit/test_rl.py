@@ -15,6 +15,7 @@ from megatron_qlrl.advantage.apply import with_advantages
 from megatron_qlrl.config.schema import AlgorithmConfig, CurriculumConfig, StabilityConfig
 from megatron_qlrl.curriculum.curriculum import Curriculum
 from megatron_qlrl.curriculum.sampler import Sampler
+from megatron_qlrl.evaluate.best import BestScore
 from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.platform.progress import Progress
@@ -59,6 +60,7 @@ class FakeRun:
     def __init__(self, **settings: Any) -> None:
         self.policy = FakePolicy()
         self.monitor = Monitor(StabilityConfig.model_validate(STABILITY), warn=lambda message: None)
+        self.ranking = BestScore(None)
         self.collect_value = 1.0
         self.after_step: Callable[[int], None] = lambda step: None
         self.collected: list[tuple[int, list[str]]] = []

@@ -120,7 +120,8 @@ def test_the_rule_gives_what_the_corpus_says(kind, case):
 
 
 def test_every_rule_has_a_gold_here():
-    assert {rule_of(source).rule for source in GOLDS} == set(get_args(RuleName))
+    own = {"custom"}  # what the user's functions accept is theirs to say
+    assert {rule_of(source).rule for source in GOLDS} == set(get_args(RuleName)) - own
 
 
 @pytest.mark.parametrize("source", GOLDS)
