@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from megatron_qlrl.behaviours.lexical import BEHAVIOURS
 from megatron_qlrl.config.schema import JudgeConfig
 from megatron_qlrl.errors import DataError
-from megatron_qlrl.platform.journal import JournalFile, parse_line
+from megatron_qlrl.platform.journal import open_journal
 from megatron_qlrl.platform.progress import Tally
 from megatron_qlrl.reward.endpoint import EndpointFailure, Endpoints, open_session, retrying
 from megatron_qlrl.reward.judge import MAX_REPLY_BYTES
@@ -126,14 +126,8 @@ class CountsJournal:
         Raises:
             DataError: the journal cannot be read or written.
         """
-        self.known: dict[str, Counts] = {}
-        try:
-            self._file = JournalFile(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"journal {path} cannot be used: {error}") from error
-        for number, line in enumerate(self._file.lines, 1):
-            read = parse_line(_LINE, line, f"journal {path}, line {number}")
-            self.known[read.digest] = read.counts
+        self._file, lines = open_journal(path, _LINE)
+        self.known = {line.digest: line.counts for line in lines}
 
     def add(self, digest: str, counts: Counts) -> None:
         """Records counts; they survive whatever comes next."""

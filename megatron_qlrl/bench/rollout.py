@@ -31,7 +31,7 @@ from megatron_qlrl.parallel.collectives import gather_objects
 from megatron_qlrl.parallel.context import process_group
 from megatron_qlrl.platform.device import has_gpu
 from megatron_qlrl.platform.env import init_ranks
-from megatron_qlrl.rollout.collect import Collector
+from megatron_qlrl.rollout.collect import Collector, done
 from megatron_qlrl.rollout.seeds import token_seed
 from megatron_qlrl.rollout.vllm_engine import Completion, Generate, Request, Sampling, VllmEngine
 from megatron_qlrl.types import Prompt, Score, ScoredGroup
@@ -131,9 +131,7 @@ class NoScorer:
     last_failure = ""
 
     def score(self, prompt: Prompt, response: str) -> Future[Score]:
-        done: Future[Score] = Future()
-        done.set_result(Score(0.0, 0.0))
-        return done
+        return done(Score(0.0, 0.0))
 
     def take_counts(self) -> dict[str, float]:
         return {}

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from megatron_qlrl.errors import DataError
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
-from megatron_qlrl.platform.journal import JournalFile, parse_line
+from megatron_qlrl.platform.journal import JournalFile, open_journal
 from megatron_qlrl.rollout.seeds import EVALUATION_STEP, token_seed
 from megatron_qlrl.types import Prompt, Rollout
 
@@ -104,13 +104,9 @@ def read_answers(folder: Path) -> dict[str, Rollout]:
     """
     answers: dict[str, Rollout] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        try:
-            file = JournalFile(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"journal {path} cannot be used: {error}") from error
+        file, lines = open_journal(path, _ANSWER)
         file.close()
-        for number, line in enumerate(file.lines, 1):
-            answer = parse_line(_ANSWER, line, f"journal {path}, line {number}")
+        for answer in lines:
             answers[answer.digest] = Rollout(
                 prompt_uid=answer.uid,
                 sample=answer.sample,

@@ -40,6 +40,21 @@ class JournalFile:
         self._file.close()
 
 
+def open_journal(path: Path, adapter: TypeAdapter[T]) -> tuple[JournalFile, list[T]]:
+    """Returns the journal at `path`, which is made if it is not there, and the records of its
+    lines.
+
+    Raises:
+        DataError: the file cannot be read or written, or a line is no record.
+    """
+    try:
+        file = JournalFile(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"journal {path} cannot be used: {error}") from error
+    lines = enumerate(file.lines, 1)
+    return file, [parse_line(adapter, line, f"journal {path}, line {n}") for n, line in lines]
+
+
 def parse_line(adapter: TypeAdapter[T], line: str, where: str) -> T:
     """Returns the record of a line.
 

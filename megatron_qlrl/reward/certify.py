@@ -17,8 +17,8 @@ from pydantic import TypeAdapter
 
 from megatron_qlrl import __version__
 from megatron_qlrl.config.schema import JudgeConfig
-from megatron_qlrl.errors import DataError, RewardError
-from megatron_qlrl.platform.journal import JournalFile, parse_line
+from megatron_qlrl.errors import RewardError
+from megatron_qlrl.platform.journal import open_journal
 from megatron_qlrl.platform.progress import Tally
 from megatron_qlrl.reward.certificate import Category, Certificate, Outcomes, Rate
 from megatron_qlrl.reward.extract import Answer
@@ -51,13 +51,9 @@ class VerdictJournal:
         """
         self._known: dict[tuple[str, int], bool] = {}
         self._judge = [prompt_digest(), judge.model, *judge.urls]
-        try:
-            self._file = JournalFile(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"journal {path} cannot be used: {error}") from error
-        for number, line in enumerate(self._file.lines, 1):
-            read = parse_line(_LINE, line, f"journal {path}, line {number}")
-            self._known[read.digest, read.repeat] = read.verdict
+        self._file, lines = open_journal(path, _LINE)
+        for line in lines:
+            self._known[line.digest, line.repeat] = line.verdict
 
     def known(self, claim: Claim, repeat: int) -> Verdict:
         return self._known.get((self._digest(claim), repeat))

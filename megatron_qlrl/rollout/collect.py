@@ -8,7 +8,7 @@ asleep
 With a budget of tokens, groups may come back with responses that go on in a later step (`rounds`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -122,18 +122,23 @@ class Collector:
                 return
             with meter.timed("update_weights"):
                 stack.close()
-            mine = self.engine().take_counts(), self.scorer.take_counts(), meter.seconds("gen")
-            engines, judges, seconds = zip(*gather_objects(mine), strict=True)
-            meter.update(engine_metrics(engines, gen_s=max(seconds)))
+            scorer = self.scorer
+            mine = (
+                (self.engine().take_counts(), meter.seconds("gen")),
+                scorer.take_counts(),
+                (scorer.take_custom_counts(), scorer.last_failure),
+            )
+            engines, judges, customs = zip(*gather_objects(mine), strict=True)
+            counts, seconds = zip(*engines, strict=True)
+            meter.update(engine_metrics(counts, gen_s=max(seconds)))
             meter.update(judge_metrics(judges))
-            self._tell_custom(meter)
+            counts, reasons = zip(*customs, strict=True)
+            own = custom_metrics(counts)
+            meter.update(own)
+            self._tell_failures(own, reasons)
 
-    def _tell_custom(self, meter: Meter) -> None:
-        """Counts what own rewards did, and warns of those that failed."""
-        mine = self.scorer.take_custom_counts(), self.scorer.last_failure
-        counts, reasons = zip(*gather_objects(mine), strict=True)
-        metrics = custom_metrics(counts)
-        meter.update(metrics)
+    def _tell_failures(self, metrics: Mapping[str, float], reasons: Sequence[str]) -> None:
+        """Warns of own rewards that failed."""
         names = ("raised", "invalid", "timeout", "crashed")
         failed = {n: c for n in names if (c := metrics.get(f"reward/custom/{n}", 0.0))}
         if failed:
@@ -199,7 +204,7 @@ def collect_groups(
             group = begun.get(prompt.uid)
             if group is not None and not group.rollouts[sample].goes_on:
                 rollouts[index, sample] = group.rollouts[sample]
-                scores[index, sample] = _done(group.scores[sample])
+                scores[index, sample] = done(group.scores[sample])
         keys = [key for key in everything if key not in rollouts]
         tasks = [
             next_task(
@@ -218,7 +223,7 @@ def collect_groups(
                     completion, version=version, decode=collector.decode
                 )
                 if rollout.goes_on:
-                    scores[index, sample] = _done(NO_SCORE)
+                    scores[index, sample] = done(NO_SCORE)
                 elif engine.leads:
                     unwritten = unwritten or _recorded(answers, prompts[index], rollout)
                     scores[index, sample] = scorer.score(prompts[index], rollout.text)
@@ -269,7 +274,8 @@ def check_masked(groups: Sequence[ScoredGroup], *, max_share: float, reason: str
         )
 
 
-def _done(score: Score) -> Future[Score]:
+def done(score: Score) -> Future[Score]:
+    """Returns a score that nothing has to be waited for."""
     future: Future[Score] = Future()
     future.set_result(score)
     return future

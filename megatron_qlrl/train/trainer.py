@@ -89,7 +89,7 @@ class Trainer:
     def with_old_logprobs(self, groups: Sequence[ScoredGroup], meter: Meter) -> list[ScoredGroup]:
         """Groups that are to wait, with the log-probs of the present weights for the tokens that
         these sampled: they are gone when the groups are trained on. (The engine's log-probs would
-        not do: with top_p < 1 they are those of the nucleus.)"""
+        not do: they are off by the mismatch, and a ratio must be 1 where no weight has changed.)"""
         new = [i for i, group in enumerate(groups) if _has_new_tokens(group)]
         if not new:
             return list(groups)
