@@ -64,6 +64,7 @@ setup(
     packages=find_packages(include=["megatron_qlrl", "megatron_qlrl.*"]),
     package_data={
         "megatron_qlrl": [
+            "plan/shapes.json",
             "py.typed",
             "report/assets/*",
             "report/assets/uplot/*",

@@ -9,13 +9,14 @@ import typer
 from megatron_qlrl.cli.train import ConfigPath, Overrides
 from megatron_qlrl.config import checks
 from megatron_qlrl.config.load import load_config
-from megatron_qlrl.config.shape import ModelShape, read_shape
+from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.plan.advise import Option, fastest, smallest_change
 from megatron_qlrl.plan.estimate import Lengths
 from megatron_qlrl.plan.hardware import find_hardware
 from megatron_qlrl.plan.memory import Peak
 from megatron_qlrl.plan.phase import Cluster, PhasePlan, plan_phase
+from megatron_qlrl.plan.shapes import find_shape
 from megatron_qlrl.plan.table import assumptions_line, options_table, plan_table
 
 NUM_OPTIONS = 5
@@ -40,10 +41,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Estimate each rank's memory by part, and the step time and GPU-hours of every phase. Needs no
-    GPU and only the model's config.json. Exit code 2 when something does not fit."""
+    GPU and no more of the model than its config.json. Exit code 2 when something does not fit."""
     loaded = load_config(config, overrides or [])
     phases = loaded.phase_configs()
-    shape = read_shape(loaded.model.path, rope_scaling=loaded.model.rope_scaling)
+    shape, source = find_shape(loaded.model)
     cluster = Cluster(gpus or checks.smallest_world_size(phases), find_hardware(hardware))
     lengths = None if mean_tokens is None else Lengths(*mean_tokens)
     for phase in phases:
@@ -54,11 +55,12 @@ def plan(
         for p in (plans if advise else [])
     }
     if as_json:
-        typer.echo(json.dumps(_as_json(plans, cluster, best), indent=1))
+        typer.echo(json.dumps(_as_json(plans, cluster, source, best), indent=1))
     else:
         typer.echo(plan_table(plans, shape, cluster))
         for name, options in best.items():
             typer.echo(options_table(name, options, cluster))
+        typer.echo(f"The model's shape: {source}")
         typer.echo(assumptions_line(cluster.hardware))
     for p in plans:
         if p.problems:
@@ -82,10 +84,11 @@ def _peak(peak: Peak) -> dict[str, Any]:
 
 
 def _as_json(
-    plans: list[PhasePlan], cluster: Cluster, best: dict[str, list[Option]]
+    plans: list[PhasePlan], cluster: Cluster, source: str, best: dict[str, list[Option]]
 ) -> dict[str, Any]:
     return {
         "gpus": cluster.gpus,
+        "shape_from": source,
         "hardware": asdict(cluster.hardware),
         "assumptions": sorted(cluster.hardware.assumptions()),
         "phases": [

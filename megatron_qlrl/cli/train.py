@@ -25,7 +25,9 @@ from megatron_qlrl.platform.progress import Progress, foreign_messages_in
 if TYPE_CHECKING:
     from megatron_qlrl.train.phases import Handover
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file, or a folder with config.yaml.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file: policy.tp=2"),

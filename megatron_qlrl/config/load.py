@@ -34,12 +34,15 @@ _EXPECTED = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads `path` and applies overrides such as `policy.tp=2` (values are YAML).
+    """Reads `path`, a file or a folder with a config.yaml, and applies overrides such as
+    `policy.tp=2` (values are YAML).
 
     Raises:
         ConfigError: the file, a key or a value is wrong; all problems in one message.
     """
     path = Path(path)
+    if path.is_dir():
+        path /= "config.yaml"
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; pass the path of a YAML file")
     try:

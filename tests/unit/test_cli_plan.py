@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 
 from megatron_qlrl.cli import main
+from megatron_qlrl.config.shape import read_json
+from megatron_qlrl.plan.shapes import SHIPPED
 
-SHAPE = Path(__file__).resolve().parents[2] / "examples" / "qwenlong-l1-14b-4n8g" / "shape"
+MODEL = "DeepSeek-R1-Distill-Qwen-14B"
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(
-        f"model: {{path: {SHAPE}}}\n"
+        f"model: {{path: models/{MODEL}}}\n"
         "phases:\n"
         "  - {name: short, max_input_tokens: 20000, steps: 3}\n"
         "  - {name: long, max_input_tokens: 60000, steps: 2, overrides: {policy: {cp: 1}}}\n"
@@ -71,6 +73,7 @@ def test_json_says_the_same(
     assert run(monkeypatch, config, *args) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["gpus"], found["hardware"]["name"]) == (32, "h100-80g")
+    assert found["shape_from"] == f"shipped for deepseek-ai/{MODEL}"
     short, long = found["phases"]
     assert (short["name"], long["name"]) == ("short", "long")
     assert long["layout"] == {
@@ -121,7 +124,7 @@ def test_yarn_plans_the_stretched_model(
 ) -> None:  # fmt: skip
     """131,072 positions from 32,768: 121,072 of a prompt and 10,000 of its response."""
     (tmp_path / "model").mkdir()
-    hf = json.loads((SHAPE / "config.json").read_text()) | {"max_position_embeddings": 32_768}
+    hf = read_json(SHIPPED)[f"deepseek-ai/{MODEL}"] | {"max_position_embeddings": 32_768}
     (tmp_path / "model" / "config.json").write_text(json.dumps(hf))
     settings = [
         f"model.path={tmp_path}/model", "phases.1.max_input_tokens=121072",

@@ -138,3 +138,10 @@ def test_anchors_are_as_good_as_before(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     config = load_config(tmp_path / "c.yaml")
     assert (config.run.dir, config.data.train_files) == ("m", ("a",))
+
+
+def test_a_folder_stands_for_its_config_yaml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"config file {tmp_path}/config.yaml does not exist"):
+        load_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {path: x}\n")
+    assert load_config(tmp_path).model.path == "x"
