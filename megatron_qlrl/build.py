@@ -45,14 +45,15 @@ from megatron_qlrl.rl import RLParts
 from megatron_qlrl.rollout.collect import Collector
 from megatron_qlrl.rollout.vllm_engine import Sampling, VllmEngine
 from megatron_qlrl.train.fingerprint import check_resume, fingerprint
+from megatron_qlrl.train.parent import Parent, check_fit
 from megatron_qlrl.train.probe import WeightProbe
 from megatron_qlrl.train.recorder import Recorder
 from megatron_qlrl.train.run import Run
 from megatron_qlrl.train.run_log import RunLog
 from megatron_qlrl.train.trainer import Trainer
 from megatron_qlrl.types import Prompt
-from megatron_qlrl.weights.checkpoint import CheckpointStore
-from megatron_qlrl.weights.checkpoint_folder import read_state, taking_up
+from megatron_qlrl.weights.checkpoint import CheckpointStore, load_weights
+from megatron_qlrl.weights.checkpoint_folder import is_checkpoint, read_state, taking_up
 from megatron_qlrl.weights.stream import WeightStream, load_hf
 
 
@@ -123,8 +124,15 @@ def make_policy(
     temperature: float,
     weights: Path,
 ) -> Policy:
-    """A policy with the weights of a Hugging Face folder."""
+    """A policy with the weights of a Hugging Face folder, or those of a checkpoint."""
     layout = config.policy
+
+    def load(model: torch.nn.Module) -> None:
+        if is_checkpoint(weights):
+            load_weights(weights, model=model)
+        else:
+            load_hf(weights, model, shape=shape, context=context)
+
     return Policy(
         shape,
         config=layout,
@@ -138,7 +146,7 @@ def make_policy(
             cp_rank=context.cp.rank,
             multiple_of=layout.tokens_multiple,
         ),
-        load=lambda model: load_hf(weights, model, shape=shape, context=context),
+        load=load,
     )
 
 
@@ -185,7 +193,8 @@ def open_model(
     Args:
         scorer: closed at the end.
         temperature: at which the policy's log-probs are taken.
-        weights: Hugging Face folder that the policy starts from, by default model.path.
+        weights: what the policy starts from, a Hugging Face folder or a checkpoint; by default
+            model.path.
         give_up: asked while responses are generated; returns this rank's reason to stop, or "".
     """
     config, folder = job.config, weights or Path(job.config.model.path)
@@ -323,6 +332,7 @@ def open_run(
     temperature: float,
     weights: Path | None = None,
     fresh_steps: frozenset[int] = frozenset(),
+    parent: Parent | None = None,
 ) -> Iterator[tuple[Model, Run]]:
     """The parts that RL and SFT share. A run that is asked to stop, or that stops itself, is saved
     as the last step left it.
@@ -334,13 +344,16 @@ def open_run(
         total_steps: of the whole run.
         temperature, weights: as in `open_model`.
         fresh_steps: steps at which a phase begins with a new optimizer state.
+        parent: the checkpoint of another run that this one began from; without `newest`,
+            `Recorder.start_from` loads it.
 
     Raises:
-        CheckpointError: the run cannot go on from `newest`, which is another run's (every rank).
+        CheckpointError: the run cannot go on from `newest`, which is another run's, or not start
+            from `parent` (every rank).
     """
     config = job.config
     scorer = make_scorer(job)
-    print_of_run = on_all_ranks(partial(_fingerprint, job, command, newest, rows, scorer))
+    print_of_run = on_all_ranks(partial(_fingerprint, job, command, newest, parent, rows, scorer))
     benchmarks = read_held_out(job)
     log = RunLog(job.whole, is_writer=job.leads)
     log.record_start(world_size=job.context.world_size)
@@ -362,9 +375,13 @@ def open_run(
             monitor=monitor,
             model=config.model,
             dtype=weight_dtype(config.model.dtype),
-            facts=training_facts(config),
+            facts=training_facts(config) | ({"parent": parent.fact()} if parent else {}),
             card=partial(_model_card, job, command),
-            identity={"command": command, "fingerprint": print_of_run},
+            identity={
+                "command": command,
+                "fingerprint": print_of_run,
+                **({"parent": parent.state()} if parent else {}),
+            },
             rollouts_per_step=config.logging.rollouts_per_step,
             fresh_steps=fresh_steps,
             keep_best=config.checkpoint.keep_best,
@@ -399,10 +416,15 @@ def _model_card(
 
 
 def _fingerprint(
-    job: Job, command: str, newest: Path | None, rows: str, scorer: Scorer
+    job: Job,
+    command: str,
+    newest: Path | None,
+    parent: Parent | None,
+    rows: str,
+    scorer: Scorer,
 ) -> dict[str, Any]:
-    """The run's fingerprint, compared with that of the checkpoint; {} on ranks other than 0, which
-    write no state."""
+    """The run's fingerprint, compared with that of the checkpoint it goes on or starts from; {} on
+    ranks other than 0, which write no state."""
     if not job.leads:
         return {}
     today = fingerprint(
@@ -412,11 +434,14 @@ def _fingerprint(
         rows=rows,
         own_rewards={name: source.digest for name, source in scorer.sources.items()},
     )
+    line = ""
     if newest is not None:
         with taking_up(newest):
             line = check_resume(newest, read_state(newest), today)
-        if line:
-            print(f"qlrl: {line}", flush=True)
+    elif parent is not None:
+        line = check_fit(parent.checkpoint, read_state(parent.checkpoint), today)
+    if line:
+        print(f"qlrl: {line}", flush=True)
     return today
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from megatron_qlrl import build
+from megatron_qlrl.config.run_folder import step_of
 from megatron_qlrl.config.schema import Config, ModelConfig, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape, read_shape
+from megatron_qlrl.curriculum.sampler import Sampler
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.evaluate.evaluation import evaluation_sampling
 from megatron_qlrl.evaluate.sample import report, sample_prompts, spread
@@ -40,6 +42,7 @@ from megatron_qlrl.rl import train_rl
 from megatron_qlrl.rollout.seeds import EVALUATION_STEP
 from megatron_qlrl.sft import num_sft_steps, train_sft
 from megatron_qlrl.train.inputs import read_examples, read_train_prompts
+from megatron_qlrl.train.parent import Parent, find_parent, parent_of, same_rows, with_parent
 from megatron_qlrl.train.phases import (
     Handover,
     Phase,
@@ -57,7 +60,6 @@ from megatron_qlrl.weights.checkpoint_folder import (
     check_resumable,
     is_checkpoint,
     read_state,
-    step_of,
     taking_up,
     torn,
 )
@@ -68,7 +70,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def run_rl(config: Config) -> Handover | None:
-    """RL from the newest checkpoint on, through all phases that can share a process.
+    """RL from the newest checkpoint on, or at first from the parent's, through all phases that can
+    share a process.
 
     Returns:
         What the next phases need, which new processes go on with, or None at the end of the run,
@@ -76,15 +79,25 @@ def run_rl(config: Config) -> Handover | None:
     """
     with _stop_signals(longest_s=longest_step_s()) as stop, job_on(Path(config.run.dir)) as held:
         newest = _newest(config, "rl")
+        if newest is not None:
+            parent = on_all_ranks(partial(parent_of, newest, config))
+        else:
+            parent = find_parent(config, warn=partial(print, "qlrl: warning:", flush=True))
+        config = with_parent(config, parent)
         group = phase_group_at(config, step_of(newest) if newest else 0)
-        handover = _run_phases(config, group, newest, stop)
+        handover = _run_phases(config, group, stop, newest=newest, parent=parent)
         if handover is not None:
             held.pop_all()
         return handover
 
 
 def _run_phases(
-    config: Config, group: PhaseGroup, newest: Path | None, stop: StopSignals
+    config: Config,
+    group: PhaseGroup,
+    stop: StopSignals,
+    *,
+    newest: Path | None,
+    parent: Parent | None,
 ) -> Handover | None:
     check_resumable(group.config.policy)
     job = build.make_job(group.config, config)
@@ -93,6 +106,8 @@ def _run_phases(
             partial(read_train_prompts, config, job.tokenizer, warn=job.warn)
         )
     sampler = on_all_ranks(partial(build.make_sampler, job, prompts))
+    origin = parent if newest is None else None  # the parent is loaded at the first start alone
+    weights = origin.checkpoint if origin else reference_folder(config, group.phases[0].index)
     with build.open_run(
         job,
         "rl",
@@ -101,15 +116,20 @@ def _run_phases(
         stop=stop,
         total_steps=config.total_rl_steps,
         temperature=group.config.rollout.temperature,
-        weights=reference_folder(config, group.phases[0].index),
+        weights=weights,
         fresh_steps=fresh_steps(config),
+        parent=parent,
     ) as (model, run):
         parts = build.make_rl_parts(job, model, run, sampler)
-        state = run.recorder.start(newest)
-        if newest is not None:
-            with taking_up(newest):
-                sampler.load_state_dict(state["sampler"])
-        steps_done = state.get("step", 0)
+        steps_done = 0
+        if origin is not None:
+            _start_from(origin, job, run, sampler, rows)
+        else:
+            state = run.recorder.start(newest)
+            if newest is not None:
+                with taking_up(newest):
+                    sampler.load_state_dict(state["sampler"])
+                steps_done = state["step"]
         run.begin(make_phases(config), steps_done)
         train_rl(parts, group.phases, first_step=steps_done)
         if group.is_last or run.exhausted:
@@ -120,6 +140,24 @@ def _run_phases(
         listener = listen() if job.context.rank == 0 else None
         port = gather_objects(listener.getsockname()[1] if listener else 0)[0]
         return Handover(port, listener.detach() if listener else None, stop.longest_s)
+
+
+def _start_from(parent: Parent, job: build.Job, run: Run, sampler: Sampler, rows: str) -> None:
+    """Takes over what a new run has from its parent, and says what that is."""
+    path = parent.checkpoint
+    state = run.recorder.start_from(path, reference=reference_folder(job.whole, 0))
+    if state["command"] != "rl":
+        known = "no statistics of prompts, because SFT keeps none"
+    elif not same_rows(state, rows):
+        known = "no statistics of prompts, because the training data are not the same"
+    else:
+        with taking_up(path):
+            num = sampler.curriculum.inherit(state["sampler"]["curriculum"])
+        known = f"statistics of {num} prompts"
+    resets = job.whole.phases[0].optimizer_state == "reset"
+    optimizer = "a new optimizer state" if resets else "its optimizer state"
+    if job.leads:
+        print(f"qlrl: starts from {path}: its weights, {optimizer}, {known}", flush=True)
 
 
 def run_sft(config: Config) -> None:

@@ -132,3 +132,12 @@ def write_run(folder: Path, *, steps: int = 4, lr: float = 1e-5) -> Path:
     for step in range(steps):
         write_jsonl(folder / "rollouts" / f"step_{step:06d}.jsonl", [sample()])
     return folder
+
+
+def change_config(folder: Path, /, **sections: Any) -> None:
+    """Other settings in a run's config.yaml."""
+    file = folder / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    for name, values in sections.items():
+        config[name] = config.get(name, {}) | values if isinstance(values, dict) else values
+    file.write_text(yaml.safe_dump(config))

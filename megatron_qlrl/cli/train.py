@@ -1,5 +1,6 @@
 """`qlrl sft | rl | eval | check`: the commands that take a config."""
 
+import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,9 +49,24 @@ def sft(config: ConfigPath, overrides: Overrides = None, processes: Processes = 
     _train("sft", config, overrides or [], processes)
 
 
-def rl(config: ConfigPath, overrides: Overrides = None, processes: Processes = None) -> None:
+def rl(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    processes: Processes = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN[:STEP]",
+            help="Run that a new run starts from: weights, optimizer state and statistics of "
+            "prompts of its newest checkpoint, or of that of STEP. The same as run.parent.",
+        ),
+    ] = None,
+) -> None:
     """Train by reinforcement learning, in phases of growing input length."""
-    _train("rl", config, overrides or [], processes)
+    # Quoted, because YAML reads some texts with a colon as numbers.
+    added = [] if parent is None else [f"run.parent={json.dumps(parent)}"]
+    _train("rl", config, [*(overrides or []), *added], processes)
 
 
 def evaluate(config: ConfigPath, overrides: Overrides = None, processes: Processes = None) -> None:

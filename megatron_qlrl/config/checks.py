@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_qlrl.config.folder import check_folder
+from megatron_qlrl.config.run_folder import check_parent
 from megatron_qlrl.config.schema import FILE_NAME, Config, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape, read_json, read_shape
 from megatron_qlrl.errors import ConfigError
@@ -69,7 +70,8 @@ def _check_fp8(policy: PolicyConfig, shape: ModelShape) -> None:
 
 
 def check_files(config: Config, command: Command) -> None:
-    """Checks that the files and phases that `command` works on are named and exist.
+    """Checks that the files, the phases and the parent run that `command` works on are named and
+    exist.
 
     Raises:
         ConfigError: naming the setting, and every missing file.
@@ -100,6 +102,8 @@ def check_files(config: Config, command: Command) -> None:
         raise ConfigError(
             f"data files do not exist (relative paths start at {Path.cwd()}): {'; '.join(missing)}"
         )
+    if command == "rl":
+        check_parent(config)
     stems = [Path(file).stem for file in data.eval_files]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:

@@ -49,6 +49,10 @@ class RunConfig(Section):
     """Folder for checkpoints, logs, rollouts and the resolved config."""
     seed: int = Field(default=0, ge=0)
     """Seeds data order and every sampled token (with step, prompt and sample index)."""
+    parent: str | None = None
+    """A run of `qlrl rl` or `qlrl sft` that `qlrl rl` starts this run from: its folder RUN, or
+    RUN:STEP for another checkpoint than its newest. Weights, optimizer state and statistics of
+    prompts are taken over at the first start. The same as `--from`."""
     hang_after_s: float = Field(default=3600, gt=0)
     """A step that takes longer than this, and than ten times the longest before it, is taken for
     hung: every rank writes its stacks to <run.dir>/stacks and ends."""
@@ -100,10 +104,11 @@ class PhaseConfig(Section):
     optimizer: {lr: 1.0e-6}}. Sections: policy, rollout, algorithm, optimizer, curriculum and
     stability; policy.distributed_optimizer and optimizer.warmup_steps cannot differ."""
     reference: Literal["keep", "renew"] = "keep"
-    """The reference policy of the phase. keep: that of the phase before (in the first phase:
-    model.path). renew: the weights at the phase's start."""
+    """The reference policy of the phase. keep: that of the phase before (in the first phase: the
+    weights that the run starts from). renew: the weights at the phase's start."""
     optimizer_state: Literal["keep", "reset"] = "keep"
-    """What happens to Adam's moments at the phase's start."""
+    """What happens to Adam's moments at the phase's start; those of the first phase come from
+    run.parent, if there is one."""
 
     @field_validator("name")
     @classmethod

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_qlrl.config.schema import CurriculumConfig
 from megatron_qlrl.curriculum.phase_pool import PhasePool
-from megatron_qlrl.curriculum.retrospective import RetrospectivePool
+from megatron_qlrl.curriculum.retrospective import RetrospectivePool, seen_in
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.types import Prompt, ScoredGroup
 
@@ -126,6 +126,13 @@ class Curriculum:
             "counts": [{s: dict(c) for s, c in counts.items()} for counts in self._counts],
         }
 
+    def inherit(self, state: Mapping[str, Any]) -> int:
+        """Takes over what another run's `state_dict` says of prompts that are in this run's phases,
+        whichever they are. Orders and counts begin anew. Returns the number of prompts."""
+        seen = {u: s for u, s in state["carried"]["seen"].items() if u in self.prompts}
+        self._carried.inherit(seen)
+        return len(seen)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues exactly where `state_dict` was taken.
 
@@ -137,7 +144,7 @@ class Curriculum:
         saved = _first_phases(state["identity"], begun)
         known = {uid for pool in self._pools[:begun] for uid in pool.prompts}
         queued = {uid for phase in state["phases"][:begun] for uid in phase["queue"]}
-        unknown = (queued | state["carried"]["seen"].keys()) - known
+        unknown = (queued | seen_in(state["carried"])) - known
         if saved != _first_phases(self._identity, begun) or unknown:
             raise CheckpointError(
                 f"the saved data order is for {state['identity']}, this run has {self._identity}"

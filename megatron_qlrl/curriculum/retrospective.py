@@ -6,13 +6,16 @@ the ones its authors carry over. Here it is smoothed and capped: min(1 / (mean +
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from megatron_qlrl.config.schema import CurriculumConfig
 from megatron_qlrl.types import ScoredGroup
+
+BEFORE = -1
+"""Step and phase of statistics that a run has from its parent."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Seen:
     Attributes:
         attempts: groups with at least one verdict.
         mean: mean reward of the newest of them; older ones come from older weights and say less.
-        step, phase: when the newest of them was generated.
+        step, phase: when the newest of them was generated, or `BEFORE`.
         best: the newest one's highest reward.
     """
 
@@ -56,6 +59,11 @@ class RetrospectivePool:
             mean, best = float(judged.mean()), float(judged.max())
             self._seen[uid] = Seen(attempts, mean, step, phase, best)
 
+    def inherit(self, saved: Mapping[str, Sequence[float]]) -> None:
+        """Takes over statistics by uid from another run's `state_dict`."""
+        for uid, values in saved.items():
+            self._seen[uid] = replace(_seen(values), step=BEFORE, phase=BEFORE)
+
     def weight(self, uid: str) -> float:
         """Returns the difficulty of a prompt that was seen, or 0 if it must not be carried."""
         seen = self._seen[uid]
@@ -85,5 +93,14 @@ class RetrospectivePool:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues exactly where `state_dict` was taken."""
         self._draws = state["draws"]
-        # Older checkpoints have no best; their mean is above 0 exactly where it is.
-        self._seen = {uid: Seen(*(*v, v[1])[:5]) for uid, v in state["seen"].items()}
+        self._seen = {uid: _seen(values) for uid, values in state["seen"].items()}
+
+
+def seen_in(state: Mapping[str, Any]) -> set[str]:
+    """Returns the uids of the prompts that the run whose `state_dict` this is has seen itself."""
+    return {uid for uid, values in state["seen"].items() if _seen(values).phase != BEFORE}
+
+
+def _seen(values: Sequence[Any]) -> Seen:
+    # Older checkpoints have no best; their mean is above 0 exactly where it is.
+    return Seen(*(*values, values[1])[:5])

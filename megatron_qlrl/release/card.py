@@ -95,6 +95,11 @@ def _model(record: Record, shape: ModelShape, dtype: str) -> str:
         if record.facts.get("from a release")
         else "the base model's weights"
     )
+    if parent := record.facts.get("parent"):
+        start = (
+            f"a checkpoint of another run, {code(parent)}; data, settings and cost of that run are "
+            "not on this card"
+        )
     rows = [
         ("base model", code(record.facts.get("base model", "not known"))),
         ("this run started from", start),

@@ -62,7 +62,11 @@ def contents(runs: Sequence[Run], *, rate: float | None, detail: float = 1.0) ->
         detail: share of the usual number of points in the curves, and of the room for samples.
     """
     points, room = (int(detail * limit / len(runs)) for limit in (MAX_POINTS, MAX_SAMPLE_BYTES))
-    shown = [_run(run, rate, max_points=max(points, 20), max_bytes=room) for run in runs]
+    shown = [
+        _run(run, rate, max_points=max(points, 20), max_bytes=room)
+        | {"first_step": _first_step(run, runs)}
+        for run in runs
+    ]
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
@@ -86,6 +90,7 @@ def _run(run: Run, rate: float | None, *, max_points: int, max_bytes: int) -> di
         "folder": str(run.folder),
         "status": _status(run),
         "command": run.command,
+        "parent": f"{run.parent[0]}, step {run.parent[1]}" if run.parent else None,
         "steps_done": run.steps_done,
         "steps_planned": _planned(run),
         "judge": _judge(run),
@@ -105,6 +110,17 @@ def _run(run: Run, rate: float | None, *, max_points: int, max_bytes: int) -> di
 def _planned(run: Run) -> int | None:
     planned = run.config.total_rl_steps if run.config and run.command == "rl" else 0
     return planned or None
+
+
+def _first_step(run: Run, runs: Sequence[Run]) -> int:
+    """Returns where the curves of a run begin: behind those of the runs that it continues, as far
+    as the page shows them."""
+    if run.parent is None:
+        return 0
+    folder, step = run.parent
+    others = [other for other in runs if other is not run]
+    parent = next((other for other in others if other.folder == folder), None)
+    return 0 if parent is None else step + _first_step(parent, others)
 
 
 def _status(run: Run) -> str:

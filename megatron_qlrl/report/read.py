@@ -5,13 +5,14 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_qlrl.config.load import load_config
+from megatron_qlrl.config.run_folder import split_parent
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import ConfigError, DataError, RewardError
 from megatron_qlrl.evaluate.compare import RunScores, read_run
@@ -85,6 +86,34 @@ class Run:
     def steps_done(self) -> int:
         return int(self.steps[-1]["step"]) + 1 if self.steps else 0
 
+    @property
+    def parent(self) -> tuple[Path, int] | None:
+        """Returns the folder of the run that this one began from, and that run's step."""
+        text = self.config.run.parent if self.config and self.command == "rl" else None
+        if text is None:
+            return None
+        folder, step = split_parent(text)
+        return None if step is None else (folder.resolve(), step)
+
+
+def read_with_parents(folders: Sequence[Path]) -> list[Run]:
+    """Reads each folder once, in the order given, and before each run the one that it began from,
+    if that is at hand.
+
+    Raises:
+        DataError: a folder is no run.
+    """
+    named = read_runs(folders)
+    runs: list[Run] = []
+    for run in named:
+        parent = run.parent[0] if run.parent else None
+        known = {other.folder for other in (*named, *runs)}
+        if parent and parent not in known and _is_run(parent):
+            runs += read_runs([parent])
+        runs.append(run)
+    labels = _labels([run.folder for run in runs])
+    return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
+
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Reads each folder once, in the order given.
@@ -94,12 +123,16 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """
     resolved = list(dict.fromkeys(folder.resolve() for folder in folders))
     for folder in resolved:
-        if not any((folder / name).exists() for name in TRACES):
+        if not _is_run(folder):
             raise DataError(
                 f"{folder} is no run folder: it has none of {', '.join(TRACES)}; name the run.dir "
                 "of a run"
             )
     return [_read(f, label) for f, label in zip(resolved, _labels(resolved), strict=True)]
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in TRACES)
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_qlrl.platform.files import replaced
 from megatron_qlrl.report.page import report_page
-from megatron_qlrl.report.read import read_runs
+from megatron_qlrl.report.read import read_with_parents
 
 NAME = "report.html"
 PATIENCE_S = 120
@@ -16,7 +16,8 @@ PATIENCE_S = 120
 def write_report(
     folders: Sequence[Path], out: Path | None = None, *, rate: float | None = None
 ) -> tuple[Path, int]:
-    """Writes the page about the runs in `folders`. Returns where it is and its size in bytes.
+    """Writes the page about the runs in `folders` and those that they began from. Returns where it
+    is and its size in bytes.
 
     Args:
         out: None for `report.html`, in the folder of a single run and here for several.
@@ -26,8 +27,9 @@ def write_report(
         DataError: a folder is no run, or the page would be too large.
         ConfigError: the page cannot be written.
     """
-    runs = read_runs(folders)
-    target = out or (runs[0].folder / NAME if len(runs) == 1 else Path(NAME))
+    runs = read_with_parents(folders)
+    named = list({folder.resolve() for folder in folders})
+    target = out or (named[0] / NAME if len(named) == 1 else Path(NAME))
     page = report_page(runs, rate=rate)
     with replaced(target) as fresh:
         fresh.write_bytes(page)

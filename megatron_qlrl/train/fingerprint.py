@@ -23,6 +23,7 @@ Use = Literal["meaning", "rl", "sft", "told", "free"]
 SETTINGS: Mapping[str, Use] = {
     "run": "free",
     "run.seed": "meaning",
+    "run.parent": "free",  # the checkpoint's own record of it is compared: train/parent.py
     "model": "free",  # the folder's contents are compared
     "model.dtype": "free",  # the type in use is compared
     "model.rope_scaling": "meaning",
@@ -64,6 +65,11 @@ SETTINGS: Mapping[str, Use] = {
 refused, `told` goes on with a line, `free` goes on. A section's entry holds for all its settings
 but those with an entry of their own. Phases: see `compare`."""
 
+MODEL_CONTENTS = ("the model's config.json", "the tokenizer", "the chat template")
+ROWS = "the training data, as the model sees it"
+"""Names of contents in a fingerprint: of those that make the model what it is, whatever its
+weights are; and of the training data."""
+
 _IN_CONFIG_ALONE = frozenset(
     "_name_or_path architectures dtype torch_dtype transformers_version use_cache".split()
 )
@@ -90,17 +96,20 @@ def fingerprint(
         CheckpointError: the model's files cannot be read.
     """
     folder = Path(config.model.path)
+    digests = (
+        _config_digest(folder),
+        _digest(json.dumps(sorted(tokenizer.get_vocab().items()))),
+        _digest(json.dumps(tokenizer.chat_template)),
+    )
     settings = dict(_flat(config.model_dump(mode="json", exclude={"phases"})))
     phases = enumerate(config.phases) if command == "rl" else ()
     told = {k: v for k, v in settings.items() if use_of(k) == "told"}
     told |= {f"the source of {k}": v for k, v in (own_rewards or {}).items()}
     return {
         "contents": {
-            "the model's config.json": _config_digest(folder),
+            **dict(zip(MODEL_CONTENTS, digests, strict=True)),
             "the model's weights": weights_digest(folder),
-            "the tokenizer": _digest(json.dumps(sorted(tokenizer.get_vocab().items()))),
-            "the chat template": _digest(json.dumps(tokenizer.chat_template)),
-            "the training data, as the model sees it": rows,
+            ROWS: rows,
         },
         "dtype": weight_dtype(config.model.dtype),
         "meaning": {} if command == "rl" else _meaning(config, command),

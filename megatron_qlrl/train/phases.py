@@ -75,7 +75,8 @@ def phase_group_at(config: Config, step: int) -> PhaseGroup:
 
 def reference_folder(config: Config, phase: int) -> Path:
     """Hugging Face folder of a phase's reference policy: what the run wrote at the start of the
-    newest phase that renewed it, or model.path if none did."""
+    newest phase that renewed it, or model.path if none did. A run with a parent writes the parent's
+    weights at the start of the first one."""
     renewed = [k for k in range(phase + 1) if _renews(config, k)]
     return _renewed_reference(config, renewed[-1]) if renewed else Path(config.model.path)
 
@@ -91,8 +92,10 @@ def _renewed_reference(config: Config, phase: int) -> Path:
 
 
 def _renews(config: Config, phase: int) -> bool:
-    """Whether there is such a phase and it takes the weights at its start as its reference."""
-    return 0 < phase < len(config.phases) and config.phases[phase].reference == "renew"
+    """Whether there is such a phase and its reference is a folder of the weights at its start."""
+    if phase == 0:
+        return config.run.parent is not None
+    return phase < len(config.phases) and config.phases[phase].reference == "renew"
 
 
 def _needs_new_process(config: Config, phase: int) -> bool:

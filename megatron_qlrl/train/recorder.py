@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_qlrl.config.run_folder import step_of
 from megatron_qlrl.config.schema import ModelConfig
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.evaluate.evaluation import Evaluation
@@ -20,7 +21,7 @@ from megatron_qlrl.reward.diagnose import BatchWatch
 from megatron_qlrl.train.run_log import RunLog
 from megatron_qlrl.types import ScoredGroup
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights
-from megatron_qlrl.weights.checkpoint_folder import read_state, step_of, taking_up
+from megatron_qlrl.weights.checkpoint_folder import read_state, taking_up
 from megatron_qlrl.weights.release import copy_companions, write_release
 from megatron_qlrl.weights.stream import WeightStream
 
@@ -86,7 +87,7 @@ class Recorder:
             facts: what checkpoints keep for the model card.
             card: makes the card of a release from the facts, the number of steps done and the
                 folder.
-            identity: what every checkpoint of the run holds: command and fingerprint.
+            identity: what every checkpoint of the run holds: command, fingerprint and parent.
             rollouts_per_step: groups of a step that the rollout log shows.
             fresh_steps: of a checkpoint at these steps the weights alone are loaded: a phase begins
                 there with a new optimizer state.
@@ -157,7 +158,7 @@ class Recorder:
         if path is None:
             self._warn(f"{self._monitor.reason}; there is no checkpoint to go back to: it goes on")
             return False
-        self._load(path)
+        self._load(path, step=step_of(path))
         self._monitor.rolled_back()
         self._warn(f"{self._monitor.reason}; weights and optimizer are those of {path} again")
         return True
@@ -170,25 +171,43 @@ class Recorder:
         if path is None:
             self._log.open(None)
             return {}
-        state = self._load(path)
+        state = self._load(path, step=step_of(path))
         with taking_up(path):
             self._policy.version = state["version"]
             self._evaluation.load_state_dict(state["evaluation"])
             self._monitor.load_state_dict(state["monitor"])
             tracked = {name: state["tracker"][name] for name in ("step", "lines", "wandb_id")}
             self._steps_done = state["step"]
-            if self._model.name is None:
-                # The model is the same; its folder may have another name by now.
-                self._facts["base model"] = state["facts"]["base model"]
+            self._keep_name(state)
         if self._is_writer:
             print(f"resuming from {path} at step {state['step']}", flush=True)
         self._log.open(tracked)
         return state
 
-    def _load(self, path: Path) -> dict[str, Any]:
+    def start_from(self, parent: Path, *, reference: Path) -> dict[str, Any]:
+        """Opens the log of a new run, after loading weights and optimizer state from the checkpoint
+        of another one. Returns that checkpoint's state.
+
+        Args:
+            reference: folder that gets the weights, for later processes of this run.
+        """
+        state = self._load(parent, step=0)
+        with taking_up(parent):
+            self._keep_name(state)
+        self.release(reference)
+        self._log.open(None)
+        return state
+
+    def _keep_name(self, state: Mapping[str, Any]) -> None:
+        if self._model.name is None:
+            # The model is the same; its folder may have another name by now.
+            self._facts["base model"] = state["facts"]["base model"]
+
+    def _load(self, path: Path, *, step: int) -> dict[str, Any]:
+        """Loads a checkpoint as the state of this run after `step` steps."""
         model, optimizer = self._policy.model, self._policy.optimizer
         with self._progress.doing(f"loading {path}"), self._policy.optimizer_at_hand():
-            if step_of(path) not in self._fresh_steps:
+            if step not in self._fresh_steps:
                 return load_checkpoint(path, model=model, optimizer=optimizer)
             state = load_weights(path, model=model)
             optimizer.reload_model_params()

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_qlrl.config.run_folder import CHECKPOINTS, step_of
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.parallel.collectives import gather_dicts, gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import TIMEOUT
@@ -43,15 +44,12 @@ from megatron_qlrl.weights.checkpoint_folder import (
     digest_of,
     first_line,
     open_checkpoint,
-    step_of,
     torn,
 )
 from megatron_qlrl.weights.megatron_format import Snapshot, take_snapshot
 from megatron_qlrl.weights.stored import StoredWeights
 
 T = TypeVar("T")
-
-_FOLDERS = "step_" + "[0-9]" * 8
 
 
 class CheckpointStore:
@@ -138,7 +136,7 @@ class CheckpointStore:
         return gather_objects(newest)[0]
 
     def _newest(self) -> Path | None:
-        for folder in sorted(self.folder.glob(_FOLDERS), reverse=True):
+        for folder in sorted(self.folder.glob(CHECKPOINTS), reverse=True):
             problem = torn(folder)
             if problem is None:
                 open_checkpoint(folder)
@@ -193,11 +191,11 @@ class CheckpointStore:
         """Removes all but the last `keep` checkpoints up to `step`, and that of `spare`. Those with
         a higher number were torn when the run resumed below them; if they counted, they would push
         good ones out."""
-        folders = sorted(self.folder.glob(_FOLDERS))
+        folders = sorted(self.folder.glob(CHECKPOINTS))
         kept = [f for f in folders if f <= self.path(step)][-self._keep :]
         if spare is not None:
             kept.append(self.path(spare))
-        for folder in [*folders, *self.folder.glob(f"{_FOLDERS}.tmp")]:
+        for folder in [*folders, *self.folder.glob(f"{CHECKPOINTS}.tmp")]:
             if folder not in kept:
                 _remove(folder)
 

@@ -16,7 +16,7 @@ FORMAT = 2
 
 _STATE_TYPES = {
     "format": int, "command": str, "step": int, "version": int, "dtype": str, "facts": dict,
-    "sampler": dict, "evaluation": dict, "monitor": dict, "tracker": dict,
+    "sampler": dict, "evaluation": dict, "monitor": dict, "tracker": dict, "parent": dict,
 }  # fmt: skip
 """Types that values in state.json must have. Whoever saved a dict checks what is in it."""
 
@@ -57,11 +57,6 @@ def taking_up(path: Path) -> Iterator[None]:
         yield
     except UNFIT as error:
         raise _unfit(path, error) from error
-
-
-def step_of(path: Path) -> int:
-    """Returns the number of steps done at a checkpoint, from its name."""
-    return int(path.name.removeprefix("step_"))
 
 
 def check_resumable(policy: PolicyConfig) -> None:

@@ -93,6 +93,32 @@ def test_one_process_runs_here(
     assert config.optimizer.lr == 0.5
 
 
+@pytest.mark.parametrize("step", ["", ":12"])
+def test_from_is_the_setting_run_parent(
+    make_config: MakeConfig, calls: list[Any], launches: list[Any], tmp_path: Path, step: str
+) -> None:
+    (tmp_path / "2024" / "checkpoints" / "step_00000012").mkdir(parents=True)
+    path, parent = make_config(), f"{tmp_path}/2024{step}"
+    assert invoke("rl", path, "--from", parent, "run.parent=other").exit_code == 0
+    [(_, config)] = calls
+    assert config.run.parent == parent
+    invoke("rl", path, "--from", parent, "--processes", 2)
+    assert launches == [(["rl", str(path), f'run.parent="{parent}"'], 2)]
+
+
+def test_a_parent_that_is_not_there_is_refused_before_ranks_start(
+    make_config: MakeConfig, calls: list[Any], launches: list[Any], tmp_path: Path
+) -> None:
+    path, setting = make_config(), f"run.parent={tmp_path}/none"
+    message = f"run.parent: there is no folder {tmp_path}/none"
+    result = invoke("rl", path, "--processes", 2, setting)
+    assert (result.exit_code, calls, launches) == (2, [], [])
+    assert result.stderr.startswith(f"qlrl: error: {message}")
+    result = invoke("check", path, setting)
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith(message)
+
+
 def test_several_processes_are_started_after_the_checks(
     make_config: MakeConfig, calls: list[Any], launches: list[Any]
 ) -> None:

@@ -76,8 +76,10 @@ function runName(label) {
 function summary() {
   const money = data.rate !== null;
   const judged = runs.some((run) => run.judge);
-  const rows = runs.map(({ label, status, command, steps_done, steps_planned, judge, cost, folder }) => [
+  const forked = runs.some((run) => run.parent);
+  const rows = runs.map(({ label, status, command, parent, steps_done, steps_planned, judge, cost, folder }) => [
     ["run", runName(label)], ["status", status], ["command", command ? `qlrl ${command}` : "–"],
+    ...(forked ? [["started from", parent ?? "–"]] : []),
     ["steps", steps_planned ? `${steps_done} of ${steps_planned}` : steps_done],
     ["time on record", duration(cost.seconds)],
     ["hours", `${number(cost.hours)} ${cost.unit}-hours`], ["tokens", number(cost.tokens)],
@@ -195,7 +197,8 @@ function lines(chart, window) {
     const { x, y } = run.curves[chart.kind];
     if (!y[metric]) return [];
     const name = short(metric, chart.metrics);
-    return [[many ? `${run.label}` : name, many ? r : m, x, smooth(y[metric], window)]];
+    const steps = x.map((step) => step + run.first_step);
+    return [[many ? `${run.label}` : name, many ? r : m, steps, smooth(y[metric], window)]];
   }));
 }
 
@@ -231,21 +234,21 @@ function marks(plot) {
   const inside = (x) => x >= bbox.left && x <= bbox.left + bbox.width;
   ctx.strokeStyle = ctx.fillStyle = color("faint");
   const seen = new Set();
-  for (const phase of runs.flatMap((run) => run.phases)) {
-    const key = `${phase.start} ${phase.name}`;
-    const x = Math.round(plot.valToPos(phase.start - 0.5, "x", true));
+  for (const [start, name] of runs.flatMap((run) => run.phases.map((phase) => [phase.start + run.first_step, phase.name]))) {
+    const key = `${start} ${name}`;
+    const x = Math.round(plot.valToPos(start - 0.5, "x", true));
     if (seen.has(key)) continue;
     seen.add(key);
-    if (phase.start > 0 && inside(x)) {
+    if (start > 0 && inside(x)) {
       ctx.beginPath();
       ctx.moveTo(x, bbox.top);
       ctx.lineTo(x, bbox.top + bbox.height);
       ctx.stroke();
-      ctx.fillText(phase.name, x + 4 * devicePixelRatio, bbox.top + 12 * devicePixelRatio);
+      ctx.fillText(name, x + 4 * devicePixelRatio, bbox.top + 12 * devicePixelRatio);
     }
   }
   ctx.fillStyle = color("bad");
-  for (const [step] of runs.flatMap((run) => run.events)) {
+  for (const step of runs.flatMap((run) => run.events.map(([own]) => own + run.first_step))) {
     const x = plot.valToPos(step, "x", true);
     const size = 4 * devicePixelRatio;
     if (!inside(x)) continue;
@@ -312,7 +315,8 @@ function curves() {
   const grid = el("div", { class: "cards" });
   add("curves", el("form", {}, el("label", {}, "Smoothing", select)),
     el("p", { class: "faint" }, "Dashed: a phase begins. Red: a stability rule fired. Drag to zoom, ",
-      "double click to zoom out; in a chart, ← and → move the cursor."),
+      "double click to zoom out; in a chart, ← and → move the cursor.",
+      runs.some((run) => run.first_step) ? " A run that started from another one begins at that one's step." : null),
     grid, events());
   for (const chart of charts) {
     const card = el("div", { class: "card", tabindex: "0", role: "group", "aria-label": label(chart) },

@@ -5,6 +5,7 @@ import pytest
 
 from megatron_qlrl.config.schema import CurriculumConfig
 from megatron_qlrl.curriculum.curriculum import Curriculum
+from megatron_qlrl.curriculum.retrospective import Seen
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.types import Prompt, Score, ScoredGroup
 
@@ -163,3 +164,49 @@ def test_a_state_with_unknown_prompts_is_refused():
     state["phases"][1]["queue"] = ["g:7"]
     with pytest.raises(CheckpointError, match="'g:7'"):
         make_curriculum().load_state_dict(state)
+
+
+def test_a_child_knows_what_its_parent_has_seen_of_its_own_prompts():
+    parent = after_phase_0()
+    parent.observe(1, 3, [make_group(parent, "long:0", [0.0, 1.0])])
+    state = json.loads(json.dumps(parent.state_dict()))
+    # One phase less, and two long prompts are gone: its only phase takes the short ones.
+    child = make_curriculum(seed=9, limits=(10,), num_long=0)
+    assert child.inherit(state) == 3
+    assert child.metrics(0)["curriculum/seen_prompts"] == 3.0
+    assert child.metrics(0)["curriculum/new/drawn"] == 0.0
+    assert child.metrics(0)["curriculum/seen_rewards/mean"] == 0.5  # 0, 1/2 and 1
+    # Other phases: all prompts up to 12 tokens, then the longer ones.
+    child = make_curriculum(seed=9, limits=(12, 30))
+    assert child.inherit(state) == 4
+    carried = set(uids(child.draw(1, 6, max_carried=2))) & set(SHORT)
+    assert len(carried) == 2 and "short:3" not in carried
+    assert child._carried.seen["short:1"] == Seen(1, 0.5, -1, -1, 1.0)
+    child.observe(1, 0, [make_group(child, "short:1", [0.0, 0.0])])
+    assert child._carried.seen["short:1"] == Seen(2, 0.0, 0, 1, 0.0)
+
+
+def test_a_child_that_was_stopped_goes_on_with_prompts_of_phases_to_come():
+    """What it has from its parent says nothing of phases that it has begun itself."""
+    parent = after_phase_0()
+    parent.observe(1, 3, [make_group(parent, uid, [0.0, 1.0]) for uid in LONG])
+
+    def started():
+        child = make_curriculum()
+        child.inherit(parent.state_dict())
+        child.draw(0, 2)
+        child.observe(0, 0, [make_group(child, "short:0", [1.0, 1.0])])
+        return child
+
+    state = json.loads(json.dumps(started().state_dict()))
+    resumed = make_curriculum()
+    resumed.load_state_dict(state)
+    expected = started()
+    for phase in (0, 1):
+        draws = [uids(c.draw(phase, 3, max_carried=2)) for c in (resumed, expected)]
+        assert draws[0] == draws[1]
+    assert resumed.state_dict() == expected.state_dict()
+    # A phase to come may be changed; most of its prompts are gone here.
+    changed = make_curriculum(num_long=2)
+    changed.load_state_dict(state)
+    assert sorted(uids(changed.draw(1, 6))) == LONG[:2]

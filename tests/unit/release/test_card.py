@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from markdown_it import MarkdownIt
 
@@ -15,7 +14,7 @@ from megatron_qlrl.config.schema import Config
 from megatron_qlrl.release.card import model_card
 from megatron_qlrl.release.record import read_record, training_facts
 from tests.conftest import HF_CONFIG
-from tests.run_folder import PAYLOADS, write_certificate, write_evaluation, write_run
+from tests.run_folder import PAYLOADS, change_config, write_certificate, write_evaluation, write_run
 
 FACTS = {
     "base model": "Qwen/Qwen3-4B",
@@ -45,14 +44,6 @@ def run(tmp_path: Path) -> Path:
     write_evaluation(folder, "short", [1.0, 1.0, 0.0, 1.0])
     write_evaluation(folder, "long", [1.0, 1.0, 1.0, 0.0, 0.0])
     return folder
-
-
-def change(run: Path, /, **sections: Any) -> None:
-    file = run / "config.yaml"
-    config = yaml.safe_load(file.read_text())
-    for name, values in sections.items():
-        config[name] = config.get(name, {}) | values if isinstance(values, dict) else values
-    file.write_text(yaml.safe_dump(config))
 
 
 def card_of(run: Path, folder: Path, *, step: int = 4, command: str = "rl", **facts: Any) -> str:
@@ -98,6 +89,18 @@ def test_a_checkpoint_from_the_middle_has_what_was_known_there(run: Path, folder
     assert "| tokens, prompts included | 8,000 |" in card
 
 
+def test_a_run_that_started_from_another_one_names_it(run: Path, folder: Path) -> None:
+    """By its folder's name and by what nobody can mistake; FACTS say that model.path is a release,
+    whose weights did not count."""
+    card = card_of(run, folder, parent="base at step 4 (sha256 of that checkpoint's ...: ab12)")
+    assert (
+        "| this run started from | a checkpoint of another run, `base at step 4 (sha256 of that "
+        "checkpoint's ...: ab12)`; data, settings and cost of that run are not on this card |"
+    ) in card
+    assert "an earlier run" not in card
+    assert "a checkpoint of another run" not in card_of(run, folder)
+
+
 def test_weights_that_were_not_evaluated_say_so(run: Path, folder: Path) -> None:
     card = card_of(run, folder, step=3)
     assert metadata(card).eval_results is None
@@ -123,7 +126,7 @@ def test_data_settings_and_reward(run: Path, folder: Path, tmp_path: Path) -> No
     pq.write_table(pa.table({"a": [1, 2, 3]}), data)
     import hashlib
 
-    change(
+    change_config(
         run,
         data={"train_files": [str(data), "/gone/old.parquet"]},
         algorithm={"kl_coef": 0.25},
@@ -146,12 +149,12 @@ def test_data_settings_and_reward(run: Path, folder: Path, tmp_path: Path) -> No
 
 def test_the_judges_certificate(run: Path, folder: Path) -> None:
     judge = {"urls": ["http://secret-host:2/v1"], "model": "judge"}
-    change(run, reward={"judge": judge})
+    change_config(run, reward={"judge": judge})
     assert "the LLM judge `judge`. How well this judge judges was not measured." in card_of(
         run, folder
     )
     judge |= {"certificate": "/secret-folder/c.json", "max_false_positive": 0.05}
-    change(run, reward={"judge": judge})
+    change_config(run, reward={"judge": judge})
     write_certificate(run / "judge_certificate.json")
     card = card_of(run, folder)
     assert (
@@ -228,7 +231,7 @@ def test_hostile_names_are_text(run: Path, folder: Path, text: str) -> None:
     name = text.replace("/", "_").replace("\x00", "").encode("utf-8", "replace").decode()
     write_evaluation(run, "long", [1.0, 0.0], benchmark=name)
     name = name.strip() or "x"
-    change(
+    change_config(
         run,
         run={"name": name},
         data={"train_files": [f"/d/{name}"]},

@@ -1,13 +1,14 @@
 """Sums, tables and curves of the page, against values worked out by hand."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_qlrl.report.content import contents
-from megatron_qlrl.report.read import read_runs
-from tests.run_folder import step_line, write_evaluation, write_jsonl, write_run
+from megatron_qlrl.report.read import read_runs, read_with_parents
+from tests.run_folder import change_config, step_line, write_evaluation, write_jsonl, write_run
 
 
 def shown(*folders: Path, rate: float | None = None) -> dict[str, Any]:
@@ -118,3 +119,35 @@ def test_settings_differ_from_defaults_and_between_runs(tmp_path: Path) -> None:
     assert rows["optimizer.lr"] == ["1e-05", "1e-06"]
     assert rows["phases.1.name"] == ["long", "long"]
     assert "optimizer.weight_decay" not in rows
+
+
+def test_a_child_stands_behind_its_parent(tmp_path: Path) -> None:
+    parent, child, grandchild = (write_run(tmp_path / name) for name in ("a", "b", "c"))
+    change_config(child, run={"parent": f"{parent}:3"})
+    change_config(grandchild, run={"parent": f"{child}:2"})
+
+    def places(*folders: Path) -> list[tuple[str, int, str | None]]:
+        runs = contents(read_with_parents(folders), rate=None)["runs"]
+        return [(run["label"], run["first_step"], run["parent"]) for run in runs]
+
+    of_child, of_grandchild = f"{parent}, step 3", f"{child}, step 2"
+    assert places(parent) == [("a", 0, None)]
+    assert places(child) == [("a", 0, None), ("b", 3, of_child)]
+    assert places(child, parent) == [("b", 3, of_child), ("a", 0, None)]
+    assert places(grandchild) == [("b", 0, of_child), ("c", 2, of_grandchild)]
+    assert places(parent, child, grandchild) == [
+        ("a", 0, None),
+        ("b", 3, of_child),
+        ("c", 5, of_grandchild),
+    ]
+    shutil.rmtree(parent)
+    assert places(child) == [("b", 0, of_child)]
+
+
+def test_an_evaluation_has_no_parent(tmp_path: Path) -> None:
+    """It is scored with the config of a run, which may name one."""
+    parent, folder = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    change_config(folder, run={"parent": f"{parent}:3"})
+    (folder / "metrics.jsonl").unlink()
+    (run,) = read_with_parents([folder])
+    assert (run.command, run.parent) == ("eval", None)

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.report.write import report_at_end, write_report
-from tests.run_folder import write_run
+from tests.run_folder import change_config, write_run
 
 
 def test_report_lies_in_the_folder_of_a_run(tmp_path: Path) -> None:
@@ -33,3 +33,12 @@ def test_end_of_a_run_writes_a_report_or_says_why_not(tmp_path: Path) -> None:
     assert (folder / "report.html").is_file()
     problem = report_at_end(tmp_path)
     assert problem and "is no run folder" in problem
+
+
+def test_report_of_a_child_lies_in_its_folder_and_shows_its_parent(tmp_path: Path) -> None:
+    parent, child = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    change_config(child, run={"parent": f"{parent}:4"})
+    target, _ = write_report([child])
+    assert target == child / "report.html"
+    page = target.read_text()
+    assert page.index(f'"folder":"{parent}"') < page.index(f'"folder":"{child}"')

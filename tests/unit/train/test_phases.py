@@ -86,3 +86,19 @@ def test_optimizer_starts_anew_at_the_start_of_the_phases_that_say_so() -> None:
     reset = {"optimizer_state": "reset"}
     assert fresh_steps(make_config({}, reset, {}, reset)) == {2, 9}
     assert fresh_steps(make_config({}, {})) == frozenset()
+
+
+def test_a_run_with_a_parent_starts_from_a_reference_of_its_own() -> None:
+    config = make_config({}, {}, {"reference": "renew"})
+    run = config.run.model_copy(update={"parent": "other:4"})
+    child = config.model_copy(update={"run": run})
+    first = Path("r/references/phase_0")
+    assert [reference_folder(child, k) for k in range(3)] == [
+        first,
+        first,
+        Path("r/references/phase_2"),
+    ]
+    assert [p.next_reference for p in make_phases(child)] == [
+        p.next_reference for p in make_phases(config)
+    ]
+    assert [p.index for p in phase_group_at(child, 0).phases] == [0, 1]

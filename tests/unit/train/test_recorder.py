@@ -307,3 +307,29 @@ def test_a_state_that_lacks_a_part_is_the_checkpoints_fault(made: Made, tmp_path
         CheckpointError, match=r"does not hold the state .* \(KeyError: 'monitor'\)"
     ):
         made.recorder.start(path)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_new_run_takes_weights_and_optimizer_from_its_parent(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    """And nothing else, even if a phase of its own begins at a step of the parent's number."""
+    released: list[Path] = []
+    monkeypatch.setattr(
+        recorder_file, "write_release", lambda _, folder, **__: released.append(folder)
+    )
+    made.recorder._fresh_steps = frozenset({0} if anew else {3})
+    path = checkpoint_of(tmp_path / "parent", **STATE)
+    state = made.recorder.start_from(path, reference=tmp_path / "reference")
+    assert state["step"] == 3
+    loads = ["load weights", "optimizer takes the weights"] if anew else ["load all"]
+    assert made.parts.calls == ["optimizer at hand", *loads]
+    assert released == [tmp_path / "reference"]
+    assert made.parts.version == 0
+    assert made.parts.scores == {"start: val/score": 0.25}
+    assert made.monitor.state_dict()["roll_backs"] == 0
+    made.record(0)
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [0]
+    made.recorder.save()
+    ((step, saved),) = made.parts.saved
+    assert (step, saved["facts"]["base model"]) == (1, "of before")
