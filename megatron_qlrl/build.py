@@ -21,6 +21,7 @@ from megatron_qlrl.advantage.filters import has_spread
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.config.shape import ModelShape, hf_shapes, read_shape
 from megatron_qlrl.curriculum.curriculum import Curriculum
+from megatron_qlrl.curriculum.phase_pool import task_of
 from megatron_qlrl.curriculum.sampler import Sampler
 from megatron_qlrl.data.template import response_decoder
 from megatron_qlrl.data.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
@@ -36,6 +37,7 @@ from megatron_qlrl.platform.device import weight_dtype
 from megatron_qlrl.platform.env import set_engine_env
 from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.platform.stop import StopSignals
+from megatron_qlrl.policy.entropy_control import EntropyControl
 from megatron_qlrl.policy.loss import PolicyLoss, sft_loss
 from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.release.card import model_card
@@ -484,6 +486,8 @@ def make_rl_parts(job: Job, model: Model, run: Run, sampler: Sampler) -> RLParts
         advantages=partial(
             with_advantages,
             kind=algorithm.advantage,
+            deviation=algorithm.advantage_std,
+            task_of=partial(_task_of, tasks=job.config.curriculum.tasks),
             max_tokens=rollout.max_response_tokens,
             buffer_tokens=algorithm.overlong_buffer_tokens,
         ),
@@ -501,8 +505,14 @@ def make_rl_parts(job: Job, model: Model, run: Run, sampler: Sampler) -> RLParts
             use_reference=algorithm.reference,
             reference_every=algorithm.reference_every,
             permit=run.monitor.permit,
+            entropy_control=EntropyControl(band) if (band := algorithm.entropy_band) else None,
         ),
     )
+
+
+def _task_of(prompt: Prompt, *, tasks: Mapping[str, float]) -> str:
+    """Returns the task whose rewards `algorithm.advantage_std=task` puts together."""
+    return task_of(prompt.data_source, tasks) if tasks else prompt.data_source
 
 
 def make_sft_trainer(job: Job, model: Model, run: Run) -> Trainer:

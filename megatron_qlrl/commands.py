@@ -129,6 +129,7 @@ def _run_phases(
             if newest is not None:
                 with taking_up(newest):
                     sampler.load_state_dict(state["sampler"])
+                    parts.trainer.load_state_dict(state.get("trainer", {}))
                 steps_done = state["step"]
         run.begin(make_phases(config), steps_done)
         train_rl(parts, group.phases, first_step=steps_done)

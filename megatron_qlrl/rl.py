@@ -69,7 +69,12 @@ def train_rl(parts: RLParts, phases: Sequence[Phase], *, first_step: int) -> Non
 
         # Record, then decide: stop, evaluate, save, next phase.
         run.recorder.record(
-            step, meter, batch.generated, num_tokens=num_tokens(batch.generated), data=sampler
+            step,
+            meter,
+            batch.generated,
+            num_tokens=num_tokens(batch.generated),
+            trainer=trainer,
+            data=sampler,
         )
         run.decide(phase, step)
 
@@ -78,12 +83,14 @@ def batch_metrics(batch: Batch, sampler: Sampler, phase: int) -> dict[str, float
     """What is known before the first update: rewards and lengths, also by data source and by
     new or carried; the batch; the curriculum."""
     groups, curriculum = batch.generated, sampler.curriculum
+    tasks = curriculum.tasks_of([g.prompt for g in groups])
     return (
         rollout_metrics(groups)
         | part_metrics(groups, "source", [g.prompt.data_source for g in groups])
         | part_metrics(
             groups, "curriculum", [curriculum.source(phase, g.prompt.uid) for g in groups]
         )
+        | (part_metrics(groups, "task", tasks) if tasks else {})
         | batch.metrics
         | curriculum.metrics(phase)
     )

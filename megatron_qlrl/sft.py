@@ -36,7 +36,7 @@ def train_sft(
 
         # Record, then decide: stop, evaluate, save.
         num_tokens = sum(len(g.prompt_ids) + len(g.responses[0].token_ids) for g in groups)
-        run.recorder.record(step, meter, [], num_tokens=num_tokens, data=None)
+        run.recorder.record(step, meter, [], num_tokens=num_tokens, trainer=trainer, data=None)
         run.decide(phase, step)
 
 

@@ -224,9 +224,11 @@ class PackedRow:
         token_ids, position_ids: int32 [T]; positions of a response go on from its prompt's end.
         blocks: in row order; they cover the row completely.
         columns: float32 [N] arrays, one value for each response token in row order:
-            `loss_weights` and `advantages` always, `engine_logprobs`, `old_logprobs`,
-            `ref_logprobs` where known. `loss_weights` holds the aggregation over the whole
-            optimizer batch, so the loss is a plain weighted sum that no split can change.
+            `loss_weights`, `response_weights` and `advantages` always, `engine_logprobs`,
+            `old_logprobs`, `ref_logprobs` where known. `loss_weights` holds the aggregation over
+            the whole optimizer batch, so the loss is a plain weighted sum that no split can
+            change. With `response_weights` a sum is the mean over the batch's responses of the
+            means over their tokens.
             `old_logprobs` as packed is NaN for tokens that the present weights sampled, until
             `Policy.add_logprobs` fills it in.
     """

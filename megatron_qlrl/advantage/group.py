@@ -1,16 +1,17 @@
 """Group-relative advantages: what one response earned beside its siblings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 
 Kind = Literal["grpo", "dr_grpo", "rloo"]
+Deviation = Literal["group", "batch", "task"]
 
 _EPS = 1e-6
 
 
-def group_advantages(rewards: np.ndarray, kind: Kind) -> np.ndarray:
+def group_advantages(rewards: np.ndarray, kind: Kind, *, std: float | None = None) -> np.ndarray:
     """Advantages (float64 [G]) of the G responses to one prompt.
 
     - grpo: (r - mean) / (std + 1e-6), std unbiased (n - 1); DeepSeekMath, arXiv 2402.03300.
@@ -21,18 +22,41 @@ def group_advantages(rewards: np.ndarray, kind: Kind) -> np.ndarray:
         rewards: [G]; NaN means "no verdict": the response takes no part in the statistics and
             its advantage is 0. With fewer than two verdicts there is nothing to compare with,
             and every advantage is 0.
+        std: what grpo divides by; by default the group's own standard deviation.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     assert rewards.ndim == 1, rewards.shape
     judged = np.isfinite(rewards)
     advantages = np.zeros_like(rewards)
     if judged.sum() >= 2:
-        advantages[judged] = _KINDS[kind](rewards[judged])
+        own = rewards[judged]
+        if kind == "grpo":
+            advantages[judged] = _dr_grpo(own) / ((own.std(ddof=1) if std is None else std) + _EPS)
+        else:
+            advantages[judged] = _KINDS[kind](own)
     return advantages
 
 
-def _grpo(rewards: np.ndarray) -> np.ndarray:
-    return _dr_grpo(rewards) / (rewards.std(ddof=1) + _EPS)
+def shared_deviations(rewards: Sequence[np.ndarray], parts: Sequence[str]) -> list[float]:
+    """Returns for each group the unbiased standard deviation of all rewards in its part of the
+    batch (QwenLong-L1.5, arXiv 2512.12967: the part is the group's task).
+
+    Rewards without a verdict (NaN) do not count. It is 0 with fewer than two rewards, or with equal
+    ones; `group_advantages` is then 0 for every response of the part, whatever it divides by.
+
+    Args:
+        rewards: [G] of each group.
+        parts: the part of each group.
+    """
+    members: dict[str, list[np.ndarray]] = {}
+    for own, part in zip(rewards, parts, strict=True):
+        members.setdefault(part, []).append(own[np.isfinite(own)])
+    deviations = {part: _deviation(np.concatenate(every)) for part, every in members.items()}
+    return [deviations[part] for part in parts]
+
+
+def _deviation(rewards: np.ndarray) -> float:
+    return float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0
 
 
 def _dr_grpo(rewards: np.ndarray) -> np.ndarray:
@@ -47,7 +71,6 @@ def _rloo(rewards: np.ndarray) -> np.ndarray:
 
 
 _KINDS: dict[Kind, Callable[[np.ndarray], np.ndarray]] = {
-    "grpo": _grpo,
     "dr_grpo": _dr_grpo,
     "rloo": _rloo,
 }

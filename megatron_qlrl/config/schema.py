@@ -142,14 +142,23 @@ class PhaseConfig(Section):
 FIXED = {
     "policy.distributed_optimizer": "the two kinds cannot read each other's checkpoints",
     "optimizer.warmup_steps": "the warm-up counts from the run's first step",
+    "curriculum.tasks": "the pools of all phases are divided by them",
 }
 """Settings of overridable sections that no phase may change, and why."""
 OVERRIDABLE = ("policy", "rollout", "algorithm", "optimizer", "curriculum", "stability")
 
 
 class CurriculumConfig(Section):
-    """Which prompts of earlier phases are drawn again (retrospective sampling)."""
+    """How prompts are drawn: in which shares of tasks, and which of earlier phases once more
+    (retrospective sampling)."""
 
+    tasks: dict[
+        Annotated[str, Field(min_length=1)], Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    ] = {}
+    """Task-balanced sampling, {name: share}: a prompt's task is the longest name that is a part of
+    its data_source, in any case; * takes all others. Prompts are drawn so that the tasks' numbers
+    are in the proportion of their shares ({docmath: 1, qa: 1}: equal), however many prompts each
+    has; a task that runs out is shuffled and begins anew. None: by the data's own proportions."""
     carried_share: float = Field(default=0.0, ge=0, lt=1)
     """The largest share of a batch's prompts that may come from earlier phases."""
     carry: Literal["seen", "unsolved"] = "seen"
@@ -202,11 +211,16 @@ class AlgorithmConfig(Section):
 
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """Group-relative advantage: (r - mean) / (std + 1e-6), r - mean, or leave-one-out."""
-    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    advantage_std: Literal["group", "batch", "task"] = "group"
+    """Whose standard deviation grpo divides by: that of the group's rewards, or of all rewards of
+    the training batch, or of those of the group's task in it (QwenLong-L1.5). The mean is the
+    group's own. Without curriculum.tasks each data_source is a task."""
+    aggregation: Literal["token_mean", "sequence_mean", "group_mean", "constant"] = "token_mean"
     """How token losses are averaged. token_mean: over all tokens of the optimizer batch (DAPO).
-    sequence_mean: over each response, then over responses (GRPO). constant: their sum over a
-    response is divided by rollout.max_response_tokens, then averaged over responses (Dr. GRPO).
-    The latter two count empty responses (verl leaves them out of its mean over responses)."""
+    sequence_mean: over each response, then over responses (GRPO). group_mean: over all tokens of a
+    group, then over groups (QwenLong-L1.5). constant: their sum over a response is divided by
+    rollout.max_response_tokens, then averaged over responses (Dr. GRPO). sequence_mean and constant
+    count empty responses (verl leaves them out of its mean over responses)."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     """Ratios below 1 - clip_low are clipped."""
     clip_high: float = Field(default=0.28, ge=0)
@@ -237,6 +251,10 @@ class AlgorithmConfig(Section):
     needs kl_coef=0."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Coefficient of the entropy bonus."""
+    entropy_band: tuple[float, float] | None = None
+    """AEPO (QwenLong-L1.5), [low, high] in nats: once actor/response_entropy of an update is above
+    high, responses with a negative advantage get advantage 0 in the updates that follow, until it
+    is below low; what the loss is divided by stays. None: never."""
     filter_groups: bool = True
     """Leave out groups whose rewards have no spread: they carry no gradient."""
     generation_rounds: int = Field(default=1, gt=0)
@@ -684,6 +702,18 @@ class Config(Section):
                 f"algorithm.rollout_rs_band=[{low:g}, {high:g}] must hold 1, the mean of a trainer "
                 "and an engine that agree, and begin above 0"
             )
+        if self.algorithm.advantage_std != "group" and self.algorithm.advantage != "grpo":
+            raise ValueError(
+                f"algorithm.advantage_std={self.algorithm.advantage_std} needs "
+                f"algorithm.advantage=grpo: {self.algorithm.advantage} divides by no deviation"
+            )
+        if self.algorithm.entropy_band is not None:
+            low, high = self.algorithm.entropy_band
+            if not 0 < low <= high:
+                raise ValueError(
+                    f"algorithm.entropy_band=[{low:g}, {high:g}] must be [low, high] with "
+                    "0 < low <= high"
+                )
         if self.algorithm.kl_coef > 0 and self.algorithm.reference_every > 1:
             raise ValueError(
                 f"algorithm.reference_every={self.algorithm.reference_every} needs "

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_qlrl.config.schema import CurriculumConfig
-from megatron_qlrl.curriculum.phase_pool import PhasePool
+from megatron_qlrl.curriculum.phase_pool import PhasePool, saved_orders, task_of
 from megatron_qlrl.curriculum.retrospective import RetrospectivePool, seen_in
-from megatron_qlrl.errors import CheckpointError
+from megatron_qlrl.errors import CheckpointError, DataError
 from megatron_qlrl.types import Prompt, ScoredGroup
 
 Source = Literal["new", "carried"]
@@ -38,24 +38,46 @@ class Curriculum:
             solved_above: the reward above which a response solves its prompt.
 
         Raises:
-            DataError: a phase has no prompt.
+            DataError: a phase has no prompt, a prompt no task, or a task no prompt.
         """
-        bounds = [0, *limits]
+        bounds, tasks = [0, *limits], config.tasks
         self._pools = [
-            PhasePool(prompts, phase=k, min_tokens=bounds[k], max_tokens=bounds[k + 1], seed=seed)
+            PhasePool(
+                prompts,
+                phase=k,
+                min_tokens=bounds[k],
+                max_tokens=bounds[k + 1],
+                seed=seed,
+                tasks=tasks,
+            )
             for k in range(len(limits))
         ]
+        self._check_tasks(tasks)
         self.prompts = {uid: p for pool in self._pools for uid, p in pool.prompts.items()}
         self._carried = RetrospectivePool(config, seed=seed, solved_above=solved_above)
-        self._solved_above = solved_above
+        self._solved_above, self._tasks = solved_above, tasks
         self._identity = {
             "seed": seed,
             "limits": list(limits),
             "num_prompts": [len(pool) for pool in self._pools],
-        }
+        } | ({"tasks": dict(tasks)} if tasks else {})
         self._counts = [
             {source: dict.fromkeys(_COUNTS, 0) for source in ("new", "carried")} for _ in limits
         ]
+
+    def _check_tasks(self, tasks: Mapping[str, float]) -> None:
+        unused = [task for task in tasks if not any(task in pool.orders for pool in self._pools)]
+        if unused:
+            sources = sorted({p.data_source for pool in self._pools for p in pool.prompts.values()})
+            raise DataError(
+                f"curriculum.tasks: no prompt of any phase is of task {unused[0]!r} (a prompt's "
+                "task is the longest name that is a part of its data_source); the data sources are "
+                f"{', '.join(sources)}"
+            )
+
+    def tasks_of(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Returns the task of each prompt, or nothing without `curriculum.tasks`."""
+        return [task_of(p.data_source, self._tasks) for p in prompts if self._tasks]
 
     def pool_size(self, phase: int) -> int:
         """Returns the number of the phase's own prompts."""
@@ -78,7 +100,9 @@ class Curriculum:
             uid for pool in self._pools[:phase] for uid in pool.prompts if uid not in taken
         ]  # fmt: skip
         carried = self._carried.draw(min(room, n), earlier)
-        drawn = self._pools[phase].draw(n - len(carried), taken)
+        drawn = self._pools[phase].draw(
+            n - len(carried), taken, carried=[self.prompts[uid] for uid in carried]
+        )
         # Mini-batches are cut in this order, and none of them should hold carried prompts alone.
         places = np.linspace(0, len(drawn), len(carried), endpoint=False).astype(int)
         for place, uid in reversed(list(zip(places, carried, strict=True))):
@@ -113,6 +137,11 @@ class Curriculum:
         if means:
             metrics["curriculum/seen_rewards/mean"] = float(np.mean(means))
             metrics["curriculum/zero_reward_prompts"] = float(sum(m == 0 for m in means))
+        if self._tasks:
+            metrics |= {f"curriculum/task/{t}/drawn": float(n) for t, n in pool.drawn.items()}
+            metrics |= {
+                f"curriculum/task/{t}/epoch": float(o.epoch) for t, o in pool.orders.items()
+            }
         for source, counts in self._counts[phase].items():
             metrics |= {f"curriculum/{source}/{name}": float(n) for name, n in counts.items()}
         return metrics
@@ -140,10 +169,13 @@ class Curriculum:
             CheckpointError: the seed, the prompts, or a phase that has begun are not the same.
         """
         # Phases that have not begun may have been changed since.
-        begun = 1 + max((k for k, p in enumerate(state["phases"]) if p["epoch"] >= 0), default=-1)
+        orders = [list(saved_orders(phase).values()) for phase in state["phases"]]
+        begun = 1 + max(
+            (k for k, own in enumerate(orders) if any(o["epoch"] >= 0 for o in own)), default=-1
+        )
         saved = _first_phases(state["identity"], begun)
         known = {uid for pool in self._pools[:begun] for uid in pool.prompts}
-        queued = {uid for phase in state["phases"][:begun] for uid in phase["queue"]}
+        queued = {uid for own in orders[:begun] for order in own for uid in order["queue"]}
         unknown = (queued | seen_in(state["carried"])) - known
         if saved != _first_phases(self._identity, begun) or unknown:
             raise CheckpointError(

@@ -36,7 +36,10 @@ def make_rows(
 
     A rank that gets no work gets one empty row, so that it joins the step's collectives.
     """
-    loss_weights = token_loss_weights(groups, aggregation, constant_tokens=constant_tokens)
+    weights = {
+        "loss_weights": token_loss_weights(groups, aggregation, constant_tokens=constant_tokens),
+        "response_weights": token_loss_weights(groups, "sequence_mean", constant_tokens=1),
+    }
     parts = split_groups(groups, max_tokens=max_tokens, share_prompts=share_prompts)
     sizes = [part_tokens(groups, part) for part in parts]
     costs: list[float] = []
@@ -48,7 +51,7 @@ def make_rows(
     for share in balance(costs, num_bins=num_ranks):
         rows = fill([costs[i] for i in share], [sizes[i] for i in share], cap=max_tokens)
         members = [[parts[share[i]] for i in row] for row in rows]
-        result.append([build_row(groups, row, loss_weights) for row in members] or [empty_row()])
+        result.append([build_row(groups, row, weights) for row in members] or [empty_row()])
     return result
 
 

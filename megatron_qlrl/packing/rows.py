@@ -9,7 +9,7 @@ from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.packing.balance import fewest_bins
 from megatron_qlrl.types import Block, PackedRow, TrainGroup, TrainResponse
 
-Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+Aggregation = Literal["token_mean", "sequence_mean", "group_mean", "constant"]
 # One unit of packing: a group's index and the indices of the responses that stay together.
 Part = tuple[int, tuple[int, ...]]
 
@@ -20,9 +20,11 @@ def token_loss_weights(
     """Loss weight of each token of each response, from counts of the WHOLE optimizer batch.
 
     token_mean: 1 / total response tokens (DAPO). sequence_mean: 1 / (responses * own length)
-    (GRPO). constant: 1 / (responses * constant_tokens) (Dr. GRPO). Empty responses count as
-    responses and have no tokens to weigh. (verl's seq-mean-token-mean leaves them out: there the
-    mean over the others is larger by responses / responses that are not empty.)
+    (GRPO). group_mean: 1 / (groups * tokens of all the group's responses) (QwenLong-L1.5, arXiv
+    2512.12967, Eq. 4); groups without a response do not count. constant: 1 / (responses *
+    constant_tokens) (Dr. GRPO). Empty responses count as responses and have no tokens to weigh.
+    (verl's seq-mean-token-mean leaves them out: there the mean over the others is larger by
+    responses / responses that are not empty.)
     """
     lengths = [[len(r.token_ids) for r in g.responses] for g in groups]
     num_tokens = sum(map(sum, lengths))
@@ -31,6 +33,9 @@ def token_loss_weights(
         return [[1.0 / max(num_tokens, 1) for _ in group] for group in lengths]
     if aggregation == "sequence_mean":
         return [[1.0 / (num_responses * max(n, 1)) for n in group] for group in lengths]
+    if aggregation == "group_mean":
+        num_groups = sum(map(bool, lengths))
+        return [[1.0 / (num_groups * max(sum(group), 1)) for _ in group] for group in lengths]
     return [[1.0 / (num_responses * constant_tokens) for _ in group] for group in lengths]
 
 
@@ -81,13 +86,19 @@ def empty_row() -> PackedRow:
     zero = np.zeros(1, np.int32)
     none = np.zeros(0, np.float32)
     block = Block(group=-1, samples=(), prompt=(0, 1), responses=())
-    return PackedRow(zero, zero, (block,), {"loss_weights": none, "advantages": none})
+    columns = dict.fromkeys(("loss_weights", "response_weights", "advantages"), none)
+    return PackedRow(zero, zero, (block,), columns)
 
 
 def build_row(
-    groups: Sequence[TrainGroup], parts: Sequence[Part], loss_weights: Sequence[Sequence[float]]
+    groups: Sequence[TrainGroup],
+    parts: Sequence[Part],
+    weights: Mapping[str, Sequence[Sequence[float]]],
 ) -> PackedRow:
-    """One row of the given parts, in this order; `loss_weights` as from `token_loss_weights`.
+    """One row of the given parts, in this order.
+
+    Args:
+        weights: by column, as from `token_loss_weights`.
 
     The row has a column `old_logprobs` if any of its responses has them; it is NaN for the tokens
     of the others, which `Policy.add_logprobs` or the loss fills in.
@@ -95,7 +106,7 @@ def build_row(
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     blocks: list[Block] = []
-    columns: dict[str, list[np.ndarray]] = {"loss_weights": [], "advantages": []}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in (*weights, "advantages")}
     responses = [groups[index].responses[k] for index, samples in parts for k in samples]
     has_old = any(response.old_logprobs is not None for response in responses)
     cursor = 0
@@ -112,7 +123,8 @@ def build_row(
             n = len(response.token_ids)
             tokens.append(response.token_ids)
             positions.append(np.arange(num_prompt, num_prompt + n))
-            columns["loss_weights"].append(np.full(n, loss_weights[index][k]))
+            for name, values in weights.items():
+                columns[name].append(np.full(n, values[index][k]))
             columns["advantages"].append(np.full(n, response.advantage))
             if response.engine_logprobs is not None:
                 columns.setdefault("engine_logprobs", []).append(response.engine_logprobs)

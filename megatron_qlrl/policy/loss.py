@@ -46,8 +46,9 @@ class PolicyLoss:
 
         Args:
             logprobs, entropy: [M], with gradient.
-            columns: float32 [M]: loss_weights, advantages, and old_logprobs, ref_logprobs,
-                engine_logprobs where they are known (importance weights need the engine's).
+            columns: float32 [M]: loss_weights, response_weights, advantages, and old_logprobs,
+                ref_logprobs, engine_logprobs where they are known (importance weights need the
+                engine's).
                 Where old_logprobs are missing or NaN, the policy is its own old policy: ratio 1
                 with the right gradient. `rollout_rs` needs responses (int64 [M]), the number of
                 each token's response in the row, and num_responses of the row (a scalar), too.
@@ -67,6 +68,7 @@ class PolicyLoss:
             lower = torch.where(advantages < 0, floor, objective)
         sums = {
             "actor/entropy": entropy.sum(),
+            "actor/response_entropy": (entropy * columns["response_weights"]).sum(),
             "actor/ppo_kl": -log_ratio.sum(),
             "actor/pg_clipfrac": (clipped * advantages < ratio * advantages).sum(),
             "actor/pg_clipfrac_lower": (lower > objective).sum(),

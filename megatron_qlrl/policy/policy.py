@@ -288,13 +288,16 @@ def _collect_logprobs(
     return logprobs.sum(), torch.zeros((), dtype=torch.int), {"logprobs": logprobs, "slots": slots}
 
 
+WEIGHTED = ("actor/pg_loss", "actor/response_entropy")
+
+
 def token_means(
     sums: Sequence[Mapping[str, torch.Tensor]], context: ParallelContext
 ) -> dict[str, float]:
     """Makes per-token means over the whole batch, the same on every rank, of the sums that each
     micro-batch of this rank returned.
 
-    Names ending in `_max` are maxima; `actor/pg_loss` is a weighted sum already.
+    Names ending in `_max` are maxima; those in `WEIGHTED` are weighted sums already.
     """
     # Tensor parallel ranks hold copies, stages before the last hold nothing.
     counts = context.is_last_stage and context.tp.rank == 0
@@ -306,7 +309,7 @@ def token_means(
         values = [part[name] for part in parts if name in part]
         if name.endswith("_max"):
             means[name] = max(values)
-        elif name == "actor/pg_loss":
+        elif name in WEIGHTED:
             means[name] = sum(values)
         elif name != "num_tokens":
             means[name] = sum(values) / max(num_tokens, 1)

@@ -19,6 +19,7 @@ from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.reward.diagnose import BatchWatch
 from megatron_qlrl.train.run_log import RunLog
+from megatron_qlrl.train.trainer import Trainer
 from megatron_qlrl.types import ScoredGroup
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights
 from megatron_qlrl.weights.checkpoint_folder import read_state, taking_up
@@ -116,6 +117,7 @@ class Recorder:
         groups: Sequence[ScoredGroup],
         *,
         num_tokens: int,
+        trainer: Trainer,
         data: DataState | None,
     ) -> None:
         """Logs a step with its monitor's counts, speed and memory, goes back to the newest good
@@ -124,7 +126,7 @@ class Recorder:
         Args:
             groups: what the step generated; none in SFT.
             num_tokens: tokens that the step generated or trained on, prompts included.
-            data: state that belongs to the checkpoint as "sampler".
+            trainer, data: their state belongs to the checkpoint, as "trainer" and "sampler".
         """
         self._batch_watch.observe(step, groups)
         meter.update(self._monitor.end())
@@ -144,7 +146,7 @@ class Recorder:
         self._log.write(write)
         if self._rolled_back() and data is not None:
             data.release()
-        state = {"monitor": self._monitor.state_dict()}
+        state = {"monitor": self._monitor.state_dict(), "trainer": trainer.state_dict()}
         if data is not None:
             state["sampler"] = data.state_dict()
         self._unsaved, self._steps_done = (step + 1, state), step + 1

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from megatron_qlrl.parallel.collectives import gather_dicts
 from megatron_qlrl.plan.flops import UPDATE_TO_FORWARD, block_flops
 from megatron_qlrl.plan.hardware import peak_flops
 from megatron_qlrl.platform.device import device_name
+from megatron_qlrl.policy.entropy_control import EntropyControl
 from megatron_qlrl.policy.optimizer import learning_rate
 from megatron_qlrl.policy.policy import Loss, Policy
 from megatron_qlrl.policy.selfcheck import check_sharing
@@ -37,6 +39,7 @@ class Trainer:
         use_reference: bool,
         reference_every: int,
         permit: Callable[[Mapping[str, float]], bool],
+        entropy_control: EntropyControl | None = None,
     ) -> None:
         """
         Args:
@@ -46,10 +49,11 @@ class Trainer:
             use_reference: the policy has a reference, whose log-probs the loss wants.
             reference_every: they are computed in each step whose number it divides.
             permit: decides whether an update with these metrics is taken.
+            entropy_control: masks responses while the entropy is too high.
         """
         self.policy = policy
         self._config, self._optimizer_config = config, optimizer_config
-        self._loss, self._permit = loss, permit
+        self._loss, self._permit, self._entropy_control = loss, permit, entropy_control
         self._aggregation: Aggregation = aggregation
         self._constant_tokens = constant_tokens
         self._updates_per_step = updates_per_step
@@ -82,9 +86,29 @@ class Trainer:
                 rate = learning_rate(
                     self._optimizer_config, step=number, total_steps=self._total_updates
                 )
-                meter.update(self.policy.update(rows, self._loss, lr=rate, permit=self._permit))
+                meter.update(self._take_update(rows, rate))
         flops = UPDATE_TO_FORWARD * sum(flops for _, flops in packed)
         meter.update(self._speed(flops, groups, seconds=meter.seconds("update_actor")))
+
+    def _take_update(self, rows: Sequence[PackedRow], rate: float) -> dict[str, float]:
+        control = self._entropy_control
+        if control is not None:
+            rows = control.masked(rows)
+        metrics = self.policy.update(rows, self._loss, lr=rate, permit=self._permit)
+        if control is not None:
+            metrics["actor/aepo_masking"] = float(control.masking)
+            control.observe(metrics["actor/response_entropy"])
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what later updates depend on beside the policy, ready for JSON."""
+        control = self._entropy_control
+        return {} if control is None else {"masking": control.masking}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        if self._entropy_control is not None:
+            self._entropy_control.masking = state.get("masking", False)
 
     def with_old_logprobs(self, groups: Sequence[ScoredGroup], meter: Meter) -> list[ScoredGroup]:
         """Groups that are to wait, with the log-probs of the present weights for the tokens that

@@ -54,7 +54,7 @@ def test_worked_example() -> None:
             TrainResponse(np.array([30, 31, 32], np.int32), -0.5, -np.ones(3, np.float32)),
         ),
     )
-    row = build_row([group], [(0, (0, 1))], [[0.25, 0.5]])
+    row = build_row([group], [(0, (0, 1))], {"loss_weights": [[0.25, 0.5]]})
     assert row.token_ids.tolist() == [10, 11, 12, 13, 14, 20, 21, 30, 31, 32]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 7]
     assert row.blocks == (Block(0, (0, 1), (0, 5), ((5, 7), (7, 10))),)
@@ -70,7 +70,7 @@ def test_worked_example() -> None:
 
 def test_second_block_starts_again_at_position_zero() -> None:
     groups = groups_of([(2, [1]), (3, [2])])
-    row = build_row(groups, [(1, (0,)), (0, (0,))], [[1.0], [1.0]])
+    row = build_row(groups, [(1, (0,)), (0, (0,))], {"loss_weights": [[1.0], [1.0]]})
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert row.token_ids.tolist() == [3, 4, 5, 6, 7, 0, 1, 2]
     assert row.blocks == (Block(1, (0,), (0, 3), ((3, 5),)), Block(0, (0,), (5, 7), ((7, 8),)))
@@ -78,7 +78,7 @@ def test_second_block_starts_again_at_position_zero() -> None:
 
 def test_without_engine_logprobs_there_is_no_such_column() -> None:
     group = TrainGroup(np.zeros(1, np.int32), (TrainResponse(np.zeros(2, np.int32), 1.0),))
-    row = build_row([group], [(0, (0,))], [[1.0]])
+    row = build_row([group], [(0, (0,))], {"loss_weights": [[1.0]]})
     assert set(row.columns) == {"loss_weights", "advantages"}
 
 
@@ -88,22 +88,23 @@ def test_old_logprobs_are_a_column_where_any_response_has_them() -> None:
     (response,) = waited.responses
     kept = np.array([-0.5, -0.25], np.float32)
     groups = [new, replace(waited, responses=(replace(response, old_logprobs=kept),))]
-    loss_weights = token_loss_weights(groups, "token_mean", constant_tokens=1)
-    row = build_row(groups, [(0, (0, 1)), (1, (0,))], loss_weights)
+    weights = {"loss_weights": token_loss_weights(groups, "token_mean", constant_tokens=1)}
+    row = build_row(groups, [(0, (0, 1)), (1, (0,))], weights)
     old = row.columns["old_logprobs"]
     assert old.dtype == np.float32
     np.testing.assert_array_equal(old, [np.nan, np.nan, np.nan, -0.5, -0.25])
-    assert "old_logprobs" not in build_row(groups, [(0, (0, 1))], loss_weights).columns
+    assert "old_logprobs" not in build_row(groups, [(0, (0, 1))], weights).columns
 
 
 def test_loss_weights_by_hand() -> None:
     groups = groups_of([(3, [2, 6]), (1, [0, 4])])  # 12 tokens in 4 responses, one empty
     weights = {
         kind: token_loss_weights(groups, kind, constant_tokens=10)
-        for kind in ("token_mean", "sequence_mean", "constant")
+        for kind in ("token_mean", "sequence_mean", "group_mean", "constant")
     }
     assert weights["token_mean"] == [[1 / 12, 1 / 12], [1 / 12, 1 / 12]]
     assert weights["sequence_mean"] == [[1 / 8, 1 / 24], [1 / 4, 1 / 16]]
+    assert weights["group_mean"] == [[1 / 16, 1 / 16], [1 / 8, 1 / 8]]
     assert weights["constant"] == [[1 / 40, 1 / 40], [1 / 40, 1 / 40]]
 
 
@@ -112,6 +113,13 @@ def test_loss_weights_of_nothing() -> None:
     assert token_loss_weights(only_empty, "token_mean", constant_tokens=1) == [[1.0, 1.0], []]
     assert token_loss_weights([], "sequence_mean", constant_tokens=1) == []
     assert token_loss_weights([], "constant", constant_tokens=1) == []
+    assert token_loss_weights([], "group_mean", constant_tokens=1) == []
+
+
+def test_a_group_without_responses_is_no_group_in_their_mean() -> None:
+    groups = groups_of([(3, [2, 2]), (1, []), (1, [5])])
+    weights = token_loss_weights(groups, "group_mean", constant_tokens=1)
+    assert weights == [[1 / 8, 1 / 8], [], [1 / 10]]
 
 
 def test_group_larger_than_the_cap_repeats_its_prompt_as_rarely_as_possible() -> None:
@@ -156,6 +164,7 @@ def test_empty_row_trains_on_nothing() -> None:
     assert (row.num_tokens, row.num_response_tokens) == (1, 0)
     assert {name: len(values) for name, values in row.columns.items()} == {
         "loss_weights": 0,
+        "response_weights": 0,
         "advantages": 0,
     }
 
@@ -172,7 +181,7 @@ def test_rows_hold_every_response_once_and_keep_the_cap(
     weights = [[i + k / 8 for k in range(len(g.responses))] for i, g in enumerate(groups)]
     sizes = [part_tokens(groups, part) for part in parts]
     filled = [[parts[i] for i in row] for row in first_fit(sizes, cap=cap)]
-    rows = [build_row(groups, row, weights) for row in filled]
+    rows = [build_row(groups, row, {"loss_weights": weights}) for row in filled]
     found = []
     for row in rows:
         assert row.num_tokens == len(row.position_ids) <= cap
