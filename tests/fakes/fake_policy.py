@@ -51,7 +51,11 @@ class FakePolicy:
         number = round(lr) - 1  # `make_trainer`: the rate says the number of the update
         self.calls.append(("update", number, sorted(c for c in rows[0].columns if "logp" in c)))
         self.trained += rows
-        metrics = {"actor/pg_loss": float(number), "actor/grad_norm": 1.0}
+        metrics = {
+            "actor/pg_loss": float(number),
+            "actor/grad_norm": 1.0,
+            "actor/response_entropy": float(number),
+        }
         if permit(metrics):
             self.version += 1
         return metrics

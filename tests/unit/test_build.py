@@ -49,7 +49,7 @@ def test_what_a_phase_can_change_is_read_from_its_own_config() -> None:
     )
     sampler = build.make_sampler(job, prompts)
     settings = sampler.curriculum._carried._config
-    assert settings.model_dump() == own["curriculum"] | {"carried_share": 0.0}
+    assert settings.model_dump() == own["curriculum"] | {"carried_share": 0.0, "tasks": {}}
     assert [len(pool) for pool in sampler.curriculum._pools] == [1, 1]
 
 

@@ -100,9 +100,17 @@ class FakeRun:
         return int(uid.split(":")[1]) % 2 == 1
 
     def record(
-        self, step: int, meter: Meter, groups: list[ScoredGroup], *, num_tokens: int, data: Any
+        self,
+        step: int,
+        meter: Meter,
+        groups: list[ScoredGroup],
+        *,
+        num_tokens: int,
+        trainer: Any,
+        data: Any,
     ) -> None:
         assert data is self.sampler
+        assert trainer.policy is self.policy
         self.order.append("record")
         metrics = meter.summary() | self.monitor.end() | {"num_tokens": num_tokens}
         self.recorded.append((step, metrics, groups))
@@ -130,7 +138,14 @@ class FakeRun:
             sampler=self.sampler,
             collector=same,
             sampling=SAMPLING,
-            advantages=partial(with_advantages, kind="dr_grpo", max_tokens=9, buffer_tokens=None),
+            advantages=partial(
+                with_advantages,
+                kind="dr_grpo",
+                deviation="group",
+                task_of=lambda prompt: prompt.data_source,
+                max_tokens=9,
+                buffer_tokens=None,
+            ),
             trainer=make_trainer(self.policy, updates_per_step=updates, permit=self.monitor.permit),
         )
         train_rl(parts, PHASES, first_step=first_step)

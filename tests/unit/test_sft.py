@@ -87,7 +87,9 @@ class FakeRun:
         (phase,) = phases
         return ((phase, step) for step in range(first_step, phase.end_step))
 
-    def record(self, step: int, meter: Meter, groups: Any, *, num_tokens: int, data: Any) -> None:
+    def record(
+        self, step: int, meter: Meter, groups: Any, *, num_tokens: int, trainer: Any, data: Any
+    ) -> None:
         assert groups == [] and data is None
         self.recorded.append((step, meter.summary(), num_tokens))
 

@@ -81,6 +81,26 @@ def test_two_phases_have_two_names(tmp_path: Path) -> None:
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ({"advantage_std": "task", "advantage": "rloo"}, "advantage_std=task needs .*=grpo: rloo"),
+        ({"entropy_band": [2.0, 1.0]}, r"entropy_band=\[2, 1\] must be \[low, high\]"),
+        ({"entropy_band": [0.0, 1.0]}, r"entropy_band=\[0, 1\] must be"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path: Path, algorithm: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, phases=PHASES, algorithm=algorithm))
+
+
+@pytest.mark.parametrize("share", [0, -1, ".inf", ".nan"])
+def test_shares_of_tasks_are_above_zero_and_finite(tmp_path: Path, share: Any) -> None:
+    curriculum = {"tasks": {"docmath": float(str(share).strip(".")), "*": 1}}
+    with pytest.raises(ConfigError, match="curriculum.tasks.docmath"):
+        load_config(write(tmp_path, phases=PHASES, curriculum=curriculum))
+
+
 def test_a_kl_term_needs_the_reference_in_every_step(tmp_path: Path) -> None:
     algorithm = {"kl_coef": 0.1, "reference_every": 2}
     with pytest.raises(ConfigError, match="reference_every=2 needs algorithm.kl_coef=0"):

@@ -59,6 +59,7 @@ def test_without_phases_the_config_is_its_own() -> None:
         ({"model": {"path": "x"}}, ["cannot change model", "policy, rollout, algorithm"]),
         ({"policy": {"distributed_optimizer": False}}, ["the same in all phases"]),
         ({"optimizer": {"warmup_steps": 9}}, ["optimizer.warmup_steps", "the run's first step"]),
+        ({"curriculum": {"tasks": {"*": 1}}}, ["curriculum.tasks", "the pools of all phases"]),
         ({"policy": 3}, ["phases.1.overrides.policy", "a section"]),
     ],
 )

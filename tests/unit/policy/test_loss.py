@@ -426,7 +426,8 @@ def test_sums_for_the_metrics() -> None:
     bare = changed(loss, entropy_coef=0.0, kl_coef=0.0)
     assert sums["actor/pg_loss"].item() == pytest.approx(brute_loss(batch, bare, "token_mean"))
     assert sums["actor/entropy"].item() == pytest.approx(sum(t.entropy for t in tokens))
-    means = [np.mean([t.entropy for t in response]) for group in batch for response in group]
+    # An empty response counts as one of entropy 0.
+    means = [np.mean([t.entropy for t in r] or [0.0]) for group in batch for r in group]
     assert sums["actor/response_entropy"].item() == pytest.approx(np.mean(means))
     assert sums["actor/ppo_kl"].item() == pytest.approx(sum(t.old - t.logprob for t in tokens))
     ratios = [(math.exp(t.logprob - t.old), t.advantage > 0) for t in tokens]

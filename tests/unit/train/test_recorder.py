@@ -109,6 +109,11 @@ class FakeParts(FakePolicy):
         self.released += 1
 
 
+class FakeTrainer:
+    def state_dict(self) -> dict[str, Any]:
+        return {"masking": True}
+
+
 class Made:
     """A recorder in `folder`, its parts, and what it warned of."""
 
@@ -148,7 +153,8 @@ class Made:
         self.monitor.begin(step, 0, {})
         self.monitor.permit({"actor/pg_loss": loss})
         groups = [scored("a:0"), scored("a:1")]
-        self.recorder.record(step, meter, groups, num_tokens=52, data=data)
+        trainer: Any = FakeTrainer()
+        self.recorder.record(step, meter, groups, num_tokens=52, trainer=trainer, data=data)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

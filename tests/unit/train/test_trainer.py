@@ -1,5 +1,6 @@
 """One optimizer batch: what is asked of the policy, in which order."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from fake_policy import FakePolicy, make_trainer
 
 from megatron_qlrl.metrics.meter import Meter
+from megatron_qlrl.policy.entropy_control import EntropyControl
 from megatron_qlrl.train.trainer import split_updates
 from megatron_qlrl.types import Prompt, Rollout, Score, ScoredGroup, TrainGroup, TrainResponse
 
@@ -42,6 +44,24 @@ def test_logprobs_are_taken_before_the_first_update_which_needs_no_old_ones() ->
     assert metrics["actor/pg_loss"] == 8.5
     timed = {"adv", "ref", "old_log_prob", "update_actor"}
     assert {f"timing_s/{name}" for name in timed} <= metrics.keys()
+
+
+def test_masking_begins_after_an_update_of_high_entropy_and_resumes() -> None:
+    """Entropies of the updates are 0, 1, 2, ...; the band is 0.5 to 1.5."""
+    control, policy = EntropyControl((0.5, 1.5)), FakePolicy()
+    trainer, meter = make_trainer(policy, updates_per_step=4, entropy_control=control), Meter()
+    bad = TrainResponse(np.zeros(2, np.int32), -1.0)
+    groups = [replace(group, responses=(bad,)) for group in batch_of(4)]
+    trainer.update(groups, step=0, meter=meter)
+    assert [row.columns["advantages"][0] for row in policy.trained] == [-1, -1, -1, 0]
+    assert meter.summary()["actor/aepo_masking"] == 0.25
+    resumed = make_trainer(FakePolicy(), entropy_control=EntropyControl((0.5, 1.5)))
+    resumed.load_state_dict(json.loads(json.dumps(trainer.state_dict())))
+    assert resumed.state_dict() == trainer.state_dict() == {"masking": True}
+    # Checkpoints of before have no such state, and runs without a band need none.
+    resumed.load_state_dict({})
+    assert resumed.state_dict() == {"masking": False}
+    assert make_trainer(FakePolicy()).state_dict() == {}
 
 
 def test_one_update_needs_no_old_logprobs() -> None:
