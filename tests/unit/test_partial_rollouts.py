@@ -130,7 +130,14 @@ class Job:
         )
 
     def record(
-        self, step: int, meter: Meter, groups: list[ScoredGroup], *, num_tokens: int, data: Any
+        self,
+        step: int,
+        meter: Meter,
+        groups: list[ScoredGroup],
+        *,
+        num_tokens: int,
+        trainer: Any,
+        data: Any,
     ) -> None:
         metrics = meter.summary()
         timed = ("timing_s/", "perf/")
@@ -158,7 +165,14 @@ class Job:
 
     def advantages(self, groups: Sequence[ScoredGroup]) -> list[TrainGroup]:
         self.batches.append(list(groups))
-        return with_advantages(groups, kind="dr_grpo", max_tokens=MAX_TOKENS, buffer_tokens=None)
+        return with_advantages(
+            groups,
+            kind="dr_grpo",
+            deviation="group",
+            task_of=lambda prompt: prompt.data_source,
+            max_tokens=MAX_TOKENS,
+            buffer_tokens=None,
+        )
 
     def train(self, first_step: int = 0) -> "Job":
         same: Any = self
