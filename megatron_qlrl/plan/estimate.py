@@ -4,6 +4,7 @@
 The judge, saving, evaluation and transfers between pipeline stages are not counted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_qlrl.config.schema import Config
@@ -14,7 +15,6 @@ from megatron_qlrl.plan.flops import (
     head_flops,
     linear_flops,
     mlp_flops,
-    prefill_flops,
 )
 from megatron_qlrl.plan.hardware import Hardware
 
@@ -50,6 +50,29 @@ class Work:
     linear: float
     update: float
     idle: float
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The speed of one rollout engine by the plan's rates.
+
+    Attributes:
+        slots: sequences that its cache and vLLM let it run at one time, in the mean.
+        step_s: seconds of a step that samples a token of each sequence, without reading the cache.
+        token_s: seconds to read one token's keys and values.
+        flops: FLOP/s of reading prompts.
+    """
+
+    shape: ModelShape
+    slots: float
+    step_s: float
+    token_s: float
+    flops: float
+
+    def read_s(self, prompt: int, begun: Sequence[int] = ()) -> float:
+        """Returns the seconds to read a prompt, and behind it what its responses have so far."""
+        answers = block_flops(self.shape, prompt, begun) - head_flops(self.shape, sum(begun))
+        return answers / self.flops
 
 
 def training_work(config: Config, shape: ModelShape, *, gpus: int, lengths: Lengths) -> Work:
@@ -132,32 +155,39 @@ def _exchange(
     return hidden / nvlink, keys / far
 
 
+def make_engine(
+    config: Config, shape: ModelShape, *, hardware: Hardware, lengths: Lengths,
+    cache_tokens: float, width: int, weight_bytes: float,
+) -> Engine:  # fmt: skip
+    """Returns an engine of `rollout.tp` GPUs whose cache holds sequences of these mean lengths; a
+    prompt is in it once for its group."""
+    tp = config.rollout.tp
+    room = cache_tokens / (lengths.prompt / config.rollout.group_size + lengths.response)
+    bandwidth = tp * hardware.bandwidth * hardware.decode_efficiency
+    return Engine(
+        shape,
+        slots=max(1.0, min(room, MAX_SEQUENCES)),
+        step_s=weight_bytes / bandwidth + hardware.decode_step_s,
+        token_s=cache_bytes(shape, width) / bandwidth,
+        flops=tp * hardware.bf16_flops * hardware.prefill_efficiency,
+    )
+
+
 def generation_seconds(
-    config: Config,
-    shape: ModelShape,
-    *,
-    gpus: int,
-    hardware: Hardware,
-    lengths: Lengths,
-    cache_tokens: float,
-    width: int,
+    config: Config, engine: Engine, *, gpus: int, hardware: Hardware, lengths: Lengths,
     weight_bytes: float,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Returns the seconds to send the weights, to read the prompts (each once, because its group
     shares the cache) and to generate: every engine step reads the weights and the cache."""
-    tp = config.rollout.tp
-    engines = gpus / tp
-    sequences = config.rollout.prompts_per_step * config.rollout.group_size / engines
-    room = cache_tokens / (lengths.prompt / config.rollout.group_size + lengths.response)
-    at_once = max(1.0, min(sequences, room, MAX_SEQUENCES))
-    context = lengths.prompt + lengths.response / 2
-    read = weight_bytes + at_once * context * cache_bytes(shape, width)
-    step_s = read / (tp * hardware.bandwidth * hardware.decode_efficiency) + hardware.decode_step_s
+    engines = gpus / config.rollout.tp
     prompts = config.rollout.prompts_per_step / engines
-    rate = tp * hardware.bf16_flops * hardware.prefill_efficiency
+    sequences = prompts * config.rollout.group_size
+    at_once = max(1.0, min(sequences, engine.slots))
+    context = lengths.prompt + lengths.response / 2
+    step_s = engine.step_s + at_once * context * engine.token_s
     return {
         "weight stream": weight_bytes / hardware.network,
-        "prompts": prompts * prefill_flops(shape, lengths.prompt) / rate,
+        "prompts": prompts * engine.read_s(lengths.prompt),
         "generation": max(sequences / at_once, 1.0) * lengths.response * step_s,
     }
 

@@ -7,10 +7,12 @@ from megatron_qlrl.config.schema import Config, PolicyConfig
 from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.plan.activations import GPU, Activations, Row
 from megatron_qlrl.plan.estimate import (
+    Engine,
     Lengths,
     Work,
     cache_bytes,
     generation_seconds,
+    make_engine,
     training_seconds,
     training_work,
 )
@@ -48,6 +50,7 @@ class PhasePlan:
         dp: data parallel size.
         stage: the fullest pipeline stage.
         rollout: None if nothing is generated (SFT).
+        engine: the speed of one engine at these lengths; None if nothing is generated.
         cache_tokens: tokens that one engine's key/value cache holds.
         longest: tokens that it must hold at least.
         host: bytes in a node's host memory by part, if all its ranks are like the fullest.
@@ -62,6 +65,7 @@ class PhasePlan:
     stage: int
     update: Peak
     rollout: Peak | None
+    engine: Engine | None
     cache_tokens: float
     longest: int
     host: Mapping[str, float]
@@ -117,10 +121,15 @@ def plan_phase(
     lengths = lengths or Lengths(config.max_input_tokens, config.rollout.max_response_tokens)
     work = training_work(config, shape, gpus=cluster.gpus, lengths=lengths)
     seconds: dict[str, float] = {}
+    engine = None
     if config.phases:
+        engine = make_engine(
+            config, shape, hardware=hardware, lengths=lengths, cache_tokens=cache_tokens,
+            width=width, weight_bytes=weights,
+        )  # fmt: skip
         seconds = generation_seconds(
-            config, shape, gpus=cluster.gpus, hardware=hardware, lengths=lengths,
-            cache_tokens=cache_tokens, width=width, weight_bytes=weights,
+            config, engine, gpus=cluster.gpus, hardware=hardware, lengths=lengths,
+            weight_bytes=weights,
         ) | training_seconds(
             config, shape, work, gpus=cluster.gpus, hardware=hardware, width=width,
             weight_bytes=weights,
@@ -133,6 +142,7 @@ def plan_phase(
         stage=stage,
         update=peaks[stage],
         rollout=rollout,
+        engine=engine,
         cache_tokens=cache_tokens,
         longest=longest,
         host=_host(config, activations, cluster, dp=dp),

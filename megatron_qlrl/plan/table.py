@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from textwrap import fill
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -12,6 +13,9 @@ from megatron_qlrl.plan.advise import Option
 from megatron_qlrl.plan.hardware import GIB, Hardware
 from megatron_qlrl.plan.memory import Peak, stage_parameters
 from megatron_qlrl.plan.phase import Cluster, PhasePlan
+
+if TYPE_CHECKING:
+    from megatron_qlrl.plan.lengths import Generation, Simulation
 
 WIDTH = 118
 
@@ -69,6 +73,33 @@ def options_table(name: str, options: Sequence[Option], cluster: Cluster) -> str
     if not options:
         table.add_row(f"none fits {cluster.gpus} x {cluster.hardware.name}", "", "", "")
     return _text(table)
+
+
+def lengths_table(name: str, simulation: "Simulation") -> str:
+    """Returns a table of a phase's generation with responses of different lengths."""
+    sides = simulation.sides
+    table = Table(f"{name}: generation", *sides, box=box.MARKDOWN)
+
+    def row(label: str, cell: Callable[["Generation"], str]) -> None:
+        table.add_row(label, *map(cell, sides.values()))
+
+    row("seconds of a step", lambda g: f"**{g.seconds:,.0f}**")
+    row("- of them to read prompts and begun responses", lambda g: f"{g.read_s:,.0f}")
+    row(
+        f"- more than if all had the mean length ({simulation.at_mean_s:,.0f})",
+        lambda g: f"{g.seconds - simulation.at_mean_s:,.0f}",
+    )
+    row("tokens per second", lambda g: f"{g.tokens / g.seconds:,.0f}")
+    row("rounds of a step", lambda g: f"{g.rounds:.1f}")
+    row("slots idle", lambda g: f"{g.slots_idle:.0%}")
+    row("engines idle", lambda g: f"{g.engines_idle:.0%}")
+    row("trained tokens from older weights", lambda g: f"{g.stale_share:.0%}")
+    return _text(table) + fill(
+        f"Simulated: {simulation.engines} engines, each with {simulation.responses:,.0f} responses "
+        f"and room for {simulation.slots} at one time; partial with rollout.tokens_per_round="
+        f"{simulation.tokens_per_round} algorithm.max_staleness={simulation.max_staleness}",
+        width=100,
+    )
 
 
 def assumptions_line(hardware: Hardware) -> str:

@@ -141,3 +141,38 @@ def test_yarn_plans_the_stretched_model(
     short, long = json.loads(out)["phases"]
     assert (short["longest_sequence"], long["longest_sequence"]) == (30_000, 131_072)
     assert "positions" not in err
+
+
+def test_lengths_as_a_distribution(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [config, "phases.1.overrides.policy.cp=4", "rollout.prompts_per_step=8", "--gpus", 32]
+    assert run(monkeypatch, *args, "--lengths", "lognormal:1000,0.5", "--json") == 0
+    short, long = json.loads(capsys.readouterr().out)["phases"]
+    assert short["mean_tokens"]["prompt"] == 20_000
+    assert short["mean_tokens"]["response"] == pytest.approx(1000 * 2.718281828**0.125, rel=0.02)
+    plain = short["generation"]["sides"]["plain"]
+    assert short["seconds"]["prompts"] == plain["read_s"]
+    assert short["seconds"]["generation"] == plain["decode_s"]
+    assert plain["read_s"] + plain["decode_s"] > short["generation"]["at_mean_s"]
+    # The config's own budget makes the plan one of partial rollouts.
+    args += ["rollout.tokens_per_round=700", "algorithm.max_staleness=5"]
+    assert run(monkeypatch, *args, "--lengths", "lognormal:1000,0.5", "--json") == 0
+    own = json.loads(capsys.readouterr().out)["phases"][1]["generation"]
+    assert (own["tokens_per_round"], own["max_staleness"]) == (700, 5)
+    assert long["generation"]["tokens_per_round"] == 2500
+    assert long["generation"]["max_staleness"] == 4
+    assert run(monkeypatch, *args, "--lengths", "lognormal:1000,0.5") == 0
+    assert "partial with rollout.tokens_per_round=700 algorithm.max_staleness=5" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    assert run(monkeypatch, *args, "--lengths", "nowhere") == 2
+    assert "--lengths nowhere is neither" in capsys.readouterr().err
+
+
+def test_lengths_need_phases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"model: {{path: {MODEL}}}\npolicy: {{tp: 8, cp: 4}}\n")
+    assert run(monkeypatch, tmp_path, "--lengths", "lognormal") == 2
+    assert "--lengths is for the phases of RL" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Every shipped config is loaded, checked and planned; every plan in the docs is what the command
 prints today (Markdown blocks that begin with `$ qlrl plan`)."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -59,3 +60,23 @@ def test_plans_in_the_docs_are_what_the_command_prints(monkeypatch: pytest.Monke
         done = CliRunner().invoke(app, shlex.split(block[1]))
         assert done.exit_code == 0, (file, block[1])
         assert done.stdout.strip() == block[2].strip(), f"{file}: qlrl {block[1]}"
+
+
+@pytest.mark.parametrize("gpus", [32, 256, 1024])
+def test_the_table_of_lengths_is_what_the_command_says(
+    gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    command = "plan examples/qwenlong-l1-32b-4n8g algorithm.generation_rounds=1 --json"
+    options = ["--gpus", str(gpus), "--lengths", "lognormal"]
+    done = CliRunner().invoke(app, [*command.split(), *options])
+    page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    for phase in json.loads(done.stdout)["phases"]:
+        even, sides = phase["generation"]["at_mean_s"], phase["generation"]["sides"]
+        seconds = {name: f"{s['read_s'] + s['decode_s']:,.0f}" for name, s in sides.items()}
+        idle = {name: f"({s['slots_idle']:.0%})" for name, s in sides.items()}
+        row = (
+            f"| {gpus:,}, {phase['name']} | {even:,.0f} | {seconds['plain']} {idle['plain']} "
+            f"| {seconds['sorted']} | {seconds['partial']} {idle['partial']} |"
+        )
+        assert row in page

@@ -9,6 +9,7 @@ from megatron_qlrl.config.schema import Config
 from megatron_qlrl.plan.estimate import (
     Lengths,
     generation_seconds,
+    make_engine,
     training_seconds,
     training_work,
 )
@@ -157,10 +158,13 @@ def test_gradients_are_reduced_over_data_parallel_ranks() -> None:
 
 
 def test_generation_time() -> None:
-    found = generation_seconds(
-        config(), TINY, gpus=1, hardware=ROUND, lengths=LENGTHS, cache_tokens=72, width=2,
+    engine = make_engine(
+        config(), TINY, hardware=ROUND, lengths=LENGTHS, cache_tokens=72, width=2,
         weight_bytes=2_000,
     )  # fmt: skip
+    found = generation_seconds(
+        config(), engine, gpus=1, hardware=ROUND, lengths=LENGTHS, weight_bytes=2_000
+    )
     assert found["weight stream"] == 20
     assert found["prompts"] == pytest.approx(8 * prefill_flops(TINY, 20) / 5e5)
     # A response takes 4 tokens and a quarter of the prompt's 20: 8 of the 32 fit at one time.
