@@ -223,14 +223,15 @@ def _fail(children: list[Child], failed: list[Child], folder: Path) -> int:
     deadline = time.monotonic() + GRACE_S
     while any(c.code is None for c in children) and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    _kill(children)
     messages = _messages(folder)
+    first = failed[0] if failed else children[min(messages)]
+    code = first.code or 2  # of its error, not of the kill that a rank slow to leave gets
+    _kill(children)
     for line in format_errors(messages):
         print(f"qlrl: error: {line}", file=sys.stderr, flush=True)
-    first = failed[0] if failed else children[min(messages)]
     if not messages:
         _show_end(first)
-    return first.code or 2
+    return code
 
 
 def _kill(children: list[Child]) -> None:

@@ -108,6 +108,14 @@ time.sleep(600)
     assert capfd.readouterr().err == "qlrl: error: rank 1: disk is full\n"
 
 
+def test_rank_that_is_slow_to_leave_does_not_change_the_code_of_its_error(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "GRACE_S", 0.2)
+    assert run('report_error("no such file", rank); time.sleep(600)', 2) == 2
+    assert capfd.readouterr().err == "qlrl: error: no such file\n"
+
+
 def test_rank_that_ignores_sigterm_is_killed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "GRACE_S", 0.2)
     body = """

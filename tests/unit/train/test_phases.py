@@ -78,7 +78,7 @@ def test_reference_is_of_the_newest_phase_that_renewed_it() -> None:
     folders = [reference_folder(config, k) for k in range(4)]
     own = Path("r/references/phase_2")
     assert folders == [Path("m"), Path("m"), own, own]
-    # The first phase starts from model.path in any case; there is no fifth.
+    # Without a parent the first phase starts from model.path in any case; there is no fifth.
     assert [p.next_reference for p in make_phases(config)] == [None, own, None, None]
 
 
