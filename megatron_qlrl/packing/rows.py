@@ -86,8 +86,8 @@ def empty_row() -> PackedRow:
     zero = np.zeros(1, np.int32)
     none = np.zeros(0, np.float32)
     block = Block(group=-1, samples=(), prompt=(0, 1), responses=())
-    columns = dict.fromkeys(("loss_weights", "response_weights", "advantages"), none)
-    return PackedRow(zero, zero, (block,), columns)
+    names: tuple[str, ...] = ("loss_weights", "response_weights", "advantages")
+    return PackedRow(zero, zero, (block,), dict.fromkeys(names, none))
 
 
 def build_row(
