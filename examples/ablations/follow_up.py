@@ -33,7 +33,8 @@ SHORT_FOR_EACH_LONG = 9
 STEPS, STEPS_AT_EQUAL_SHARES = 66, 49
 TASKS = "curriculum.tasks={toy_short: 1, toy_long: 1}"
 BY_TASK, BY_GROUP = "algorithm.advantage_std=task", "algorithm.aggregation=group_mean"
-BAND = "algorithm.entropy_band=[0.10, 0.13]"
+BAND = "algorithm.entropy_band=[0.08, 0.10]"
+"""The entropy of GRPO alone begins at 0.10 nats, has its highest near 0.11 and ends at 0.07."""
 GRPO = "GRPO"
 ARMS: dict[str, tuple[str, ...]] = {
     GRPO: (),
