@@ -24,6 +24,7 @@ PARAMETERS = {
     "Qwen/Qwen2.5-7B": 7.62,
     "Qwen/Qwen2.5-14B": 14.77,
     "Qwen/Qwen2.5-32B": 32.76,
+    "Qwen/Qwen3-4B-Thinking-2507": 4.02,
     "Qwen/Qwen3-8B": 8.19,
     "Qwen/Qwen3-14B": 14.77,
     "Qwen/Qwen3-32B": 32.76,

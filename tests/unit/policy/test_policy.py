@@ -90,7 +90,8 @@ def row_of(*responses: int) -> PackedRow:
         np.zeros(1, np.int32),
         tuple(TrainResponse(np.zeros(n, np.int32), 1.0) for n in responses),
     )
-    return build_row([group], [(0, tuple(range(len(responses))))], [[1.0] * len(responses)])
+    weights = {"loss_weights": [[1.0] * len(responses)]}
+    return build_row([group], [(0, tuple(range(len(responses))))], weights)
 
 
 def test_logprobs_fill_only_what_a_column_lacks() -> None:
