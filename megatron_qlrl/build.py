@@ -460,6 +460,8 @@ def make_sampler(job: Job, prompts: Sequence[Prompt]) -> Sampler:
         config=config.curriculum,
         solved_above=config.reward.solved_above,
     )
+    for line in curriculum.absent_tasks():
+        job.warn(line)
     return Sampler(
         curriculum,
         config=config.algorithm,

@@ -34,6 +34,7 @@ from typing import Any
 
 import yaml
 
+from megatron_qlrl.config.run_folder import step_of
 from megatron_qlrl.errors import STOPPED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,8 +140,6 @@ class Chain:
 
     def _spoiled(self) -> int | None:
         """Returns the step of the damaged checkpoint, unless it was written again since."""
-        from megatron_qlrl.weights.checkpoint_folder import step_of
-
         if self.damaged is None:
             return None
         file, when = self.damaged
@@ -194,7 +193,7 @@ def children(pid: int) -> list[int]:
 
 def newest(run: Path) -> int | None:
     """Returns the step of the newest checkpoint that is whole by its checksums."""
-    from megatron_qlrl.weights.checkpoint_folder import step_of, torn
+    from megatron_qlrl.weights.checkpoint_folder import torn
 
     folders = sorted((run / "checkpoints").glob("step_????????"), reverse=True)
     whole = (f for f in folders if torn(f) is None)

@@ -75,6 +75,15 @@ class Curriculum:
                 f"{', '.join(sources)}"
             )
 
+    def absent_tasks(self) -> list[str]:
+        """Returns a line for each phase that has no prompt of some task."""
+        return [
+            f"phase {number} has no prompt of {', '.join(absent)} (curriculum.tasks); its other "
+            "tasks share the batch"
+            for number, pool in enumerate(self._pools)
+            if (absent := [task for task in self._tasks if task not in pool.orders])
+        ]
+
     def tasks_of(self, prompts: Sequence[Prompt]) -> list[str]:
         """Returns the task of each prompt, or nothing without `curriculum.tasks`."""
         return [task_of(p.data_source, self._tasks) for p in prompts if self._tasks]

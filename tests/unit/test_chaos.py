@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import write_checkpoint
 
-from tools.chaos import Failed, check_start, damage, differences, waiting_responses
+from tools.chaos import Failed, check_start, damage, differences, newest, waiting_responses
 
 
 def finished(folder: Path, *, weights: bytes = b"w", rollouts: str = "r", **metrics: Any) -> Path:
@@ -36,6 +37,15 @@ def test_difference_to_the_reference_is_named(
 ) -> None:
     reference = finished(tmp_path / "reference", **{"timing_s/step": 2.0})
     assert differences(finished(tmp_path / "run", **changes), reference) == found
+
+
+def test_newest_whole_checkpoint(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    for step in (3, 4):
+        write_checkpoint(tmp_path / "checkpoints" / f"step_{step:08d}", {"step": step})
+    assert newest(tmp_path) == 4
+    (tmp_path / "checkpoints" / "step_00000004" / "state.json").write_text("{}")
+    assert newest(tmp_path) == 3
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,10 @@ def test_a_phase_without_a_task_divides_among_the_others():
     config = CurriculumConfig.model_validate({"tasks": {"docmath": 1, "hotpot": 1, "frames": 1}})
     curriculum = Curriculum(prompts, limits=(10, 20), seed=0, config=config)
     assert sources(curriculum.draw(1, 12)) == {"docmath": 6, "frames": 6}
+    (line,) = curriculum.absent_tasks()
+    assert line.startswith("phase 1 has no prompt of hotpot (curriculum.tasks)")
+    assert make_curriculum({"hotpot": 1, "*": 1}).absent_tasks() == []
+    assert make_curriculum({}).absent_tasks() == []
 
 
 def test_metrics_count_each_task():
