@@ -34,7 +34,7 @@ from typing import Any
 
 import yaml
 
-from megatron_qlrl.config.run_folder import step_of
+from megatron_qlrl.config.run_folder import checkpoint_of, checkpoints_of, step_of
 from megatron_qlrl.errors import STOPPED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,7 +128,7 @@ class Chain:
             if blow in ("flip", "cut"):
                 step = newest(self.run)
                 if step is not None:
-                    file = damage(checkpoint(self.run, step), blow, self.rng)
+                    file = damage(checkpoint_of(self.run, step), blow, self.rng)
                     self.damaged = (file, file.stat().st_mtime_ns)
                     record["damaged"] = str(file.relative_to(self.run))
         return record
@@ -136,7 +136,7 @@ class Chain:
     def _waiting(self) -> int:
         """Returns how many responses wait in the checkpoint that the next start goes on from."""
         step = newest(self.run)
-        return 0 if step is None else waiting_responses(checkpoint(self.run, step))
+        return 0 if step is None else waiting_responses(checkpoint_of(self.run, step))
 
     def _spoiled(self) -> int | None:
         """Returns the step of the damaged checkpoint, unless it was written again since."""
@@ -195,13 +195,8 @@ def newest(run: Path) -> int | None:
     """Returns the step of the newest checkpoint that is whole by its checksums."""
     from megatron_qlrl.weights.checkpoint_folder import torn
 
-    folders = sorted((run / "checkpoints").glob("step_????????"), reverse=True)
-    whole = (f for f in folders if torn(f) is None)
+    whole = (f for f in reversed(checkpoints_of(run)) if torn(f) is None)
     return next((step_of(f) for f in whole), None)
-
-
-def checkpoint(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step_{step:08d}"
 
 
 def waiting_responses(folder: Path) -> int:

@@ -8,7 +8,6 @@ process on one thread. The same command continues after an interruption. `--tabl
 of what is finished and trains nothing.
 """
 
-import argparse
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from studies import differences, interval, percent, read_scores, spread, train
+from studies import differences, interval, percent, read_arguments, read_scores, spread, train
 
 from megatron_qlrl.data.builders.toy import build_toy
 from megatron_qlrl.platform.files import replaced
@@ -47,12 +46,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--table", action="store_true", help="train nothing")
-    args = parser.parse_args()
+    args = read_arguments(__doc__ or "")
     out, seeds = args.out, range(args.seeds)
     if not args.table:
         make_data(out / "data")
@@ -115,17 +109,14 @@ def report(out: Path, seeds: int) -> None:
     cells = [percent([mean(scores[size].values()) for scores in starts]) for size in SIZES]
     print(f"| (after SFT) | {len(starts)} | | | | {' | '.join(cells)} | | |")
     for arm in ARMS:
-        runs = [
-            run
-            for seed in range(seeds)
-            for run in [folder(out, arm) / f"seed_{seed}"]
-            if (run / "eval" / "all.jsonl").exists()
-            and (folder(out, GRPO) / run.name / "eval" / "all.jsonl").exists()
-        ]
-        if not runs:
+        pairs = [(folder(out, arm) / run.name, folder(out, GRPO) / run.name) for run in folders]
+        pairs = [pair for pair in pairs if all(map(Path.exists, map(answers, pair)))]
+        if not pairs:
             continue
-        scores = [read_scores(run / "eval" / "all.jsonl") for run in runs]
-        others = [read_scores(folder(out, GRPO) / r.name / "eval" / "all.jsonl") for r in runs]
+        runs = [run for run, _ in pairs]
+        scores, others = (
+            [read_scores(answers(run)) for run in side] for side in zip(*pairs, strict=True)
+        )
         used = [usage(run) for run in runs]
         row = [
             arm,
@@ -135,10 +126,14 @@ def report(out: Path, seeds: int) -> None:
             *(percent([mean(own[size].values()) for own in scores]) for size in SIZES),
         ]
         for size in SIZES:
-            pairs = zip(scores, others, strict=True)
-            same = arm == GRPO
-            row.append("" if same else interval([differences(a, b, size) for a, b in pairs]))
+            both = zip(scores, others, strict=True)
+            apart = [differences(own, other, size) for own, other in both]
+            row.append("" if arm == GRPO else interval(apart))
         print(f"| {' | '.join(row)} |")
+
+
+def answers(run: Path) -> Path:
+    return run / "eval" / "all.jsonl"
 
 
 def usage(run: Path) -> dict[str, float]:

@@ -8,12 +8,11 @@ Each run is one `qlrl` process on one thread. The same command continues after a
 `--table` prints the table of what is finished and trains nothing.
 """
 
-import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
-from studies import Scores, differences, interval, qlrl, read_scores, train
+from studies import Scores, differences, interval, qlrl, read_arguments, read_scores, train
 
 CONFIG = Path(__file__).resolve().parents[1] / "quickstart" / "config.yaml"
 ALONE, CARRIED = "no carried prompts", "carried_share 0.25"
@@ -43,12 +42,7 @@ SIZES = ("short", "long")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--table", action="store_true", help="train nothing")
-    args = parser.parse_args()
+    args = read_arguments(__doc__ or "")
     out, seeds = args.out, range(args.seeds)
     if not args.table:
         data = out / "data"

@@ -1,5 +1,6 @@
 """Starts the runs of a study, and reads what they answered."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,6 +14,16 @@ import numpy as np
 Scores = dict[str, dict[str, float]]
 """By size of the documents ("short", "long") and question."""
 NUM_RESAMPLES = 10_000
+
+
+def read_arguments(description: str) -> argparse.Namespace:
+    """Reads what the command line of a study says: out, seeds, jobs, table."""
+    parser = argparse.ArgumentParser(description=description.split("\n", maxsplit=1)[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    return parser.parse_args()
 
 
 def train(config: Path, folder: Path, command: str, *settings: str) -> None:

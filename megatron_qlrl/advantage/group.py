@@ -1,6 +1,6 @@
 """Group-relative advantages: what one response earned beside its siblings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -30,11 +30,20 @@ def group_advantages(rewards: np.ndarray, kind: Kind, *, std: float | None = Non
     advantages = np.zeros_like(rewards)
     if judged.sum() >= 2:
         own = rewards[judged]
+        centered = _centered(own)
         if kind == "grpo":
-            advantages[judged] = _dr_grpo(own) / ((own.std(ddof=1) if std is None else std) + _EPS)
-        else:
-            advantages[judged] = _KINDS[kind](own)
+            centered /= (own.std(ddof=1) if std is None else std) + _EPS
+        elif kind == "rloo":
+            centered *= len(own) / (len(own) - 1)
+        advantages[judged] = centered
     return advantages
+
+
+def _centered(rewards: np.ndarray) -> np.ndarray:
+    # The mean of equal floats can be off by one ulp, which grpo would divide by 1e-6.
+    if np.ptp(rewards) == 0:
+        return np.zeros_like(rewards)
+    return rewards - rewards.mean()
 
 
 def shared_deviations(rewards: Sequence[np.ndarray], parts: Sequence[str]) -> list[float]:
@@ -57,20 +66,3 @@ def shared_deviations(rewards: Sequence[np.ndarray], parts: Sequence[str]) -> li
 
 def _deviation(rewards: np.ndarray) -> float:
     return float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0
-
-
-def _dr_grpo(rewards: np.ndarray) -> np.ndarray:
-    # The mean of equal floats can be off by one ulp, which grpo would divide by 1e-6.
-    if np.ptp(rewards) == 0:
-        return np.zeros_like(rewards)
-    return rewards - rewards.mean()
-
-
-def _rloo(rewards: np.ndarray) -> np.ndarray:
-    return _dr_grpo(rewards) * (len(rewards) / (len(rewards) - 1))
-
-
-_KINDS: dict[Kind, Callable[[np.ndarray], np.ndarray]] = {
-    "dr_grpo": _dr_grpo,
-    "rloo": _rloo,
-}

@@ -9,9 +9,24 @@ CHECKPOINTS = "step_" + "[0-9]" * 8
 """Pattern of the names of checkpoints."""
 
 
+def checkpoint_name(step: int) -> str:
+    """Returns the name of the folder of a checkpoint after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    """Returns where a run has its checkpoint of a step, if there is one."""
+    return run / "checkpoints" / checkpoint_name(step)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Returns the checkpoints in a folder, whole or not, from the oldest to the newest."""
+    return sorted(folder.glob(CHECKPOINTS))
+
+
 def checkpoints_of(run: Path) -> list[Path]:
-    """Returns the checkpoints in a run's folder, whole or not, from the oldest to the newest."""
-    return sorted((run / "checkpoints").glob(CHECKPOINTS))
+    """Returns the checkpoints of a run, as `checkpoints_in`."""
+    return checkpoints_in(run / "checkpoints")
 
 
 def step_of(checkpoint: Path) -> int:

@@ -50,9 +50,9 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Seeds data order and every sampled token (with step, prompt and sample index)."""
     parent: str | None = None
-    """A run of `qlrl rl` or `qlrl sft` that `qlrl rl` starts this run from: its folder RUN, or
-    RUN:STEP for another checkpoint than its newest. Weights, optimizer state and statistics of
-    prompts are taken over at the first start. The same as `--from`."""
+    """The run that a new run of `qlrl rl` starts from: the folder RUN of a `qlrl rl` or `qlrl sft`,
+    or RUN:STEP for another checkpoint than the newest. At its first start the new run takes over
+    weights, optimizer state and statistics of prompts. The same as `--from`."""
     hang_after_s: float = Field(default=3600, gt=0)
     """A step that takes longer than this, and than ten times the longest before it, is taken for
     hung: every rank writes its stacks to <run.dir>/stacks and ends."""
@@ -155,10 +155,10 @@ class CurriculumConfig(Section):
     tasks: dict[
         Annotated[str, Field(min_length=1)], Annotated[float, Field(gt=0, allow_inf_nan=False)]
     ] = {}
-    """Task-balanced sampling, {name: share}: a prompt's task is the longest name that is a part of
-    its data_source, in any case; * takes all others. Prompts are drawn so that the tasks' numbers
-    are in the proportion of their shares ({docmath: 1, qa: 1}: equal), however many prompts each
-    has; a task that runs out is shuffled and begins anew. None: by the data's own proportions."""
+    """Task-balanced sampling, {name: share}. A prompt's task is the longest name that is a part of
+    its data_source, in any case; the name * takes all others. Each task gets its share of the
+    prompts drawn ({docmath: 1, qa: 1} gives equal shares), however many prompts it has; a task that
+    runs out is shuffled again. Without tasks, prompts are drawn in the proportions of the data."""
     carried_share: float = Field(default=0.0, ge=0, lt=1)
     """The largest share of a batch's prompts that may come from earlier phases."""
     carry: Literal["seen", "unsolved"] = "seen"
@@ -212,9 +212,9 @@ class AlgorithmConfig(Section):
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """Group-relative advantage: (r - mean) / (std + 1e-6), r - mean, or leave-one-out."""
     advantage_std: Literal["group", "batch", "task"] = "group"
-    """Whose standard deviation grpo divides by: that of the group's rewards, or of all rewards of
-    the training batch, or of those of the group's task in it (QwenLong-L1.5). The mean is the
-    group's own. Without curriculum.tasks each data_source is a task."""
+    """The rewards whose standard deviation grpo divides by: the group's, all of the training batch
+    (batch), or those of the group's task in that batch (task; QwenLong-L1.5). The mean is always
+    the group's. Without curriculum.tasks each data_source is a task."""
     aggregation: Literal["token_mean", "sequence_mean", "group_mean", "constant"] = "token_mean"
     """How token losses are averaged. token_mean: over all tokens of the optimizer batch (DAPO).
     sequence_mean: over each response, then over responses (GRPO). group_mean: over all tokens of a
@@ -252,9 +252,10 @@ class AlgorithmConfig(Section):
     entropy_coef: float = Field(default=0.0, ge=0)
     """Coefficient of the entropy bonus."""
     entropy_band: tuple[float, float] | None = None
-    """AEPO (QwenLong-L1.5), [low, high] in nats: once actor/response_entropy of an update is above
-    high, responses with a negative advantage get advantage 0 in the updates that follow, until it
-    is below low; what the loss is divided by stays. None: never."""
+    """Entropy control (AEPO, QwenLong-L1.5), [low, high] in nats. When actor/response_entropy of an
+    update is above high, responses with a negative advantage get advantage 0 in the next updates,
+    until it is below low. What the loss is divided by does not change. None: no response is
+    masked."""
     filter_groups: bool = True
     """Leave out groups whose rewards have no spread: they carry no gradient."""
     generation_rounds: int = Field(default=1, gt=0)

@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from megatron_qlrl.config.run_folder import checkpoints_of
 from megatron_qlrl.errors import ConfigError, QlrlError
 from megatron_qlrl.platform.env import init_ranks
 
@@ -172,7 +173,7 @@ def count_failure(run_dir: Path) -> int:
     """Returns how often this job has failed since its newest checkpoint, this time included."""
     job = os.environ.get("SLURM_JOB_ID", "")
     record = run_dir / "failures.json"
-    folders = sorted((run_dir / "checkpoints").glob("step_????????"))
+    folders = checkpoints_of(run_dir)
     since = {"job": job, "checkpoint": folders[-1].name if folders else ""}
     before = json.loads(record.read_text()) if record.is_file() else {}
     count = before["count"] + 1 if since.items() <= before.items() else 1

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_qlrl.config.run_folder import named_checkpoints, split_parent, step_of
+from megatron_qlrl.config.run_folder import (
+    checkpoint_of,
+    named_checkpoints,
+    split_parent,
+    step_of,
+)
 from megatron_qlrl.config.schema import Config
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
@@ -44,7 +49,7 @@ class Parent:
 
     @property
     def checkpoint(self) -> Path:
-        return Path(self.run) / "checkpoints" / f"step_{self.step:08d}"
+        return checkpoint_of(Path(self.run), self.step)
 
     def state(self) -> dict[str, Any]:
         """What the run's checkpoints hold of it."""

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_qlrl.config.run_folder import CHECKPOINTS, step_of
+from megatron_qlrl.config.run_folder import CHECKPOINTS, checkpoint_name, checkpoints_in, step_of
 from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.parallel.collectives import gather_dicts, gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import TIMEOUT
@@ -92,7 +92,7 @@ class CheckpointStore:
 
     def path(self, step: int) -> Path:
         """Returns where the checkpoint of a step is, if there is one."""
-        return self.folder / f"step_{step:08d}"
+        return self.folder / checkpoint_name(step)
 
     @cached_property
     def _group(self) -> dist.ProcessGroup:
@@ -136,7 +136,7 @@ class CheckpointStore:
         return gather_objects(newest)[0]
 
     def _newest(self) -> Path | None:
-        for folder in sorted(self.folder.glob(CHECKPOINTS), reverse=True):
+        for folder in reversed(checkpoints_in(self.folder)):
             problem = torn(folder)
             if problem is None:
                 open_checkpoint(folder)
@@ -191,7 +191,7 @@ class CheckpointStore:
         """Removes all but the last `keep` checkpoints up to `step`, and that of `spare`. Those with
         a higher number were torn when the run resumed below them; if they counted, they would push
         good ones out."""
-        folders = sorted(self.folder.glob(CHECKPOINTS))
+        folders = checkpoints_in(self.folder)
         kept = [f for f in folders if f <= self.path(step)][-self._keep :]
         if spare is not None:
             kept.append(self.path(spare))

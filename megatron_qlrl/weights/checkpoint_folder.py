@@ -17,6 +17,7 @@ FORMAT = 2
 _STATE_TYPES = {
     "format": int, "command": str, "step": int, "version": int, "dtype": str, "facts": dict,
     "sampler": dict, "evaluation": dict, "monitor": dict, "tracker": dict, "parent": dict,
+    "trainer": dict,
 }  # fmt: skip
 """Types that values in state.json must have. Whoever saved a dict checks what is in it."""
 
