@@ -71,7 +71,7 @@ Generate = Callable[[Sequence[Request], Sampling], Iterator[tuple[int, Completio
 STOP_EVERY = 16
 """The number of engine steps after which the ranks ask each other whether to stop. A step samples
 one token of each response, or reads some thousand tokens of prompts."""
-_COUNTS: tuple[str, ...] = (
+COUNTS: tuple[str, ...] = (
     "prefill_tokens", "prefill_s", "decode_tokens", "decode_s", "generate_s", "prompt_tokens",
     "cached_tokens", "sibling_tokens", "sibling_cached_tokens", "preemptions", "sync_s",
     "sync_bytes",
@@ -116,7 +116,7 @@ class VllmEngine:
         self._stop = list(stop_token_ids)
         self._manifest = dict(manifest)
         self._give_up = give_up
-        self._counts = dict.fromkeys(_COUNTS, 0.0)
+        self._counts = dict.fromkeys(COUNTS, 0.0)
         self._read_before = False
         self._temperature = 1.0
         self._version = 0
@@ -367,7 +367,7 @@ class VllmEngine:
         preemptions: how often a request lost its cache to others and had to start again.
         sync_s, sync_bytes: seconds and bytes of loading weights, without going to sleep.
         """
-        taken, self._counts = self._counts, dict.fromkeys(_COUNTS, 0.0)
+        taken, self._counts = self._counts, dict.fromkeys(COUNTS, 0.0)
         return taken if self.leads else {}
 
     def _reason_to_stop(self) -> str:

@@ -19,7 +19,7 @@ from megatron_qlrl.metrics.meter import Meter
 from megatron_qlrl.rl import RLParts, train_rl
 from megatron_qlrl.rollout.collect import Collector
 from megatron_qlrl.rollout.seeds import token_seed
-from megatron_qlrl.rollout.vllm_engine import _COUNTS, Completion, Request, Sampling
+from megatron_qlrl.rollout.vllm_engine import COUNTS, Completion, Request, Sampling
 from megatron_qlrl.train.phases import Phase
 from megatron_qlrl.types import Prompt, Score, ScoredGroup, TrainGroup
 
@@ -75,7 +75,7 @@ class FakeEngine:
             yield number, Completion(ids, logprobs, end == length(prompt, sample))
 
     def take_counts(self) -> dict[str, float]:
-        return dict.fromkeys(_COUNTS, 0.0)
+        return dict.fromkeys(COUNTS, 0.0)
 
 
 class FakeScorer:

@@ -100,7 +100,7 @@ class FakeEngine:
 
     def take_counts(self) -> dict[str, float]:
         some = {"prefill_tokens": 8.0, "prefill_s": 2.0}
-        return dict.fromkeys(vllm_engine._COUNTS, 0.0) | some
+        return dict.fromkeys(vllm_engine.COUNTS, 0.0) | some
 
 
 class FakeScorer:

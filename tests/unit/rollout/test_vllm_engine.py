@@ -43,7 +43,7 @@ def engine_with(llm: FakeLLM) -> VllmEngine:
     engine._manifest = dict(MANIFEST)
     engine._llm = llm  # pyright: ignore[reportAttributeAccessIssue]
     engine._stop = [2]
-    engine._counts = dict.fromkeys(vllm_engine._COUNTS, 0.0)
+    engine._counts = dict.fromkeys(vllm_engine.COUNTS, 0.0)
     engine._block_tokens = 1
     engine._version = 5
     return engine
