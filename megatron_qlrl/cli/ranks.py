@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from megatron_qlrl.errors import ConfigError, QlrlError
 from megatron_qlrl.launch import local
 from megatron_qlrl.platform.env import Ranks, read_ranks
+from megatron_qlrl.platform.megatron_version import check_megatron
 from megatron_qlrl.platform.stop import interrupt_ends
 
 
@@ -18,8 +19,8 @@ def on_ranks(
     run: Callable[[], None],
     saves: bool = False,
 ) -> None:
-    """Calls `check` once, then `run`: in this process if it is a rank already or the only one, or
-    else in `processes` new ranks.
+    """Checks megatron-core's version and calls `check`, both once, then `run`: in this process if
+    it is a rank already or the only one, or else in `processes` new ranks.
 
     Args:
         argv: the command line that the new ranks run.
@@ -31,6 +32,7 @@ def on_ranks(
     world_size = ranks.world_size if ranks.world_size > 1 else processes
     if not local.is_child():
         with shown_once():
+            check_megatron()  # before it is loaded: another version may not load at all
             check(world_size)
     if ranks.world_size == 1 and processes > 1:
         sys.exit(local.launch(argv, processes=processes, saves=saves))

@@ -21,6 +21,7 @@ from megatron_qlrl.launch.next_process import replace_process
 from megatron_qlrl.platform.env import read_ranks, read_secret
 from megatron_qlrl.platform.files import check_output
 from megatron_qlrl.platform.machine import attention_kernel, package_version, versions
+from megatron_qlrl.platform.megatron_version import check_megatron
 from megatron_qlrl.platform.progress import Progress, foreign_messages_in
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def check(
 def _report_machine() -> None:
     for name, value in machine_report().items():
         typer.echo(f"{name:<20}{value}")
+    check_megatron()
 
 
 def _check_config(config: Config, world_size: int) -> None:

@@ -1,6 +1,6 @@
 """Lets Megatron-core run without CUDA: inside `megatron_device()` its CUDA calls mean the CPU.
 
-Megatron-core 0.16 hard-codes the CUDA device in its schedules, point-to-point communication,
+Megatron-core hard-codes the CUDA device in its schedules, point-to-point communication,
 optimizer and random-state code. Each replacement below stands for one such place. They hold
 only inside the context, so nothing else in the process (vLLM above all) sees them. With a GPU
 the context does nothing. Condition for removal: Megatron-core takes a device argument.
@@ -65,6 +65,8 @@ def megatron_device() -> Iterator[None]:
         return
     replacements: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", lambda: _CPU),
+        # 0.19 lets the stream wait for CUDA graphs before gradients are summed; there are none.
+        (torch.cuda, "current_stream", lambda *_, **__: None),
         (torch.cuda, "synchronize", lambda *_, **__: None),
         (torch.cuda, "manual_seed", torch.manual_seed),
         (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),

@@ -10,6 +10,7 @@ Any layout (tp, pp, cp, dp) reads what another one wrote.
 
 import copy
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,23 +19,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     MCoreSavePlanner,
-    TorchDistLoadShardedStrategy,
     _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
     _restore_dict_types,
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from megatron.core.dist_checkpointing.validation import (
+    StrictHandling,
+    determine_global_metadata,
+    validate_integrity_and_strict_load,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
@@ -82,7 +86,7 @@ class Snapshot:
         """Writes rank 0's part. Megatron would do so between collectives, where an error (a full
         disk) is rank 0's alone and leaves the others waiting."""
         torch.save(self.common, weights / "common.pt")
-        save_config(BACKEND, str(weights))
+        (weights / "metadata.json").write_text(json.dumps(BACKEND))
 
 
 def take_snapshot(model: Any, optimizer: Any) -> Snapshot:
@@ -126,14 +130,43 @@ def read_model(stored: StoredWeights, *, model: Any) -> None:
 
 
 def _read(sharded: dict[str, Any], stored: StoredWeights) -> dict[str, Any]:
-    """Calls Megatron's load with its two places that unpickle replaced."""
-    loaded = dist_checkpointing.load(
-        sharded,
-        str(stored.folder),
-        sharded_strategy=_Tensors(stored.metadata),
-        common_strategy=_Common(stored.common),
+    """Does what Megatron's own load does, from steps that all supported versions have. That load
+    unpickles in two places, and what it accepts differs by version."""
+    sharded, local, factories = load_preprocess(sharded)
+    loaded = copy.deepcopy(stored.common)
+    merge(loaded, local)
+    sharded, _ = extract_sharded_base(sharded)
+    mine, everyone = determine_global_metadata(sharded)
+    validate_integrity_and_strict_load(
+        sharded, StrictHandling.ASSUME_OK_UNEXPECTED, True, mine, everyone
     )
-    assert isinstance(loaded, dict)
+    merge(loaded, _read_tensors(sharded, stored))
+    apply_factory_merges(loaded, factories)
+    return loaded
+
+
+def _read_tensors(sharded: dict[str, Any], stored: StoredWeights) -> dict[str, Any]:
+    """Reads the tensors that `sharded` describes, with a reader and a planner that unpickle
+    nothing."""
+    tensors = [t for t in nested_values(sharded) if isinstance(t, ShardedTensor)]
+    by_key, flat_names, renamed = _replace_state_dict_keys_with_sharded_keys(sharded)
+    targets = mcore_to_pyt_state_dict(by_key, is_loading=True)
+    load_tensors(
+        targets,
+        _Reader(stored.folder, stored.metadata),
+        planner=_Planner(
+            stored.folder,
+            shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
+            allow_shape_mismatch_sharded_tensors={
+                t.key: t for t in tensors if t.allow_shape_mismatch
+            },
+        ),
+    )
+    filled: dict[str, Any] = {
+        key: _unwrap_pyt_sharded_tensor(target) for key, target in targets.items()
+    }
+    loaded = _replace_sharded_keys_with_state_dict_keys(filled, flat_names, renamed)
+    _restore_dict_types(loaded, sharded)
     return loaded
 
 
@@ -164,49 +197,6 @@ def _check_may_unpickle(names: Sequence[str]) -> None:
             f"{PICKLED_STATE}=1 in the environment; else set another policy.fp8_recipe, which "
             "leaves that state aside"
         )
-
-
-class _Common(TorchCommonLoadStrategy):
-    """Hands over what was read already, where Megatron would unpickle common.pt."""
-
-    def __init__(self, common: dict[str, Any]) -> None:
-        super().__init__()
-        self._values = common
-
-    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
-        return copy.deepcopy(self._values)  # Megatron merges the rest into it
-
-
-class _Tensors(TorchDistLoadShardedStrategy):
-    """Megatron's strategy with a reader and a planner that unpickle nothing."""
-
-    def __init__(self, metadata: Metadata) -> None:
-        super().__init__()
-        self._metadata = metadata
-
-    def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
-        tensors = [t for t in nested_values(sharded_state_dict) if isinstance(t, ShardedTensor)]
-        by_key, flat_names, renamed = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
-        targets = mcore_to_pyt_state_dict(by_key, is_loading=True)
-        load_tensors(
-            targets,
-            _Reader(checkpoint_dir, self._metadata),
-            planner=_Planner(
-                Path(checkpoint_dir),
-                shapes_validation_sharded_tensors=[
-                    t for t in tensors if not t.allow_shape_mismatch
-                ],
-                allow_shape_mismatch_sharded_tensors={
-                    t.key: t for t in tensors if t.allow_shape_mismatch
-                },
-            ),
-        )
-        filled: dict[str, Any] = {
-            key: _unwrap_pyt_sharded_tensor(target) for key, target in targets.items()
-        }
-        loaded = _replace_sharded_keys_with_state_dict_keys(filled, flat_names, renamed)
-        _restore_dict_types(loaded, sharded_state_dict)
-        return loaded
 
 
 class _Reader(FileSystemReader):
@@ -284,6 +274,7 @@ def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
     inner = loaded.get("optimizer", loaded)
     if isinstance(part.optimizer, torch.optim.Adam) and "state" in inner:
         inner["state"].setdefault("common_step", torch.tensor(0.0))  # Megatron saves no 0
+    _know_groups(inner["param_groups"], part.param_groups)
     part.load_state_dict(loaded)
     if moments is not None:
         states = part.optimizer.state
@@ -292,6 +283,15 @@ def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
         for parameter, step in steps.items():
             states[parameter]["step"] = step
     _complete_adam_state(optimizer)
+
+
+def _know_groups(saved: list[dict[str, Any]], present: list[dict[str, Any]]) -> None:
+    """Gives saved parameter groups the present values of the settings that Megatron knows a group
+    by. Those differ by version, and from 0.17 on the configured learning rate is one of them, which
+    a run may change when it resumes. Ours differ only in the weight decay: none for vectors."""
+    for group in saved:
+        (same,) = (other for other in present if other["wd_mult"] == group["wd_mult"])
+        group |= {key: same[key] for key in param_group_identifier_keys if key in same}
 
 
 def _only_part(optimizer: Any) -> Any:

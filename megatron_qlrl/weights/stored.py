@@ -9,12 +9,11 @@ is read with torch's `weights_only`, whatever the environment says.
 import json
 import pickle
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
@@ -31,8 +30,13 @@ from megatron_qlrl.errors import CheckpointError
 FILES = ("common.pt", "metadata.json", ".metadata")
 """The files that reading needs beside those of the tensors."""
 
-BACKEND = CheckpointingConfig("torch_dist", 1)
-"""Megatron's name of the format, kept in metadata.json."""
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""Megatron's name of the format, kept in metadata.json. (Megatron 0.19 reads the first two.)"""
 
 EXTRA_STATE = "._extra_state"
 """Ends the name of what a layer keeps beside its weights. It is stored, under that name and the
@@ -70,8 +74,8 @@ def open_weights(folder: Path) -> StoredWeights:
         format_name = read_object(file)
     except ValueError as error:
         raise refused(file, str(error)) from error
-    if format_name != asdict(BACKEND):
-        raise refused(file, f"it names another format than {BACKEND.sharded_backend}")
+    if format_name != BACKEND:
+        raise refused(file, f"it names another format than {BACKEND['sharded_backend']}")
     return StoredWeights(folder, _read_metadata(folder / ".metadata"), _read_common(folder))
 
 

@@ -21,7 +21,7 @@ from harness import rows_of, run_ranks, tiny_hf
 from test_policy_parity import LOSS, groups_of, make_policy
 
 from megatron_qlrl.errors import CheckpointError
-from megatron_qlrl.weights import checkpoint, megatron_format
+from megatron_qlrl.weights import checkpoint
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights
 from megatron_qlrl.weights.checkpoint_folder import FORMAT, torn
 from megatron_qlrl.weights.megatron_format import Snapshot
@@ -180,7 +180,7 @@ def failures(rank: int) -> dict[str, AbstractContextManager[Any]]:
     return {
         "disk full": only(0, fake_free(1000)),
         "rank 0: the checkpoint could not be written": only(
-            0, patch.object(megatron_format, "save_config", no_space)
+            0, patch.object(Snapshot, "write_common", no_space)
         ),
         "rank 1: ": only(1, writes_fail(after_bytes=20_000)),
         "No space left on device": only(0, patch.object(checkpoint, "_publish", no_space)),
