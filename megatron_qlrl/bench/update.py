@@ -1,4 +1,5 @@
-"""Measures one optimizer update with the prompt computed once, against once for each response.
+"""Measures one optimizer update with the prompt computed once, against once for each response, and
+against the least that its FLOPs can take on this machine.
 
 Both sides are the same code on the same tokens, and their gradients must agree. The separate side
 packs rows, too, with its best micro-batch size.
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_qlrl.bench.floor import update_floor
 from megatron_qlrl.bench.measure import compare, measure, report
 from megatron_qlrl.bench.policy import LOSS, make_group, random_policy
 from megatron_qlrl.config.shape import ModelShape
@@ -26,7 +28,11 @@ def bench_update(
     group: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Returns medians of both sides, `speedup`, `flop_ratio`, `peak_memory_ratio` and errors.
+    """Returns medians of both sides, `speedup`, `flop_ratio`, `peak_memory_ratio`, errors, and:
+
+    floor: see `update_floor`.
+    share_of_floor: its seconds over those of the shared side.
+    host_share: making the micro-batches from packed rows, over the shared side's seconds.
 
     `grad_rel_error` is the norm of the gradients' difference over the norm of the gradient, of all
     parameters together; `max_grad_rel_error` is the largest of any parameter.
@@ -49,7 +55,10 @@ def bench_update(
         sides = {"shared": partial(update, shared), "separate": partial(update, separate[best])}
         costs = compare(sides, rounds=rounds)
         error, largest = _difference(policy, *sides.values())
+        host_s = measure(lambda: [policy.shard(row) for row in shared]).work_s
+        dtype = next(policy.model.parameters()).dtype
     lengths = [response_tokens] * group
+    floor = update_floor(shape, prompt=prompt_tokens, responses=lengths, dtype=dtype, rounds=rounds)
     ratio = separate_flops(shape, prompt_tokens, lengths) / block_flops(
         shape, prompt_tokens, lengths
     )
@@ -59,6 +68,9 @@ def bench_update(
         "speedup": speedup,
         "flop_ratio": ratio,
         "speedup_over_flop_ratio": speedup / ratio,
+        "floor": floor,
+        "share_of_floor": floor["seconds"] / costs["shared"].work_s,
+        "host_share": host_s / costs["shared"].work_s,
         "max_grad_rel_error": largest,
         "grad_rel_error": error,
         "peak_memory_ratio": costs["separate"].peak_bytes / costs["shared"].peak_bytes,

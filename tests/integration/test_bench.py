@@ -63,6 +63,14 @@ def test_update(qlrl: Callable[..., Any], rounding: float) -> None:
     assert found["speedup"] > 0
     assert found["peak_memory_ratio"] > 0
     assert {"shared", "separate"} == set(found["sides"])
+    # An update is three times the forward pass.
+    floor, attention = found["floor"], 3 * 2 * 256 * (20_100 + 4 * 2_055)
+    assert (floor["flops"], floor["attention_flops"]) == (3 * shared, attention)
+    least = (3 * shared - attention) / floor["matmul_flops_per_s"]
+    least += attention / floor["attention_flops_per_s"]
+    assert floor["seconds"] == pytest.approx(least)
+    assert found["share_of_floor"] == pytest.approx(least / found["sides"]["shared"]["cpu_s"])
+    assert 0 < found["host_share"] < 1
 
 
 def test_logprob(qlrl: Callable[..., Any]) -> None:
