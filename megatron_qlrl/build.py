@@ -106,7 +106,9 @@ def make_job(config: Config, whole: Config | None = None) -> Job:
 
 def make_context(config: Config) -> ParallelContext:
     layout = config.policy
-    return init_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, seed=config.run.seed)
+    return init_parallel(
+        tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep, seed=config.run.seed
+    )
 
 
 def make_store(config: Config) -> CheckpointStore:

@@ -63,9 +63,10 @@ class Reference:
 
 def pooled(tensors: Mapping[str, Any], exact: Mapping[str, Any]) -> np.ndarray:
     """All tensors as one vector, each in units of the root mean square of its exact values: how
-    rounding falls on a tensor of few numbers is luck, on all together it is not."""
+    rounding falls on a tensor of few numbers is luck, on all together it is not. An expert that got
+    no token has a gradient of 0."""
     assert tensors.keys() == exact.keys()
-    return np.concatenate([np.ravel(np.asarray(tensors[n]) / rms(exact[n])) for n in exact])
+    return np.concatenate([np.ravel(np.asarray(tensors[n]) / (rms(exact[n]) or 1)) for n in exact])
 
 
 def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
@@ -75,17 +76,47 @@ def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, experts_implementation="eager"
+    ).to(dtype)
     if dtype == torch.float64:
-        for module in model.modules():
+        for module in model.modules():  # their own forward passes go through float32
             if type(module).__name__.endswith("RMSNorm"):
-                module.forward = partial(_norm, module)  # its own goes through float32
+                module.forward = partial(_norm, module)
+            if type(module).__name__.endswith("TopKRouter"):
+                module.forward = partial(_route, module)
     return model
+
+
+def gradients(model: Any) -> dict[str, np.ndarray]:
+    """The gradient of each tensor of a model folder, in which an expert's tensors stand alone."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.numpy()
+        if name.endswith(".experts.gate_up_proj"):
+            for expert, both in enumerate(grad):
+                gate, up = np.split(both, 2)
+                prefix = name.replace("gate_up_proj", str(expert))
+                tensors |= {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
+        elif name.endswith(".experts.down_proj"):
+            for expert, down in enumerate(grad):
+                tensors[name.replace("down_proj", f"{expert}.down_proj.weight")] = down
+        else:
+            tensors[name] = grad
+    return tensors
 
 
 def _norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     scale = (hidden.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt()
     return module.weight * hidden * scale
+
+
+def _route(module: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = torch.nn.functional.linear(hidden.reshape(-1, module.hidden_dim), module.weight)
+    weights, chosen = logits.softmax(-1).topk(module.top_k, dim=-1)
+    if module.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return logits, weights, chosen
 
 
 def rms(values: Any) -> float:

@@ -65,7 +65,7 @@ def random_policy(
     ranks = init_ranks()
     config = PolicyConfig.model_validate({"distributed_optimizer": False} | settings)
     with process_group(rank=ranks.rank, local_rank=ranks.local_rank, world_size=ranks.world_size):
-        context = init_parallel(tp=config.tp, pp=config.pp, cp=config.cp, seed=0)
+        context = init_parallel(tp=config.tp, pp=config.pp, cp=config.cp, ep=config.ep, seed=0)
         yield Policy(
             shape,
             config=config,

@@ -27,7 +27,10 @@ def check_layout(config: Config, shape: ModelShape, *, world_size: int) -> None:
         ConfigError: a size does not fit; names valid values.
     """
     check_split(shape, tp=config.policy.tp, pp=config.policy.pp)
-    _must_divide("rollout.tp", config.rollout.tp, _tp_sizes(shape))
+    engine_sizes = _tp_sizes(shape)
+    if shape.experts:  # the engine cuts experts, the trainer does not
+        engine_sizes["moe_intermediate_size"] = shape.experts.ffn_size
+    _must_divide("rollout.tp", config.rollout.tp, engine_sizes)
     policy = config.policy
     need = policy.tp * policy.pp * policy.cp
     if world_size % need:
@@ -39,8 +42,9 @@ def check_layout(config: Config, shape: ModelShape, *, world_size: int) -> None:
     if world_size % config.rollout.tp:
         raise ConfigError(
             f"rollout.tp={config.rollout.tp} does not divide the {world_size} processes; valid "
-            f"values: {_listed(_divisors(gcd(world_size, *_tp_sizes(shape).values())))}"
+            f"values: {_listed(_divisors(gcd(world_size, *engine_sizes.values())))}"
         )
+    _check_experts(policy, shape, world_size=world_size)
     _check_length(config, shape)
     _check_fp8(config.policy, shape)
 
@@ -49,6 +53,47 @@ def check_split(shape: ModelShape, *, tp: int, pp: int) -> None:
     """Raises ConfigError unless tp divides heads, KV heads and FFN, and pp the layers."""
     _must_divide("policy.tp", tp, _tp_sizes(shape))
     _must_divide("policy.pp", pp, {"num_hidden_layers": shape.num_layers})
+
+
+def _check_experts(policy: PolicyConfig, shape: ModelShape, *, world_size: int) -> None:
+    """Checks that the ranks of a pipeline stage can divide the experts among themselves."""
+    if shape.experts is None:
+        if policy.ep > 1:
+            raise ConfigError(
+                f"policy.ep={policy.ep} divides experts, and this model has none; set policy.ep=1"
+            )
+        return
+    stage = world_size // policy.pp
+    _must_divide("policy.ep", policy.ep, {"num_experts": shape.experts.num})
+    if stage % policy.ep:
+        raise ConfigError(
+            f"policy.ep={policy.ep} does not divide the {stage} ranks of a pipeline stage "
+            f"({world_size} processes, policy.pp={policy.pp}); valid values: "
+            f"{_listed(_divisors(gcd(stage, shape.experts.num)))}"
+        )
+    within = policy.tp * policy.cp
+    if max(policy.ep, within) % min(policy.ep, within):
+        raise ConfigError(
+            f"policy.ep={policy.ep} and policy.tp={policy.tp} x cp={policy.cp} must divide one "
+            "another, so that experts are divided among the ranks of a row or among whole rows; "
+            f"valid values: {_listed(_expert_sizes(stage, within, shape.experts.num))}"
+        )
+    if policy.tp > 1 and not policy.sequence_parallel:
+        raise ConfigError(
+            "policy.sequence_parallel=false with policy.tp > 1 would send each token to its "
+            "experts once for every tensor parallel rank; set policy.sequence_parallel=true or "
+            "policy.tp=1"
+        )
+    if policy.fp8 != "off":
+        raise ConfigError(
+            f"policy.fp8={policy.fp8} is not supported for a model with experts: each expert gets "
+            "another number of tokens, and no padding to FP8 blocks is tested; set policy.fp8=off"
+        )
+
+
+def _expert_sizes(stage: int, within: int, experts: int) -> list[int]:
+    sizes = _divisors(gcd(stage, experts))
+    return [size for size in sizes if max(size, within) % min(size, within) == 0]
 
 
 def _check_fp8(policy: PolicyConfig, shape: ModelShape) -> None:
@@ -201,11 +246,8 @@ def _check_length(config: Config, shape: ModelShape) -> None:
 
 
 def _tp_sizes(shape: ModelShape) -> dict[str, int]:
-    return {
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "intermediate_size": shape.ffn_size,
-    }
+    sizes = {"num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads}
+    return sizes if shape.experts else sizes | {"intermediate_size": shape.ffn_size}
 
 
 def _must_divide(setting: str, value: int, sizes: Mapping[str, int]) -> None:

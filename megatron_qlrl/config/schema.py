@@ -289,6 +289,10 @@ class PolicyConfig(Section):
     """Pipeline parallel size."""
     cp: int = Field(default=1, gt=0)
     """Context parallel size."""
+    ep: int = Field(default=1, gt=0)
+    """Expert parallel size of a model with experts: the ranks of a pipeline stage that divide the
+    experts of a layer among themselves. These ranks are tensor, then context, then data parallel
+    neighbours. Beyond tp x cp, ranks with different rows wait for each other in every layer."""
     sequence_parallel: bool = True
     """Shard the norms' activations over tp; has no effect at tp 1."""
     distributed_optimizer: bool = True

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_qlrl.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
+ARCHITECTURES = (
+    "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "LlamaForCausalLM",
+)  # fmt: skip
 
 Size = Annotated[int, Field(gt=0, lt=2**31)]
 Factor = Annotated[float, Field(ge=1, le=1000)]
@@ -36,6 +38,16 @@ class _Sizes(BaseModel):
     rope_theta: Theta | None = None
     rope_scaling: dict[str, Any] | None = None
     rope_parameters: dict[str, Any] | None = None
+
+
+class _ExpertSizes(BaseModel):
+    """The fields of config.json on the experts. transformers 5 writes num_local_experts."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    num_experts: Size = Field(validation_alias=AliasChoices("num_experts", "num_local_experts"))
+    num_experts_per_tok: Size
+    moe_intermediate_size: Size
+    norm_topk_prob: bool = False
 
 
 class _Rope(BaseModel):
@@ -103,14 +115,35 @@ _ONLY: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("bias", (None, False), "the linear layers have no biases"),
     ("partial_rotary_factor", (None, 1), "RoPE turns the whole head"),
     ("original_max_position_embeddings", (None,), "write it into rope_parameters"),
+    ("decoder_sparse_step", (None, 1), "every layer must have experts"),
+    ("mlp_only_layers", (None, []), "every layer must have experts"),
+    ("shared_expert_intermediate_size", (None, 0), "experts shared by all tokens are not trained"),
 )
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a dense decoder.
+class Experts:
+    """The mixture of experts that stands for the MLP of every layer.
 
     Attributes:
+        num: experts of a layer, of which each token uses `per_token`.
+        ffn_size: the size inside an expert.
+        normalise: the weights of a token's experts are divided by their sum.
+    """
+
+    num: int
+    per_token: int
+    ffn_size: int
+    normalise: bool
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder.
+
+    Attributes:
+        ffn_size: the size inside the MLP; no part of a model with experts has it.
+        experts: None for a dense model.
         tied: the LM head is the embedding, and Hugging Face folders have no tensor for it.
         max_position_embeddings: what config.json must say beside `rope`: transformers and vLLM
             0.32 take it for the scaled length with every type but linear.
@@ -130,6 +163,7 @@ class ModelShape:
     qkv_bias: bool
     qk_norm: bool
     rope: Mapping[str, Any]
+    experts: Experts | None = None
 
     @property
     def max_positions(self) -> int:
@@ -200,8 +234,9 @@ class ModelShape:
             rms_eps=sizes.rms_norm_eps,
             tied=sizes.tie_word_embeddings,
             qkv_bias=architecture == "Qwen2ForCausalLM",
-            qk_norm=architecture == "Qwen3ForCausalLM",
+            qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
             rope=rope,
+            experts=_experts(hf, where) if architecture == "Qwen3MoeForCausalLM" else None,
         )
 
 
@@ -252,7 +287,7 @@ def padded_vocab(vocab_size: int, tp: int) -> int:
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face model with its shape: the manifest that model folders,
     weight sync, import and export are checked against."""
-    h, d, f = shape.hidden_size, shape.head_dim, shape.ffn_size
+    h, d = shape.hidden_size, shape.head_dim
     q, kv = shape.num_heads * d, shape.num_kv_heads * d
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (shape.vocab_size, h),
@@ -267,10 +302,13 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (kv, h),
         "self_attn.v_proj.weight": (kv, h),
         "self_attn.o_proj.weight": (h, q),
-        "mlp.gate_proj.weight": (f, h),
-        "mlp.up_proj.weight": (f, h),
-        "mlp.down_proj.weight": (h, f),
     }
+    if shape.experts is None:
+        layer |= _mlp_shapes("mlp", h, shape.ffn_size)
+    else:
+        layer["mlp.gate.weight"] = (shape.experts.num, h)
+        for i in range(shape.experts.num):
+            layer |= _mlp_shapes(f"mlp.experts.{i}", h, shape.experts.ffn_size)
     if shape.qkv_bias:
         layer |= {
             "self_attn.q_proj.bias": (q,),
@@ -282,6 +320,29 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     for i in range(shape.num_layers):
         shapes |= {f"model.layers.{i}.{name}": size for name, size in layer.items()}
     return shapes
+
+
+def _mlp_shapes(prefix: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}.gate_proj.weight": (ffn, hidden),
+        f"{prefix}.up_proj.weight": (ffn, hidden),
+        f"{prefix}.down_proj.weight": (hidden, ffn),
+    }
+
+
+def _experts(hf: Mapping[str, Any], where: str) -> Experts:
+    sizes = _validated(_ExpertSizes, hf, where)
+    num, per_token = sizes.num_experts, sizes.num_experts_per_tok
+    if per_token > num:
+        raise ConfigError(
+            f"{where}: num_experts_per_tok={per_token} is more than num_experts={num}; {_COPY}"
+        )
+    if per_token == 1 and sizes.norm_topk_prob:
+        raise ConfigError(
+            f"{where} has num_experts_per_tok=1 with norm_topk_prob=true, which is not supported: "
+            "a token's only expert always has weight 1, and the router could not be trained"
+        )
+    return Experts(num, per_token, sizes.moe_intermediate_size, sizes.norm_topk_prob)
 
 
 def _architecture(hf: Mapping[str, Any], where: str) -> str:

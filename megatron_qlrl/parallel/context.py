@@ -1,5 +1,5 @@
-"""Process groups: tensor, pipeline, context and data parallel. The only reader of Megatron's
-global state; everything else gets a `ParallelContext`."""
+"""Process groups: tensor, pipeline, context, data and expert parallel. The only reader of
+Megatron's global state; everything else gets a `ParallelContext`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,18 +35,26 @@ class Axis:
 @dataclass(frozen=True)
 class ParallelContext:
     """This rank's place in the layout. `dp` does not count context parallel ranks, which share
-    rows."""
+    rows. `ep` are the ranks of a pipeline stage that divide the experts among themselves: first
+    tensor, then context, then data parallel neighbours. An expert is never cut."""
 
     tp: Axis
     pp: Axis
     cp: Axis
     dp: Axis
+    ep: Axis
     rank: int
     world_size: int
 
     @property
     def is_last_stage(self) -> bool:
         return self.pp.rank == self.pp.size - 1
+
+    @property
+    def experts_span_rows(self) -> bool:
+        """Whether the experts are divided among ranks with different rows, which then exchange
+        tokens in every micro-batch."""
+        return self.ep.size > self.tp.size * self.cp.size
 
 
 @contextmanager
@@ -75,7 +83,7 @@ def process_group(
             dist.destroy_process_group()
 
 
-def init_parallel(*, tp: int, pp: int, cp: int, seed: int) -> ParallelContext:
+def init_parallel(*, tp: int, pp: int, cp: int, seed: int, ep: int = 1) -> ParallelContext:
     """Makes Megatron's groups, once for each process group: they are global, and every gloo
     group keeps threads until the process group is destroyed (dozens of layouts in one process
     group end in thousands of threads)."""
@@ -85,6 +93,8 @@ def init_parallel(*, tp: int, pp: int, cp: int, seed: int) -> ParallelContext:
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             context_parallel_size=cp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=1,
             distributed_timeout_minutes=int(TIMEOUT.total_seconds() / 60),
         )
         # Attention fails with "cuda rng state ... is not added" without it, dropout or not.
@@ -94,6 +104,7 @@ def init_parallel(*, tp: int, pp: int, cp: int, seed: int) -> ParallelContext:
         pp=_axis(parallel_state.get_pipeline_model_parallel_group()),
         cp=_axis(parallel_state.get_context_parallel_group()),
         dp=_axis(parallel_state.get_data_parallel_group()),
+        ep=_axis(parallel_state.get_expert_model_parallel_group()),
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
     )

@@ -7,7 +7,7 @@ the context does nothing. Condition for removal: Megatron-core takes a device ar
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -56,6 +56,26 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = "cuda") -> None:
     torch.set_rng_state(new_state)
 
 
+def _counts_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """The dispatcher of tokens to experts makes arrays of the numbers of tokens when it fetches
+    them from a GPU; torch's all-to-all takes arrays and no tensors."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+class _Stream:
+    """A stream of the CPU, on which every call is done when it returns. The same dispatcher fetches
+    numbers on a stream of its own."""
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def record_event(self) -> Any:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
 @contextmanager
 def megatron_device() -> Iterator[None]:
     """A block for every call into Megatron-core; it can be nested."""
@@ -63,15 +83,20 @@ def megatron_device() -> Iterator[None]:
     if has_gpu() or _depth:
         yield
         return
+    from megatron.core.transformer.moe import token_dispatcher
+
     replacements: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", lambda: _CPU),
         # 0.19 lets the stream wait for CUDA graphs before gradients are summed; there are none.
-        (torch.cuda, "current_stream", lambda *_, **__: None),
+        (torch.cuda, "current_stream", lambda *_, **__: _Stream()),
+        (torch.cuda, "Stream", _Stream),
+        (torch.cuda, "stream", nullcontext),
         (torch.cuda, "synchronize", lambda *_, **__: None),
         (torch.cuda, "manual_seed", torch.manual_seed),
         (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
         (torch.cuda, "set_rng_state", _set_rng_state),
         (torch.cuda.random, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", _counts_on_cpu),
         (torch.Tensor, "cuda", _cuda),
         (torch.Tensor, "type", _type),
     ]

@@ -34,6 +34,12 @@ from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.parallel.context import ParallelContext
 from megatron_qlrl.platform.device import has_gpu, has_transformer_engine
 from megatron_qlrl.policy.attention import AttentionPlan, SegmentAttention
+from megatron_qlrl.policy.experts import (
+    CountingRouter,
+    expert_settings,
+    expert_spec,
+    mark_experts,
+)
 from megatron_qlrl.policy.offload import layer_inputs_on_host
 
 
@@ -130,12 +136,16 @@ def transformer_config(
         # Attention is not in the list: at long context it is most of the work and keeps little. Nor
         # is "layernorm": Transformer Engine's norms are parts of the linear layers, the MLP's is
         # recomputed with it, and without Transformer Engine Megatron 0.16 fails there.
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+        part = "moe" if shape.experts else "mlp"
+        recompute = {"recompute_granularity": "selective", "recompute_modules": [part]}
     fp8: dict[str, Any] = {}
     if config.fp8 != "off":
         # With delayed scaling, ranks agree on the largest values after every micro-batch. Data
         # parallel ranks have different numbers of them and must not wait for each other.
         fp8 = {"fp8": config.fp8, "fp8_recipe": config.fp8_recipe, "tp_only_amax_red": True}
+    experts: dict[str, Any] = {}
+    if shape.experts:
+        experts = expert_settings(shape.experts, context, grouped=has_transformer_engine())
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -174,14 +184,26 @@ def transformer_config(
         calculate_per_token_loss=True,
         **recompute,
         **fp8,
+        **experts,
     )
 
 
-def layer_spec(*, transformer_engine: bool, qk_norm: bool) -> ModuleSpec:
+def layer_spec(shape: ModelShape, *, transformer_engine: bool) -> ModuleSpec:
     """Returns the spec of one decoder layer with segment attention."""
     if transformer_engine:
-        return _transformer_engine_spec(qk_norm)
-    norm = _RMSNorm if qk_norm else IdentityOp
+        return _transformer_engine_spec(shape)
+    norm = _RMSNorm if shape.qk_norm else IdentityOp
+    # Checkpoints name the norms as Transformer Engine's layers do, which contain them, so that a
+    # machine without a GPU can export what a GPU wrote. In front of experts it stands alone.
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if shape.experts:
+        mlp = expert_spec()
+    else:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        mlp = ModuleSpec(
+            module=MLP,
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -199,32 +221,29 @@ def layer_spec(*, transformer_engine: bool, qk_norm: bool) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=_RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
-            # Checkpoints name the norms as Transformer Engine's layers do, which contain them, so
-            # that a machine without a GPU can export what a GPU wrote.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=names,
         ),
     )
 
 
-def _transformer_engine_spec(qk_norm: bool) -> ModuleSpec:
+def _transformer_engine_spec(shape: ModelShape) -> ModuleSpec:
     """Returns Megatron's Transformer Engine spec with our attention."""
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_with_transformer_engine_spec,
     )
 
-    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=shape.experts.num if shape.experts else None,
+        moe_grouped_gemm=shape.experts is not None,
+        qk_layernorm=shape.qk_norm,
+    )
     attention = spec.submodules.self_attention  # pyright: ignore
     attention.submodules = replace(attention.submodules, core_attention=SegmentAttention)
+    if shape.experts:
+        experts = spec.submodules.mlp  # pyright: ignore
+        experts.submodules = replace(experts.submodules, router=CountingRouter)
     return spec
 
 
@@ -245,7 +264,7 @@ def build_model(
             "for this torch, or set policy.fp8=off"
         )
     _check_fp8_recipe(megatron_config)
-    spec = layer_spec(transformer_engine=engine, qk_norm=shape.qk_norm)
+    spec = layer_spec(shape, transformer_engine=engine)
     if engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -267,6 +286,7 @@ def build_model(
         position_embedding_type="rope",
     )
     _mark_shards(model)
+    mark_experts(model)
     return model
 
 

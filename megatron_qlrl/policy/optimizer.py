@@ -35,7 +35,8 @@ def _keep_padding(wrapped: DistributedDataParallel) -> None:
     one of its own) all state behind the first would be shifted ("param range exceeds unpadded
     buffer"). Condition for removal: that warning's TODO is gone.
     """
-    for buffer in wrapped.buffers:  # pyright: ignore[reportGeneralTypeIssues]
+    buffers: Any = wrapped.buffers
+    for buffer in buffers + wrapped.expert_parallel_buffers:
         buffer.numel_unpadded = buffer.numel
         for bucket in buffer.buckets:
             bucket.numel_unpadded = bucket.grad_data.numel()

@@ -26,6 +26,7 @@ from megatron_qlrl.parallel.context import ParallelContext
 from megatron_qlrl.platform.device import device
 from megatron_qlrl.platform.megatron_cpu import megatron_device
 from megatron_qlrl.policy.attention import AttentionPlan
+from megatron_qlrl.policy.experts import expert_balance, forget_counts
 from megatron_qlrl.policy.logprobs import token_logprobs
 from megatron_qlrl.policy.model import build_model
 from megatron_qlrl.policy.optimizer import (
@@ -34,7 +35,7 @@ from megatron_qlrl.policy.optimizer import (
     clip_and_step,
     wrap_data_parallel,
 )
-from megatron_qlrl.types import MicroBatch, PackedRow
+from megatron_qlrl.types import Block, MicroBatch, PackedRow
 
 # (log-probs, entropy, columns), all [M] -> (weighted sum, sums for the metrics)
 Loss = Callable[
@@ -100,17 +101,20 @@ class Policy:
         Unless `permit` says yes to the metrics on every rank, the step is not taken: weights,
         optimizer state and version stay as they are, bitwise.
 
-        Returns per-token means over the whole batch, `actor/grad_norm` and `actor/lr`.
+        Returns per-token means over the whole batch, `actor/grad_norm`, `actor/lr`, and the balance
+        of a model's experts.
         """
         self.ddp_model.train()
         with megatron_device():
             self.clear_gradients()
+            forget_counts(self.model)
             sums = self.run(rows, partial(training_loss, loss), forward_only=False)
             with self.optimizer_at_hand():  # a gradient lies on its weight's device
                 self.optimizer.prepare_grads()
                 norm = self.optimizer.get_grad_norm()
                 metrics = token_means(sums, self.context)
                 metrics |= {"actor/grad_norm": float(norm), "actor/lr": lr}
+                metrics |= expert_balance(self.model)
                 if all(gather_objects(permit(metrics))):
                     apply_settings(self.optimizer, self._optimizer_config, rate=lr)
                     clip_and_step(self.optimizer, norm, max_norm=self._optimizer_config.clip_grad)
@@ -204,16 +208,27 @@ class Policy:
         """
         for row in rows:
             check_token_ids(row.token_ids, self.model_shape.vocab_size)
-        batches = iter([self.shard(row) for row in rows])
-        return get_forward_backward_func()(
+        idle = self._idle_passes(len(rows))
+        batches = [self.shard(row) for row in (*rows, *(_idle(rows[0]) for _ in range(idle)))]
+        results = get_forward_backward_func()(
             forward_step_func=partial(self._forward, finish),
-            data_iterator=batches,
+            data_iterator=iter(batches),
             model=[self.ddp_model],
-            num_microbatches=len(rows),
+            num_microbatches=len(batches),
             seq_length=1,  # unused: lengths vary and travel with the tensors
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        return results[: len(rows)]
+
+    def _idle_passes(self, num_rows: int) -> int:
+        """Returns how many micro-batches without responses must follow this rank's rows, because
+        ranks that share experts exchange tokens in each layer of each micro-batch."""
+        if not self.context.experts_span_rows:
+            return 0
+        most = torch.tensor(num_rows, device=device())
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.context.dp.group)
+        return int(most) - num_rows
 
     def _forward(self, finish: Any, batches: Iterator[MicroBatch], model: Any) -> Any:
         batch = next(batches)
@@ -241,6 +256,14 @@ class Policy:
             tp_group=self.context.tp.group,
         )
         return finish(batch, logprobs, entropy)
+
+
+def _idle(row: PackedRow) -> PackedRow:
+    """Returns a row of one token and no response, with the columns of `row`."""
+    one = np.zeros(1, np.int32)
+    block = Block(group=-1, samples=(), prompt=(0, 1), responses=())
+    columns = {name: values[:0] for name, values in row.columns.items()}
+    return PackedRow(one, one, (block,), columns)
 
 
 def check_token_ids(token_ids: np.ndarray, vocab_size: int) -> None:

@@ -5,10 +5,14 @@ out in it, and how it is cut over tensor parallel ranks:
 
     column   rows are cut                     embedding, output layer, QKV, gate/up
     row      columns are cut                  attention output, MLP down
-    whole    every rank holds a copy          norms
+    whole    every rank holds a copy          norms, router
+    expert   not cut: each expert parallel    an expert's gate/up, an expert's down
+             rank holds other experts
 
 QKV is interleaved by key/value group: (q ... q k v) for each group; gate and up are cut
-separately and then joined. The vocabulary is padded with zero rows.
+separately and then joined. The vocabulary is padded with zero rows. A Megatron name with an
+expert's number stands for another expert on each expert parallel rank, so its entry has the tensors
+of them all.
 """
 
 import re
@@ -20,7 +24,7 @@ import torch
 
 from megatron_qlrl.config.shape import ModelShape, hf_shapes
 
-Kind = Literal["vocab", "qkv", "gate_up", "row", "whole"]
+Kind = Literal["vocab", "qkv", "gate_up", "row", "whole", "expert"]
 # Reads rows [a, b) (or, with columns=True, columns) of a Hugging Face tensor.
 ReadSlice = Callable[[str, int, int, bool], torch.Tensor]
 
@@ -38,12 +42,18 @@ _LAYER: dict[str, tuple[Kind, list[str]]] = {
     "self_attention.k_layernorm.weight": ("whole", ["self_attn.k_norm.weight"]),
     "mlp.linear_fc1.weight": ("gate_up", ["mlp.gate_proj.weight", "mlp.up_proj.weight"]),
     "mlp.linear_fc2.weight": ("row", ["mlp.down_proj.weight"]),
+    "mlp.router.weight": ("whole", ["mlp.gate.weight"]),
     "input_layernorm.weight": ("whole", ["input_layernorm.weight"]),
     "pre_mlp_layernorm.weight": ("whole", ["post_attention_layernorm.weight"]),
     # Transformer Engine fuses these norms into the linear layer that follows.
     "self_attention.linear_qkv.layer_norm_weight": ("whole", ["input_layernorm.weight"]),
     "mlp.linear_fc1.layer_norm_weight": ("whole", ["post_attention_layernorm.weight"]),
 }
+# Megatron's own linear layers, and Transformer Engine's grouped ones.
+_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12])\.weight|(linear_fc[12])\.weight(\d+))"
+)
+_IN_EXPERT = {"linear_fc1": ("gate_proj", "up_proj"), "linear_fc2": ("down_proj",)}
 _OUTSIDE: dict[str, tuple[Kind, list[str]]] = {
     "embedding.word_embeddings.weight": ("vocab", ["model.embed_tokens.weight"]),
     "decoder.final_layernorm.weight": ("whole", ["model.norm.weight"]),
@@ -53,18 +63,32 @@ _OUTSIDE: dict[str, tuple[Kind, list[str]]] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Says how one Megatron parameter is made of Hugging Face tensors."""
+    """Says how one Megatron parameter is made of Hugging Face tensors.
+
+    Attributes:
+        hf_names: of an expert's entry, those of the first expert parallel rank come first.
+        ranks: the number of ranks that have other tensors under this Megatron name.
+    """
 
     kind: Kind
     hf_names: tuple[str, ...]
+    ranks: int = 1
+
+    def names_on(self, rank: int) -> tuple[str, ...]:
+        """Returns the Hugging Face tensors of expert parallel rank `rank`."""
+        each = len(self.hf_names) // self.ranks
+        return self.hf_names[each * rank : each * (rank + 1)]
 
 
-def entry_of(name: str, *, first_layer: int, tied: bool) -> Entry:
+def entry_of(
+    name: str, *, first_layer: int, tied: bool, num_experts: int = 0, ep_size: int = 1
+) -> Entry:
     """Returns the entry of a Megatron parameter.
 
     Args:
         first_layer: the first layer of the pipeline stage, counted over the whole model.
         tied: the model's LM head is its embedding, of which the last of several stages has a copy.
+        num_experts: experts of a layer, divided over `ep_size` ranks in their order.
     """
     in_layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if not in_layer:
@@ -72,18 +96,36 @@ def entry_of(name: str, *, first_layer: int, tied: bool) -> Entry:
             name = "embedding.word_embeddings.weight"
         kind, names = _OUTSIDE[name]
         return Entry(kind, tuple(names))
+    prefix = f"model.layers.{first_layer + int(in_layer[1])}."
+    if in_expert := _EXPERT.fullmatch(in_layer[2]):
+        local, each = int(in_expert[1] or in_expert[4]), num_experts // ep_size
+        names = [
+            f"{prefix}mlp.experts.{rank * each + local}.{part}.weight"
+            for rank in range(ep_size)
+            for part in _IN_EXPERT[in_expert[2] or in_expert[3]]
+        ]
+        return Entry("expert", tuple(names), ep_size)
     kind, names = _LAYER[in_layer[2]]
-    layer = first_layer + int(in_layer[1])
-    return Entry(kind, tuple(f"model.layers.{layer}.{n}" for n in names))
+    return Entry(kind, tuple(prefix + n for n in names))
 
 
 def local_shard(
-    entry: Entry, read: ReadSlice, *, shape: ModelShape, tp_size: int, tp_rank: int, rows: int
+    entry: Entry,
+    read: ReadSlice,
+    *,
+    shape: ModelShape,
+    tp_size: int,
+    tp_rank: int,
+    rows: int,
+    ep_rank: int = 0,
 ) -> torch.Tensor:
     """Returns this rank's Megatron tensor and reads only the rows or columns that it needs.
 
     `rows` is the local parameter's first dimension (it tells the padding of the vocabulary).
     """
+    if entry.kind == "expert":
+        names = entry.names_on(ep_rank)
+        return _join([read(name, 0, rows // len(names), False) for name in names])
     sizes = hf_shapes(shape)
     names = entry.hf_names
     if entry.kind == "whole":
@@ -110,7 +152,10 @@ def to_hf(
     entry: Entry, shards: list[torch.Tensor], *, shape: ModelShape
 ) -> list[tuple[str, torch.Tensor]]:
     """Returns the Hugging Face tensors of a Megatron parameter, made of all its tensor parallel
-    shards."""
+    shards; of an expert's parameter, of those of all expert parallel ranks."""
+    if entry.kind == "expert":
+        tensors = [part for shard in shards for part in shard.chunk(len(entry.names_on(0)))]
+        return list(zip(entry.hf_names, tensors, strict=True))
     if entry.kind == "whole":
         return [(entry.hf_names[0], shards[0])]
     parts = [_parts(entry, shard, shape=shape, tp_size=len(shards)) for shard in shards]

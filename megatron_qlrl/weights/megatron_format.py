@@ -96,7 +96,7 @@ def take_snapshot(model: Any, optimizer: Any) -> Snapshot:
         tensors, common = save_preprocess(_sharded_state(model, optimizer, is_loading=False))
     assert isinstance(tensors, dict)
     by_key, *_ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
-    gathered = isinstance(_only_part(optimizer), DistributedOptimizer)
+    gathered = any(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
     num_bytes = 0
     for part in (part for parts in by_key.values() for part in parts):
         if isinstance(part, ShardedTensor):
@@ -259,17 +259,24 @@ def _complete_adam_state(optimizer: Any) -> None:
     step tensor into all parameters of torch's Adam (used where Transformer Engine, which keeps
     one for a group, is missing); torch adds 1 to it once for each of them.
     """
-    part = _only_part(optimizer)
-    part.init_state_fn(part.optimizer, part.config)
-    if isinstance(part.optimizer, torch.optim.Adam):
-        for state in part.optimizer.state.values():
-            state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
+    for part in _parts(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.Adam):
+            for state in part.optimizer.state.values():
+                state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
 
 
-def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
+def _load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
+    parts = _parts(optimizer)
+    each = [loaded] if len(parts) == 1 else [loaded[number] for number in range(len(parts))]
+    for part, state in zip(parts, each, strict=True):
+        _load_part(part, state)
+    _complete_adam_state(optimizer)
+
+
+def _load_part(part: Any, loaded: dict[str, Any]) -> None:
     """Calls `load_state_dict`, and loads the distributed optimizer's moments apart: Megatron 0.16
     looks in them for all of a parameter's state, and the `step` of torch's Adam is elsewhere."""
-    part = _only_part(optimizer)
     moments = loaded.pop("param_state", None)
     inner = loaded.get("optimizer", loaded)
     if isinstance(part.optimizer, torch.optim.Adam) and "state" in inner:
@@ -282,7 +289,6 @@ def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
         part.load_parameter_state_from_fully_reshardable(moments)
         for parameter, step in steps.items():
             states[parameter]["step"] = step
-    _complete_adam_state(optimizer)
 
 
 def _know_groups(saved: list[dict[str, Any]], present: list[dict[str, Any]]) -> None:
@@ -294,7 +300,7 @@ def _know_groups(saved: list[dict[str, Any]], present: list[dict[str, Any]]) -> 
         group |= {key: same[key] for key in param_group_identifier_keys if key in same}
 
 
-def _only_part(optimizer: Any) -> Any:
-    """Megatron chains one optimizer for each kind of parameter; a dense model has one kind."""
-    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return part
+def _parts(optimizer: Any) -> list[Any]:
+    """Megatron chains one optimizer for each kind of parameter: a model with experts has two, that
+    of the experts last, and a dense model has one."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])

@@ -16,13 +16,19 @@ from megatron_qlrl.config.folder import INDEX, find_tensors
 from megatron_qlrl.config.shape import ModelShape, hf_shapes, padded_vocab
 from megatron_qlrl.errors import CheckpointError, SyncError
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
-from megatron_qlrl.parallel.context import ParallelContext
+from megatron_qlrl.parallel.context import Axis, ParallelContext
 from megatron_qlrl.weights.hf_map import Entry, entry_of, local_shard, to_hf, to_hf_slices
 
 
 def _entry(name: str, shape: ModelShape, context: ParallelContext) -> Entry:
     first_layer = shape.num_layers // context.pp.size * context.pp.rank
-    return entry_of(name, first_layer=first_layer, tied=shape.tied)
+    return entry_of(
+        name,
+        first_layer=first_layer,
+        tied=shape.tied,
+        num_experts=shape.experts.num if shape.experts else 0,
+        ep_size=context.ep.size,
+    )
 
 
 def load_hf(
@@ -58,7 +64,7 @@ def _load_hf(
         for name, parameter in model.named_parameters():
             tensor = local_shard(
                 _entry(name, shape, context), read, shape=shape, tp_size=context.tp.size,
-                tp_rank=context.tp.rank, rows=parameter.shape[0],
+                tp_rank=context.tp.rank, rows=parameter.shape[0], ep_rank=context.ep.rank,
             )  # fmt: skip
             parameter.data.copy_(tensor)
 
@@ -80,8 +86,9 @@ class WeightStream:
     Every rank must iterate (gathering is collective) and sees every tensor, which may be the
     model's own memory: read it before the next update. A bucket holds
     the tp shards of consecutive parameters of one stage: one broadcast of a shard over pp, one
-    all-gather over tp. A parameter larger than a bucket gets a bucket of its own. Beside a bucket
-    there is at most as much memory again: the tensors that are joined from its shards.
+    all-gather over tp. Experts have buckets of their own, which are gathered over ep. A parameter
+    larger than a bucket gets a bucket of its own. Beside a bucket there is at most as much memory
+    again: the tensors that are joined from its shards.
     """
 
     def __init__(
@@ -105,7 +112,12 @@ class WeightStream:
         for stage in sorted(stages):
             for item in stages[stage]:  # the last stage may have a copy of the first's embedding
                 plan.setdefault(item.entry.hf_names, item)
-        self._buckets = _buckets([*plan.values()], limit=bucket_bytes // (width * context.tp.size))
+        dense = [item for item in plan.values() if item.entry.kind != "expert"]
+        experts = [item for item in plan.values() if item.entry.kind == "expert"]
+        self._buckets = [
+            *_buckets(dense, limit=bucket_bytes // (width * context.tp.size)),
+            *_buckets(experts, limit=bucket_bytes // (width * context.ep.size)),
+        ]
         names = {name for entry in plan for name in entry}
         expected = set(hf_shapes(shape))
         if names != expected:
@@ -132,7 +144,9 @@ class WeightStream:
         same_vocab = padded_vocab(vocab, tp) == -(-vocab // 64) * 64
 
         def is_cut_alike(bucket: list[_Item]) -> bool:
-            return alike and all(same_vocab or item.entry.kind != "vocab" for item in bucket)
+            # The engine cuts each expert, the trainer none.
+            kinds = {item.entry.kind for item in bucket}
+            return alike and "expert" not in kinds and (same_vocab or "vocab" not in kinds)
 
         for name, tensor in self._stream(is_cut_alike):
             yield name, tensor
@@ -151,7 +165,7 @@ class WeightStream:
 
     def _tensors(self, bucket: list[_Item], *, sliced: bool) -> Iterator[tuple[str, torch.Tensor]]:
         tp, shape = self._context.tp, self._shape
-        for item, shards in zip(bucket, self._gather(bucket, over_tp=not sliced), strict=True):
+        for item, shards in zip(bucket, self._gather(bucket, whole=not sliced), strict=True):
             if sliced:
                 pairs = to_hf_slices(
                     item.entry, shards[0], shape=shape, tp_size=tp.size, tp_rank=tp.rank
@@ -161,27 +175,33 @@ class WeightStream:
             for name, tensor in pairs:
                 yield name, tensor.contiguous()
 
-    def _gather(self, bucket: list[_Item], *, over_tp: bool) -> Iterator[list[torch.Tensor]]:
-        """Yields the tensor parallel shards of each parameter in the bucket, on every rank; without
-        `over_tp` only the one of this rank's place. What a rank need not receive is not copied."""
-        tp, pp = self._context.tp, self._context.pp
-        if pp.size == 1 and (tp.size == 1 or not over_tp):
+    def _axis(self, bucket: list[_Item]) -> Axis:
+        """Returns the ranks over which the bucket's parameters are divided."""
+        is_expert = bucket[0].entry.kind == "expert"
+        return self._context.ep if is_expert else self._context.tp
+
+    def _gather(self, bucket: list[_Item], *, whole: bool) -> Iterator[list[torch.Tensor]]:
+        """Yields the shards of each parameter in the bucket, on every rank; unless `whole`, only
+        the one of this rank's place. What a rank need not receive is not copied."""
+        axis, pp = self._axis(bucket), self._context.pp
+        if pp.size == 1 and (axis.size == 1 or not whole):
             yield from ([self._parameters[item.local].detach()] for item in bucket)
             return
-        gathered = self._shards(bucket, over_tp=over_tp)
+        gathered = self._shards(bucket, whole=whole)
         start = 0
         for item in bucket:
             end = start + item.numel
             yield [flat[start:end].view(item.size) for flat in gathered]
             start = end
 
-    def _shards(self, bucket: list[_Item], *, over_tp: bool) -> tuple[torch.Tensor, ...]:
-        """Returns the bucket's parameters one after another, [numel] for each tp rank. A stage
-        sends its shards before they are gathered: every tp rank sends a part, at the same time."""
-        tp, pp = self._context.tp, self._context.pp
+    def _shards(self, bucket: list[_Item], *, whole: bool) -> tuple[torch.Tensor, ...]:
+        """Returns the bucket's parameters one after another, [numel] for each rank of its axis. A
+        stage sends its shards before they are gathered: each rank sends a part, at the same
+        time."""
+        axis, pp = self._axis(bucket), self._context.pp
         some = next(iter(self._parameters.values()))
         stage, total = bucket[0].stage, sum(item.numel for item in bucket)
-        num, place = (tp.size, tp.rank) if over_tp else (1, 0)
+        num, place = (axis.size, axis.rank) if whole else (1, 0)
         gathered = some.new_empty(num * total)
         shards = gathered.chunk(num)
         local = shards[place]
@@ -191,7 +211,7 @@ class WeightStream:
         if pp.size > 1:
             dist.broadcast(local, src=dist.get_global_rank(pp.group, stage), group=pp.group)
         if num > 1:
-            dist.all_gather_into_tensor(gathered, local, group=tp.group)
+            dist.all_gather_into_tensor(gathered, local, group=axis.group)
         return shards
 
 

@@ -78,6 +78,8 @@ def tiny_hf(folder: Path, kind: str, *, seed: int = 0, **overrides: Any) -> Path
         Qwen2ForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
     )
 
     sizes: dict[str, Any] = {
@@ -91,12 +93,16 @@ def tiny_hf(folder: Path, kind: str, *, seed: int = 0, **overrides: Any) -> Path
         "tie_word_embeddings": False,
         "initializer_range": 0.2,
     }
-    if kind == "qwen3":
+    if kind in ("qwen3", "qwen3_moe"):
         sizes["head_dim"] = 20  # not hidden / heads
+    if kind == "qwen3_moe":
+        sizes |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                  "norm_topk_prob": True}  # fmt: skip
     sizes |= overrides
     config, model = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
     }[kind]
     torch.manual_seed(seed)

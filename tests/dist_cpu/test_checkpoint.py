@@ -107,9 +107,10 @@ def load_case(policy: Any, context: Any, out: Path, *, bitwise: bool) -> None:
         Reference.of(pooled(exact, exact), pooled(peer, exact)).check(pooled(after, exact))
 
 
-def check_case(rank: int, case: tuple[str, Layout, Path, bool, Path]) -> None:
-    action, layout, folder, distributed, out = case
-    policy, context = make_policy(folder, layout, distributed_optimizer=distributed)
+def check_case(rank: int, case: tuple[Any, ...]) -> None:
+    action, layout, folder, distributed, out, *ep = case
+    settings = {"ep": ep[0]} if ep else {}
+    policy, context = make_policy(folder, layout, distributed_optimizer=distributed, **settings)
     if action.startswith("peer"):
         peer_case(rank, policy, context, int(action[-1]), out)
     elif action.startswith("save"):
@@ -138,6 +139,23 @@ def test_checkpoint_continues_bitwise_and_reshards(tmp_path: Path, distributed: 
             for name, actions in cases.items()
             for action, layout in actions
         ],
+    )
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_experts_continue_bitwise_and_reshard(tmp_path: Path, distributed: bool) -> None:
+    """The experts have an optimizer of their own."""
+    folder = tiny_hf(tmp_path / "hf", "qwen3_moe")
+    one, tp2, pp2 = (1, 1, 1), (2, 1, 1), (1, 2, 1)
+    # Layout and policy.ep.
+    cases = [
+        ("peer2", tp2, 2), ("save2", tp2, 2), ("same", tp2, 2),
+        ("load", one, 1), ("load", one, 2), ("load", pp2, 1),
+    ]  # fmt: skip
+    run_ranks(
+        check_case,
+        2,
+        [(action, layout, folder, distributed, tmp_path, ep) for action, layout, ep in cases],
     )
 
 

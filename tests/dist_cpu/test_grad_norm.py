@@ -50,11 +50,11 @@ def transformers_gradient(folder: Path, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
-def check_case(rank: int, case: tuple[Path, tuple[int, int, int], bool, Reference]) -> None:
-    folder, (tp, pp, cp), distributed, expected = case
-    context = init_parallel(tp=tp, pp=pp, cp=cp, seed=1)
+def check_case(rank: int, case: tuple[Path, tuple[int, int, int], int, bool, Reference]) -> None:
+    folder, (tp, pp, cp), ep, distributed, expected = case
+    context = init_parallel(tp=tp, pp=pp, cp=cp, ep=ep, seed=1)
     shape = read_shape(folder, rope_scaling=None)
-    settings: dict[str, Any] = {"tp": tp, "pp": pp, "cp": cp}
+    settings: dict[str, Any] = {"tp": tp, "pp": pp, "cp": cp, "ep": ep}
     policy = Policy(
         shape,
         config=PolicyConfig.model_validate(settings | {"distributed_optimizer": distributed}),
@@ -69,19 +69,24 @@ def check_case(rank: int, case: tuple[Path, tuple[int, int, int], bool, Referenc
     )
     rows = rows_of(groups(), context)
     found = policy.update(rows, sft_loss, lr=1e-3)["actor/grad_norm"]
-    expected.check_norm(found, (folder.name, tp, pp, cp, distributed))
+    expected.check_norm(found, (folder.name, tp, pp, cp, ep, distributed))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_gradient_norm_equals_transformers(tmp_path: Path, world_size: int) -> None:
     cases = []
-    for name, tied in (("untied", False), ("tied", True)):
-        folder = tiny_hf(tmp_path / name, "qwen2", tie_word_embeddings=tied)
+    for kind, settings, ep_sizes in (
+        ("qwen2", {}, (1,)),
+        ("qwen2", {"tie_word_embeddings": True}, (1,)),
+        ("qwen3_moe", {}, (1, 2)),
+    ):
+        folder = tiny_hf(tmp_path / f"{kind}{len(settings)}", kind, **settings)
         expected = reference(folder)
         cases += [
-            (folder, layout, distributed, expected)
+            (folder, layout, ep, distributed, expected)
             for layout in LAYOUTS
+            for ep in ep_sizes
             for distributed in (False, True)
-            if world_size % int(np.prod(layout)) == 0
+            if world_size % int(np.prod(layout)) == 0 and world_size // layout[1] % ep == 0
         ]
     run_ranks(check_case, world_size, cases)

@@ -19,7 +19,7 @@ from megatron_qlrl.policy.loss import PolicyLoss
 from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.types import PackedRow, TrainGroup, TrainResponse
 from megatron_qlrl.weights.stream import WeightStream, load_hf
-from tests.parity import Reference, pooled, transformers_model
+from tests.parity import Reference, gradients, pooled, transformers_model
 
 TEMPERATURE = 0.7
 LOSS = PolicyLoss(
@@ -125,7 +125,7 @@ def transformers_values(
     return {
         "logprobs": np.concatenate(logprobs),
         "entropies": np.concatenate(entropies),
-        **{name: p.grad.numpy() for name, p in net.named_parameters()},
+        **gradients(net),
     }
 
 
@@ -133,7 +133,7 @@ def make_policy(
     folder: Path, layout: tuple[int, int, int], **settings: Any
 ) -> tuple[Policy, ParallelContext]:
     tp, pp, cp = layout
-    context = init_parallel(tp=tp, pp=pp, cp=cp, seed=1)
+    context = init_parallel(tp=tp, pp=pp, cp=cp, ep=settings.get("ep", 1), seed=1)
     return policy_on(context, folder, **settings), context
 
 

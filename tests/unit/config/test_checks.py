@@ -9,7 +9,7 @@ import pytest
 
 from megatron_qlrl.config import checks
 from megatron_qlrl.config.schema import Config
-from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.config.shape import Experts, ModelShape
 from megatron_qlrl.errors import ConfigError
 
 HF: dict[str, Any] = {
@@ -68,6 +68,41 @@ def test_smallest_world_size(train: tuple[int, ...], rollout_tp: int, smallest: 
 def test_layout_that_does_not_fit(sections: dict[str, Any], world_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         checks.check_layout(make_config(**sections), SHAPE, world_size=world_size)
+
+
+EXPERTS = Experts(num=8, per_token=2, ffn_size=48, normalise=True)
+
+
+@pytest.mark.parametrize(
+    ("policy", "processes", "message"),
+    [
+        (
+            {"ep": 3},
+            3,
+            r"policy\.ep=3 does not divide the model's num_experts=8; valid .*1, 2, 4, 8",
+        ),
+        ({"ep": 4, "pp": 2}, 4, r"policy\.ep=4 does not divide the 2 ranks .*valid values: 1, 2$"),
+        ({"ep": 4, "tp": 2, "cp": 3}, 12, r"must divide one another.*valid values: 1, 2$"),
+        ({"tp": 2, "sequence_parallel": False}, 2, "policy.sequence_parallel=false with"),
+        ({"fp8": "e4m3"}, 1, "policy.fp8=e4m3 is not supported for a model with experts"),
+    ],
+)
+def test_experts_must_be_divided_evenly(
+    policy: dict[str, Any], processes: int, message: str
+) -> None:
+    shape = replace(SHAPE, experts=EXPERTS)
+    with pytest.raises(ConfigError, match=message):
+        checks.check_layout(make_config(policy=policy), shape, world_size=processes)
+
+
+def test_expert_sizes_that_fit() -> None:
+    shape = replace(SHAPE, ffn_size=97, experts=EXPERTS)  # no part has the dense MLP's size
+    for policy, processes in (
+        ({"ep": 8}, 8), ({"ep": 2, "tp": 2}, 2), ({"ep": 8, "tp": 2}, 8), ({"tp": 4}, 4),
+    ):  # fmt: skip
+        checks.check_layout(make_config(policy=policy), shape, world_size=processes)
+    with pytest.raises(ConfigError, match=r"policy\.ep=2 divides experts, and this model has none"):
+        checks.check_layout(make_config(policy={"ep": 2}), SHAPE, world_size=2)
 
 
 def test_ffn_counts_for_tp() -> None:

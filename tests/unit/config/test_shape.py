@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_qlrl.config.shape import ModelShape, read_shape
+from megatron_qlrl.config.shape import Experts, ModelShape, hf_shapes, read_shape
 from megatron_qlrl.errors import ConfigError
 
 HF: dict[str, Any] = {
@@ -149,3 +149,38 @@ def test_file_that_is_no_json_object(tmp_path: Path, raw: bytes, message: str) -
     (tmp_path / "config.json").write_bytes(raw)
     with pytest.raises(ConfigError, match=message):
         read_shape(tmp_path, rope_scaling=None)
+
+
+MOE = HF | {
+    "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16, "num_experts": 16,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 24, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+
+
+def test_experts_are_read_in_both_spellings() -> None:
+    experts = Experts(num=16, per_token=4, ffn_size=24, normalise=True)
+    assert ModelShape.from_hf(MOE).experts == experts
+    # transformers 5 writes its own name.
+    renamed = {("num_local_experts" if k == "num_experts" else k): v for k, v in MOE.items()}
+    shape = ModelShape.from_hf(renamed)
+    assert shape.experts == experts
+    assert shape.qk_norm
+    # 2 norms, 4 projections with 2 norms of their own, a router, and 3 matrices for each expert.
+    assert len(hf_shapes(shape)) == 3 + 6 * (2 + 4 + 2 + 1 + 16 * 3)
+    assert hf_shapes(shape)["model.layers.5.mlp.experts.15.down_proj.weight"] == (64, 24)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\], which is not supported: every layer"),
+        ({"decoder_sparse_step": 2}, r"decoder_sparse_step=2, which is not supported"),
+        ({"shared_expert_intermediate_size": 32}, "experts shared by all tokens"),
+        ({"num_experts_per_tok": 17}, "num_experts_per_tok=17 is more than num_experts=16"),
+        ({"num_experts_per_tok": 1}, "the router could not be trained"),
+    ],
+)
+def test_variants_of_experts_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelShape.from_hf(MOE | changes)

@@ -77,6 +77,7 @@ class FakePolicy(Policy):
     def __init__(self, recorder: Any, *, offload: bool) -> None:
         self.optimizer = self.ddp_model = recorder
         self.context = context()
+        self.model: Any = torch.nn.Module()
         self.version = 0
         self._optimizer_config = OptimizerConfig.model_validate({"offload": offload, "eps": 1e-3})
 

@@ -152,13 +152,39 @@ def test_the_table_covers_every_tensor_of_the_model() -> None:
     assert covered == set(hf_shapes(SHAPE))
 
 
+@pytest.mark.parametrize(
+    "name", ["mlp.experts.local_experts.1.linear_fc1.weight", "mlp.experts.linear_fc1.weight1"]
+)
+def test_an_expert_stands_for_another_one_on_each_rank(name: str) -> None:
+    """Of 6 experts rank 0 has 0, 1, 2 and rank 1 has 3, 4, 5; gate lies above up."""
+    entry = entry_of(
+        f"decoder.layers.1.{name}", first_layer=2, tied=False, num_experts=6, ep_size=2
+    )
+    in_expert = "model.layers.3.mlp.experts"
+    assert entry.names_on(1) == (f"{in_expert}.4.gate_proj.weight", f"{in_expert}.4.up_proj.weight")
+    tensors = {n: torch.full((5, 6), i) for i, n in enumerate(entry.hf_names)}
+
+    def read(name: str, start: int, end: int, columns: bool) -> torch.Tensor:
+        return tensors[name][start:end]
+
+    shards = [
+        local_shard(entry, read, shape=SHAPE, tp_size=2, tp_rank=1, rows=10, ep_rank=rank)
+        for rank in (0, 1)
+    ]
+    assert [shard[::5, 0].tolist() for shard in shards] == [[0, 1], [2, 3]]
+    for whole, (hf_name, tensor) in zip(
+        tensors.items(), to_hf(entry, shards, shape=SHAPE), strict=True
+    ):
+        assert whole[0] == hf_name and torch.equal(whole[1], tensor)
+
+
 def test_tied_head_is_the_embedding() -> None:
     head = entry_of("output_layer.weight", first_layer=0, tied=True)
     assert head == Entry("vocab", ("model.embed_tokens.weight",))
     assert head == entry_of("embedding.word_embeddings.weight", first_layer=0, tied=True)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen3_moe", "llama"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_manifest_is_what_transformers_saves(tmp_path: Path, kind: str, tied: bool) -> None:
     folder = tiny_hf(tmp_path / kind, kind, tie_word_embeddings=tied)

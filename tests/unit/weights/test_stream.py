@@ -105,7 +105,7 @@ def test_a_failing_writer_reads_on(tmp_path: Path) -> None:
 def alone(lone_group: Any) -> Any:
     """The context of a single rank in a gloo group of its own."""
     axis = SimpleNamespace(size=1, rank=0, group=lone_group)
-    return SimpleNamespace(tp=axis, pp=axis)
+    return SimpleNamespace(tp=axis, pp=axis, ep=axis)
 
 
 class Norm(torch.nn.Module):
