@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Unit and multi-rank tests with the vector instructions of older processors and with two threads:
-# rounding differs there, and no bound may notice.
+# rounding differs there, and no bound may notice. Then once with the other megatron-core.
 #   bash tools/test_matrix.sh            bash tools/test_matrix.sh tests/unit/policy
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,4 +14,7 @@ for threads in 1 2; do
     env $isa OMP_NUM_THREADS="$threads" python -m pytest -q "$@" || code=$?
   done
 done
+echo "== .venv-next"
+bash tools/setup_env.sh --megatron 0.19.2
+OMP_NUM_THREADS=1 .venv-next/bin/python -m pytest -q "$@" || code=$?
 exit "$code"

@@ -109,7 +109,9 @@ def load_case(policy: Any, context: Any, out: Path, *, bitwise: bool) -> None:
 
 def check_case(rank: int, case: tuple[Any, ...]) -> None:
     action, layout, folder, distributed, out, *ep = case
-    settings = {"ep": ep[0]} if ep else {}
+    # A run may resume with another configured rate; the updates here are told theirs.
+    settings: dict[str, Any] = {"configured_rate": 1e-3 if action[-1].isdigit() else 5e-4}
+    settings |= {"ep": ep[0]} if ep else {}
     policy, context = make_policy(folder, layout, distributed_optimizer=distributed, **settings)
     if action.startswith("peer"):
         peer_case(rank, policy, context, int(action[-1]), out)

@@ -144,6 +144,7 @@ def policy_on(
     dtype: torch.dtype = torch.float32,
     block: int = 1,
     offload_optimizer: bool = False,
+    configured_rate: float = 1e-3,
     **settings: Any,
 ) -> Policy:
     """`block`: the tokens on a rank are padded to a multiple of it, as FP8 needs it."""
@@ -156,7 +157,7 @@ def policy_on(
         config=config,
         # A large eps: Adam must not blow rounding noise of tiny gradients up to full steps.
         optimizer_config=OptimizerConfig(  # pyright: ignore[reportCallIssue]
-            lr=1e-3, eps=1e-3, offload=offload_optimizer
+            lr=configured_rate, eps=1e-3, offload=offload_optimizer
         ),
         dtype=dtype,
         temperature=TEMPERATURE,

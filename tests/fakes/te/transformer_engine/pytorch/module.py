@@ -19,17 +19,22 @@ from .fp8 import FP8GlobalStateManager, record
 
 
 class RMSNorm(torch.nn.RMSNorm):
+    """Megatron 0.19 names the size normalized_shape, 0.16 hidden_size, its older name."""
+
     def __init__(
         self,
         *,
-        hidden_size: int,
+        normalized_shape: int | None = None,
+        hidden_size: int | None = None,
         eps: float,
         sequence_parallel: bool,
         zero_centered_gamma: bool,
         params_dtype: torch.dtype,
         device: Any,
     ) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=params_dtype, device=device)
+        size = normalized_shape or hidden_size
+        assert size
+        super().__init__(size, eps=eps, dtype=params_dtype, device=device)
         assert not zero_centered_gamma
         self.weight.sequence_parallel = sequence_parallel  # pyright: ignore
 

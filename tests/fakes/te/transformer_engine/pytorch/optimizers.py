@@ -16,8 +16,9 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
         adam_w_mode: bool,
+        capturable: bool = False,
     ) -> None:
-        assert adam_w_mode
+        assert adam_w_mode and not capturable
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
@@ -49,6 +50,13 @@ def multi_tensor_applier(op: Callable[..., Any], flag: Any, lists: Any, *args: A
 
 
 def multi_tensor_scale(lists: Any, factor: float) -> None:
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source * factor)
+
+
+def multi_tensor_scale_tensor(lists: Any, factor: torch.Tensor) -> None:
+    """Megatron 0.19 keeps norm and factor on the device when there is this function."""
+    assert isinstance(factor, torch.Tensor)
     for source, target in zip(*lists, strict=True):
         target.copy_(source * factor)
 
