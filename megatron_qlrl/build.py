@@ -218,6 +218,7 @@ def open_model(
 
         def engine() -> VllmEngine:
             if not engines:
+                policy.free_gradients()  # it sizes its cache by what is free
                 with job.progress.doing("starting the vLLM engine"):
                     engines.append(_make_engine(job, give_up))
             return engines[0]
@@ -369,6 +370,8 @@ def open_run(
         closing(make_store(config)) as store,
         closing(log),
     ):
+        with model.policy.optimizer_at_hand():
+            model.policy.fresh_moments()
         evaluation = make_evaluation(job, model.collector, benchmarks, log)
         recorder = Recorder(
             policy=model.policy,

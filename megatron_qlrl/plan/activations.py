@@ -7,7 +7,7 @@ that predict a response token.
 """
 
 from dataclasses import dataclass
-from math import ceil, log2
+from math import ceil
 
 from megatron_qlrl.config.schema import PolicyConfig
 from megatron_qlrl.config.shape import ModelShape, padded_vocab
@@ -103,11 +103,11 @@ class Activations:
         return self.tokens * self.hidden * self.width
 
     def on_host(self) -> float:
-        """Returns the size of a stage's layer inputs in pinned host memory, which torch hands out
-        in powers of two."""
+        """Returns the size of a stage's layer inputs in pinned host memory. Each takes whole
+        MiB (policy/offload.py)."""
         if not self.policy.offload_activations:
             return 0.0
-        return self._layers() * 2.0 ** ceil(log2(self.stream()))
+        return self._layers() * ceil(self.stream() / 2**20) * 2.0**20
 
     def head_inputs(self) -> float:
         """Returns the size of the hidden states that predict response tokens, [M, h]."""

@@ -21,16 +21,40 @@ def layer_inputs_on_host(hidden_size: int) -> AbstractContextManager[None]:
     return saved_tensors_hooks(partial(_to_host, hidden_size), _to_device)
 
 
-Kept = tuple[torch.Tensor, torch.device]
+SMALLEST_BYTES = 2**20
+"""Host memory is taken in whole pieces of this size."""
+
+Kept = tuple[list[torch.Tensor], torch.Size, torch.device]
+"""The parts of a flattened tensor in host memory, its shape and its device."""
 
 
-def _to_host(hidden_size: int, tensor: torch.Tensor) -> Kept:
+def pieces(num_bytes: int) -> list[int]:
+    """Returns sizes that add up to `num_bytes`, or to less than SMALLEST_BYTES more. Each is a
+    power of two, because torch rounds what it pins up to one: 620 MiB would take 1 GiB."""
+    units = -(-num_bytes // SMALLEST_BYTES)
+    powers = [1 << bit for bit in reversed(range(units.bit_length())) if units >> bit & 1]
+    return [power * SMALLEST_BYTES for power in powers]
+
+
+def _to_host(hidden_size: int, tensor: torch.Tensor) -> torch.Tensor | Kept:
     if tensor.dim() != 3 or tensor.shape[-1] != hidden_size:
-        return tensor, tensor.device
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=has_gpu())
-    return host.copy_(tensor, non_blocking=True), tensor.device
+        return tensor
+    flat, parts, start = tensor.reshape(-1), [], 0
+    for size in pieces(tensor.nbytes):
+        host = torch.empty(size // tensor.itemsize, dtype=tensor.dtype, pin_memory=has_gpu())
+        host = host[: flat.numel() - start]
+        parts.append(host.copy_(flat[start : start + host.numel()], non_blocking=True))
+        start += host.numel()
+    return parts, tensor.shape, tensor.device
 
 
-def _to_device(kept: Kept) -> torch.Tensor:
-    tensor, device = kept
-    return tensor.to(device, non_blocking=True)
+def _to_device(kept: torch.Tensor | Kept) -> torch.Tensor:
+    if isinstance(kept, torch.Tensor):
+        return kept
+    parts, shape, device = kept
+    tensor = torch.empty(shape, dtype=parts[0].dtype, device=device)
+    start, flat = 0, tensor.view(-1)
+    for part in parts:
+        flat[start : start + part.numel()].copy_(part, non_blocking=True)
+        start += part.numel()
+    return tensor

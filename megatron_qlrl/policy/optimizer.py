@@ -67,6 +67,20 @@ def build_optimizer(model: Any, config: OptimizerConfig, *, distributed: bool) -
     return built
 
 
+def fresh_moments(optimizer: Any) -> None:
+    """Makes Adam's two moments, all 0, in place of those that there are. Adam itself would make
+    them in its first update, when an engine may already have sized its cache by what was free."""
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        inner.state.clear()
+        part.init_state_fn(inner, part.config)
+        for group in inner.param_groups:
+            group.pop("step", None)  # fused optimizers count here, torch's for each parameter
+        if isinstance(inner, torch.optim.Adam):
+            for state in inner.state.values():
+                state["step"] = torch.tensor(0.0)
+
+
 def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int) -> float:
     """Returns the rate of optimizer step `step` (from 0): linear warm-up, then linear to the
     minimum."""

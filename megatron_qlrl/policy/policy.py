@@ -33,6 +33,7 @@ from megatron_qlrl.policy.optimizer import (
     apply_settings,
     build_optimizer,
     clip_and_step,
+    fresh_moments,
     wrap_data_parallel,
 )
 from megatron_qlrl.types import Block, MicroBatch, PackedRow
@@ -145,6 +146,11 @@ class Policy:
             yield
             if self._optimizer_config.offload:
                 self.optimizer.offload_to_cpu()
+
+    def fresh_moments(self) -> None:
+        """Gives the optimizer moments that are 0, and their memory: what trains calls it before an
+        engine starts. Call it inside `optimizer_at_hand`."""
+        fresh_moments(self.optimizer)
 
     @torch.no_grad()
     def add_logprobs(self, rows: Sequence[PackedRow], name: str) -> list[PackedRow]:

@@ -213,6 +213,7 @@ class Recorder:
                 return load_checkpoint(path, model=model, optimizer=optimizer)
             state = load_weights(path, model=model)
             optimizer.reload_model_params()
+            self._policy.fresh_moments()
         return state
 
     @property

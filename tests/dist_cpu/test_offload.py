@@ -12,6 +12,7 @@ from live_bytes import existing_storages
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from test_policy_parity import LOSS, groups_of, make_policy
 
+from megatron_qlrl.policy import offload
 from megatron_qlrl.types import PackedRow
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint
 
@@ -20,8 +21,11 @@ Settings = dict[str, Any]
 # Layout and settings, and what is compared with the plain run of the same. In float32 and without
 # a GPU the optimizer's calls must move nothing: its weights are the model's own.
 CASES: list[tuple[Settings, list[str]]] = [
-    ({"dtype": torch.bfloat16, "distributed_optimizer": True}, ["gradients", "optimizer", "saved"]),
-    ({"dtype": torch.bfloat16}, ["optimizer", "saved"]),
+    (
+        {"dtype": torch.bfloat16, "distributed_optimizer": True},
+        ["gradients", "optimizer", "saved", "moments"],
+    ),
+    ({"dtype": torch.bfloat16}, ["optimizer", "saved", "moments"]),
     ({"layout": (1, 2, 1), "recompute": "full"}, ["gradients", "activations"]),
     ({"layout": (2, 1, 1), "recompute": "full"}, ["activations"]),
 ]
@@ -62,6 +66,8 @@ def train(folder: Path, settings: Settings, what: str, out: Path) -> list[torch.
         **settings,
     )
     rows = rows_of(groups_of(policy.model_shape.vocab_size), context)
+    if what == "moments":
+        make_moments_twice(policy, rows)
     update_watched(policy, rows, moved=what == "activations")
     if what == "gradients":
         free_twice(policy)
@@ -85,20 +91,49 @@ def free_twice(policy: Any) -> None:
     assert before - sum(s.nbytes() for s in existing_storages()) == 4 * numel
 
 
+def make_moments_twice(policy: Any, rows: Sequence[PackedRow]) -> None:
+    """A fresh optimizer has its moments before the first update, which makes no other ones, and has
+    none of an update before it."""
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    policy.fresh_moments()
+    there = {s._cdata for s in moments(policy)}
+    policy.update(rows, LOSS, lr=1e-3)
+    assert there == {s._cdata for s in moments(policy)}
+    with torch.no_grad():
+        for parameter, value in zip(policy.model.parameters(), before, strict=True):
+            parameter.copy_(value)
+    policy.optimizer.reload_model_params()
+    policy.fresh_moments()
+    policy.version = 0
+
+
+def moments(policy: Any) -> list[torch.UntypedStorage]:
+    (part,) = policy.optimizer.chained_optimizers
+    states = part.optimizer.state.values()
+    assert len(states) == sum(len(group["params"]) for group in part.optimizer.param_groups) > 0
+    return [state[name].untyped_storage() for state in states for name in ("exp_avg", "exp_avg_sq")]
+
+
 def update_watched(policy: Any, rows: Sequence[PackedRow], *, moved: bool) -> None:
-    """An update; every layer's input is copied to host memory, or none."""
-    copies = 0
-    copy = torch.Tensor.copy_
+    """An update; every layer's input goes to host memory, in pieces, or none."""
+    inputs, to_host = 0, offload._to_host
 
-    def counted(self: torch.Tensor, source: torch.Tensor, *args: Any, **kw: Any) -> torch.Tensor:
-        nonlocal copies
-        copies += self.dim() == 3 and self.shape[-1] == policy.model_shape.hidden_size
-        return copy(self, source, *args, **kw)
+    def counted(hidden_size: int, tensor: torch.Tensor) -> Any:
+        nonlocal inputs
+        kept = to_host(hidden_size, tensor)
+        if not isinstance(kept, torch.Tensor):
+            inputs += 1
+            assert [p.nbytes for p in kept[0]][:-1] == offload.pieces(tensor.nbytes)[:-1]
+            assert len(kept[0]) > 1
+        return kept
 
-    with patch.object(torch.Tensor, "copy_", counted):
+    with (
+        patch.object(offload, "_to_host", counted),
+        patch.object(offload, "SMALLEST_BYTES", 64),
+    ):
         policy.update(rows, LOSS, lr=1e-3)
     layers = policy.model_shape.num_layers // policy.context.pp.size
-    assert copies >= layers * len(rows) if moved else copies == 0
+    assert inputs >= layers * len(rows) if moved else inputs == 0
 
 
 def save_and_load(policy: Any, rows: Sequence[PackedRow], out: Path) -> None:

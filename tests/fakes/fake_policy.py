@@ -40,6 +40,14 @@ class FakePolicy:
         return values if known is None else np.where(np.isnan(known), values, known)
 
     @contextmanager
+    def optimizer_at_hand(self) -> Iterator[None]:
+        self.calls.append("optimizer at hand")
+        yield
+
+    def fresh_moments(self) -> None:
+        self.calls.append("fresh moments")
+
+    @contextmanager
     def as_reference(self) -> Iterator[None]:
         self.calls.append("reference weights")
         yield

@@ -119,7 +119,8 @@ def test_a_run_without_the_judges_key_leaves_nothing(
 
 
 def test_a_run_that_ends_well_saves_nothing_more(opened: Any, tmp_path: Path) -> None:
-    with opened() as (_, run):
+    with opened() as (model, run):
+        assert model.policy.calls == ["optimizer at hand", "fresh moments"]
         assert run.recorder.calls == []
         assert (tmp_path / "config.yaml").is_file()
     assert FakeRecorder.calls == ["finish"]

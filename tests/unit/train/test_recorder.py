@@ -1,8 +1,6 @@
 """Which checkpoint a run goes on from, and what a step and a save leave behind."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +61,9 @@ def test_run_does_not_go_on_from_another_one(
         newest(tmp_path)
 
 
+WEIGHTS_ALONE = ["load weights", "optimizer takes the weights", "fresh moments"]
+
+
 class FakeParts(FakePolicy):
     """Policy, optimizer, checkpoint store, evaluation and the data's state in one."""
 
@@ -80,11 +81,6 @@ class FakeParts(FakePolicy):
     @property
     def optimizer(self) -> "FakeParts":
         return self
-
-    @contextmanager
-    def optimizer_at_hand(self) -> Iterator[None]:
-        self.calls.append("optimizer at hand")
-        yield
 
     def reload_model_params(self) -> None:
         self.calls.append("optimizer takes the weights")
@@ -304,7 +300,7 @@ def test_a_start_takes_all_from_its_checkpoint(
 def test_a_phase_with_a_new_optimizer_takes_the_weights_alone(made: Made, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "checkpoints" / "step_00000008", STATE | {"step": 8})
     assert made.recorder.start(path)["step"] == 8
-    assert made.parts.calls == ["optimizer at hand", "load weights", "optimizer takes the weights"]
+    assert made.parts.calls == ["optimizer at hand", *WEIGHTS_ALONE]
 
 
 def test_a_state_that_lacks_a_part_is_the_checkpoints_fault(made: Made, tmp_path: Path) -> None:
@@ -328,7 +324,7 @@ def test_a_new_run_takes_weights_and_optimizer_from_its_parent(
     path = checkpoint_of(tmp_path / "parent", **STATE)
     state = made.recorder.start_from(path, reference=tmp_path / "reference")
     assert state["step"] == 3
-    loads = ["load weights", "optimizer takes the weights"] if anew else ["load all"]
+    loads = WEIGHTS_ALONE if anew else ["load all"]
     assert made.parts.calls == ["optimizer at hand", *loads]
     assert released == [tmp_path / "reference"]
     assert made.parts.version == 0
