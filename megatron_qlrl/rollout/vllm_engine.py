@@ -183,6 +183,7 @@ class VllmEngine:
         executor: Any = self._llm.llm_engine.model_executor  # pyright: ignore
         stream = iter(weights)
         try:
+            _pack_experts_again(executor.driver_worker.get_model())
             # `model.load_weights` does not work after start on CPU, where weights are packed.
             executor.driver_worker.reload_weights(weights_iterator=self._checked(stream))
         except torch.OutOfMemoryError:
@@ -389,6 +390,19 @@ def _platform_settings(max_model_len: int, enforce_eager: bool) -> dict[str, Any
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(max_model_len, 4096),
     }
+
+
+def _pack_experts_again(model: torch.nn.Module) -> None:
+    """Makes the reload pack the experts' weights on CPU, where vLLM 0.32 does it only with the
+    weights of the start: it leaves those of a reload unpacked, and the kernel reads them packed. On
+    a GPU the kernel is kept, because nothing is packed and CUDA graphs know it. Condition for
+    removal: `UnquantizedFusedMoEMethod._setup_kernel` packs on a weight update too."""
+    if has_gpu():
+        return
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None  # as before the first weights
 
 
 def _sibling_tokens(requests: Sequence[Request], block: int) -> list[int]:
