@@ -125,7 +125,11 @@ def score(folder: Path, dtype: torch.dtype, answers: Sequence[Answer]) -> Scored
     disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            experts_implementation="eager",  # the grouped product takes no float64
         ).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ReleaseError(f"transformers cannot load {folder}: {error}") from error

@@ -107,6 +107,8 @@ def _model(record: Record, shape: ModelShape, dtype: str) -> str:
          "not stated: the base model's folder has no card that names one. Look it up before you "
          "pass these weights on"),
         ("parameters", f"{sum(map(math.prod, hf_shapes(shape).values())):,} in {dtype}"),
+        *(("experts", f"{e.num} in each layer, {e.per_token} for each token")
+          for e in (shape.experts,) if e),
         ("positions", f"{shape.max_positions:,}"),
         ("steps done", f"{record.steps_done:,}"),
         *((name, record.facts[name]) for name in _RANKED if name in record.facts),

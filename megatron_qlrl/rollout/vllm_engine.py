@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,8 @@ class VllmEngine:
         self._read_before = False
         self._temperature = 1.0
         self._version = 0
+        if tp > 1 and not has_gpu():
+            _name_shared_memory(gather_objects(token_hex(8))[0])
         self._llm = LLM(
             model=str(model),
             tensor_parallel_size=tp,
@@ -390,6 +393,16 @@ def _platform_settings(max_model_len: int, enforce_eager: bool) -> dict[str, Any
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(max_model_len, 4096),
     }
+
+
+def _name_shared_memory(job: str) -> None:
+    """Names the memory that the ranks of an engine on a CPU share after `job` too. vLLM 0.32 names
+    it by the numbers of the ranks alone: two jobs on a machine would meet in it, and a job could
+    not start after one that was killed ("create shm in SHMManager failed")."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    name_of = _CPUSHMDistributed.make_group_name
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda group: f"{name_of(group)}-{job}")
 
 
 def _pack_experts_again(model: torch.nn.Module) -> None:

@@ -22,7 +22,7 @@ class FakeLLM:
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
-        worker = SimpleNamespace(reload_weights=self.reload)
+        worker = SimpleNamespace(reload_weights=self.reload, get_model=torch.nn.Module)
         self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
 
     def reload(self, *, weights_iterator: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -363,7 +363,7 @@ def test_the_version_of_the_weights_is_part_of_the_caches_key(
 ) -> None:
     monkeypatch.setattr(vllm_engine, "has_gpu", lambda: False)
     fake: Any = generating._llm.llm_engine
-    worker = SimpleNamespace(reload_weights=FakeLLM().reload)
+    worker = SimpleNamespace(reload_weights=FakeLLM().reload, get_model=torch.nn.Module)
     fake.model_executor = SimpleNamespace(driver_worker=worker)
     salts = []
     for version in (8, 9):

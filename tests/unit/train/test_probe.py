@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_qlrl.train.probe import _Checked, _Expected, _judge
+from megatron_qlrl.train.probe import _Checked, _Expected, _judge, _median
 from megatron_qlrl.types import ProbeAnswer
 
 IDS = np.arange(6, dtype=np.int32)
@@ -41,6 +41,14 @@ def test_more_than_rounding_names_the_engine(errors: list[float], kind: str) -> 
     assert _judge(checked(RIGHT, RIGHT + np.multiply(errors, 0.8)), None)[0] == (
         problem if np.isnan(errors).any() else ""
     )
+
+
+def test_a_token_with_another_expert_does_not_move_the_median() -> None:
+    flipped = RIGHT + [0.01, 0.5, 0.01, 0.01, 0.01]
+    problem, metrics = _judge(checked(flipped), None, _median)
+    assert problem == ""
+    assert metrics["training/probe_prefill_error"] == pytest.approx(1.0, rel=1e-4)
+    assert _judge(checked(RIGHT + 0.1), None, _median)[0].startswith("engine 0 does not have")
 
 
 def test_an_engine_that_stands_still_is_stale_though_within_the_noise() -> None:
