@@ -7,6 +7,7 @@
 #   bash examples/quickstart/run.sh policy.tp=2            two processes, tensor parallel
 #   bash examples/quickstart/run.sh policy.cp=2            two processes, context parallel
 #   OUT=runs/seed1 bash examples/quickstart/run.sh run.seed=1
+#   VENV=.venv-next bash examples/quickstart/run.sh       with the other Megatron-core
 #
 # Arguments are settings (see config.yaml) for both stages. An interrupted run resumes.
 set -euo pipefail
@@ -16,7 +17,7 @@ cd "$here/../.."
 out="${OUT:-runs/quickstart}"
 
 bash tools/setup_env.sh
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/${VENV:-.venv}/bin:$PATH"
 started="$(date +%s)"
 
 [ -f "$out/data/eval_long.parquet" ] || qlrl data toy "$out/data" --train 10000 --eval 256

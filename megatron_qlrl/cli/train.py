@@ -18,7 +18,7 @@ from megatron_qlrl.config.shape import read_shape
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.launch import local
 from megatron_qlrl.launch.next_process import replace_process
-from megatron_qlrl.platform.env import read_ranks, read_secret
+from megatron_qlrl.platform.env import check_allocator, read_ranks, read_secret
 from megatron_qlrl.platform.files import check_output
 from megatron_qlrl.platform.machine import attention_kernel, package_version, versions
 from megatron_qlrl.platform.megatron_version import check_megatron
@@ -233,6 +233,8 @@ def check_command(command: checks.Command, config: Config, world_size: int) -> N
     here = world_size if read_ranks().world_size == 1 else 1
     _check_layouts(_phases(command, config), world_size=world_size, here=here)
     checks.check_run_dir(config)
+    if command != "sft" and local.num_gpus():
+        check_allocator()
     _check_rewards(config)
 
 

@@ -106,6 +106,29 @@ def set_engine_env(*, cpu_kv_cache_gib: int) -> None:
         os.environ.setdefault(name, value)
 
 
+def check_allocator(environ: Mapping[str, str] | None = None) -> None:
+    """Checks that the environment gives torch an allocator that the engine can sleep in: vLLM frees
+    its memory through a pool of its own, which only torch's native caching allocator has.
+
+    Raises:
+        ConfigError: it names another allocator or switches caching off.
+    """
+    environ = os.environ if environ is None else environ
+    wrong = [
+        f"{name}={environ[name]}"
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+        if "cudaMallocAsync" in environ.get(name, "")
+    ]
+    if "PYTORCH_NO_CUDA_MEMORY_CACHING" in environ:  # torch asks for no value
+        wrong.append("PYTORCH_NO_CUDA_MEMORY_CACHING")
+    if wrong:
+        raise ConfigError(
+            f"the environment sets {' and '.join(wrong)}: the engine could not give its memory to "
+            "the trainer, because vLLM sleeps through a memory pool that only torch's native "
+            "allocator has; unset it (expandable_segments:True is fine)"
+        )
+
+
 def job_ends_at() -> float | None:
     """Returns when this job's time is up, in seconds since the epoch (from Slurm or
     slurm/common.sh); None without a limit."""

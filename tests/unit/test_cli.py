@@ -142,6 +142,10 @@ def test_default_on_gpus_is_one_process_each(
     monkeypatch.setattr(local, "num_gpus", lambda: 8)
     invoke("rl", make_config())
     assert [processes for _, processes in launches] == [8]
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync")
+    result = invoke("rl", make_config())
+    assert (result.exit_code, len(launches)) == (2, 1)
+    assert "the engine could not give its memory" in result.stderr
 
 
 @pytest.mark.parametrize(

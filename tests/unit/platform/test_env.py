@@ -1,12 +1,14 @@
 import os
 import socket
 import warnings
+from contextlib import nullcontext
 
 import pytest
 
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.platform.env import (
     Ranks,
+    check_allocator,
     init_ranks,
     listen,
     quiet_foreign_warnings,
@@ -141,3 +143,28 @@ def test_job_and_its_returns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_job() == ("812", 0)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert read_job() == ("812", 2)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+        (
+            {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"},
+            "sets PYTORCH_ALLOC_CONF=backend:cudaMallocAsync: the engine could not give its memory",
+        ),
+        (
+            {
+                "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512,backend:cudaMallocAsync",
+                "PYTORCH_NO_CUDA_MEMORY_CACHING": "0",
+            },
+            "backend:cudaMallocAsync and PYTORCH_NO_CUDA_MEMORY_CACHING: the engine",
+        ),
+    ],
+)
+def test_allocators_in_which_the_engine_cannot_sleep(
+    environ: dict[str, str], message: str | None
+) -> None:
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        check_allocator(environ)
