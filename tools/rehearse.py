@@ -31,14 +31,15 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from megatron_qlrl import build, commands
 from megatron_qlrl.config.load import load_config
 from megatron_qlrl.data.dataset import verl_schema
+from megatron_qlrl.data.tokenizer import load_tokenizer
 from megatron_qlrl.platform.env import init_ranks
 from megatron_qlrl.rollout.vllm_engine import COUNTS, Completion, Generate, Request, Sampling
 from megatron_qlrl.train.recorder import Recorder
 from megatron_qlrl.weights.checkpoint import CheckpointStore
 
 LONGEST, SHORT, SHARE_SHORT = 59_600, 20_000, 0.79
-OVERHEAD = 200
-"""Tokens of a prompt beside its document, at most."""
+OVERHEAD = 100
+"""More tokens than a prompt has beside its document."""
 
 
 def lengths(rows: int, rng: np.random.Generator) -> np.ndarray:
@@ -54,25 +55,17 @@ def lengths(rows: int, rng: np.random.Generator) -> np.ndarray:
 def write_rows(file: Path, sizes: np.ndarray, tokenizer: Any, rng: np.random.Generator) -> None:
     """Writes documents of so many tokens in verl's format, 64 rows at a time."""
     text = "\n".join(topics.values())
-    starts = [
-        start
-        for start, _ in tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)[
-            "offset_mapping"
-        ]
-    ]
-    # A document is a slice of the text, read around its end.
-    text, starts = text * 2, np.array([*starts, *(s + len(text) for s in starts)])
-    half = len(starts) // 2
+    per_token = len(text) / len(_offsets(tokenizer, text))
+    text *= 2  # a document is a slice of the text, read around its end
     schema = verl_schema({"index": pa.int64()}, has_response=False)
     with pq.ParquetWriter(file, schema) as writer:
         rows: list[dict[str, Any]] = []
         for index, size in enumerate(sizes):
-            parts, left = [], max(int(size) - OVERHEAD, 1)
-            while left > 0:
-                begin, taken = int(rng.integers(half)), min(left, half)
-                parts.append(text[starts[begin] : starts[begin + taken]])
-                left -= taken
-            document, question = "".join(parts), f"What does part {index} say?"
+            wanted = max(int(size) - OVERHEAD, 1)
+            begin = int(rng.integers(len(text) // 2))
+            document = text[begin : begin + int(1.2 * per_token * wanted)]
+            document = document[: _offsets(tokenizer, document)[wanted][0]]
+            question = f"What does part {index} say?"
             content = f"<text>\n{document}\n</text>\n\n{question}"
             rows.append(
                 {
@@ -88,6 +81,12 @@ def write_rows(file: Path, sizes: np.ndarray, tokenizer: Any, rng: np.random.Gen
             if len(rows) == 64 or index + 1 == len(sizes):
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 rows = []
+
+
+def _offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """Returns where each token of a text begins and ends."""
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    return encoded["offset_mapping"]
 
 
 def write_model(folder: Path, tokenizer: Any) -> None:
@@ -219,13 +218,15 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def rehearse(args: argparse.Namespace) -> dict[str, Any]:
     parts, rng = Parts(), np.random.default_rng(0)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     args.out.mkdir(parents=True, exist_ok=True)
     sizes = lengths(args.rows, rng)
     if args.engine:
-        sizes = np.array([SHORT - 1, *([LONGEST] * args.rows)][: args.rows])
+        sizes = np.array([SHORT, *([LONGEST] * args.rows)][: args.rows])
     if not (args.out / "model" / "config.json").is_file():
-        write_model(args.out / "model", tokenizer)
+        write_model(args.out / "model", AutoTokenizer.from_pretrained(args.tokenizer))
+    # In the folder of another model the same files may be read by another class of tokenizer.
+    tokenizer = load_tokenizer(args.out / "model")
+    if not (args.out / "train.parquet").is_file():
         write_rows(args.out / "train.parquet", sizes, tokenizer, rng)
     # A module of its own: the reward's process imports it, and must not import torch with it.
     (args.out / "rehearsal_reward.py").write_text(REWARD)
@@ -279,7 +280,7 @@ def main() -> None:
     parser.add_argument("--engine", action="store_true", help="real vLLM, one prompt a step")
     parser.add_argument("--json", type=Path)
     parser.add_argument("settings", nargs="*", help="more settings: a.b=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     result = rehearse(args)
     text = json.dumps(result, indent=2)
     print(text)
