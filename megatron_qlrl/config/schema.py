@@ -297,6 +297,10 @@ class PolicyConfig(Section):
     """Shard the norms' activations over tp; has no effect at tp 1."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over data parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over data and context parallel ranks in buckets, each as soon as the backward
+    pass of the last row has filled it, and not after that pass. The weights are gathered after an
+    update without overlap, because an engine usually reads them next."""
     max_tokens_per_row: int = Field(default=72_000, gt=0)
     """The most tokens of a packed row, which is one micro-batch. A prompt with one response must
     fit."""

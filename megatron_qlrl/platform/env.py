@@ -4,11 +4,13 @@ Beside the launchers this is the only reader and writer of environment variables
 torch-free, because everything set here must be in place before torch or vLLM is imported.
 """
 
+import logging
 import os
 import socket
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_qlrl.errors import ConfigError
 
@@ -190,6 +192,20 @@ def quiet_foreign_warnings() -> None:
         "The .grad attribute of a Tensor that is not a leaf Tensor",
     ):
         warnings.filterwarnings("ignore", message=message)
+    for name, start in _MEGATRONS_ADVICE.items():
+        logging.getLogger(name).addFilter(partial(_starts_otherwise, start))
+
+
+_MEGATRONS_ADVICE = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param",
+}
+"""What Megatron 0.19 advises its callers on every start, by logger."""
+
+
+def _starts_otherwise(start: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(start)
 
 
 def listen(host: str = "") -> socket.socket:

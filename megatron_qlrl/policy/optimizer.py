@@ -12,7 +12,9 @@ from megatron_qlrl.config.schema import OptimizerConfig
 from megatron_qlrl.platform.device import has_gpu
 
 
-def wrap_data_parallel(model: Any, *, distributed_optimizer: bool) -> DistributedDataParallel:
+def wrap_data_parallel(
+    model: Any, *, distributed_optimizer: bool, overlap_grad_reduce: bool
+) -> DistributedDataParallel:
     """Wraps the model in Megatron's DDP, which SUMS the gradients of data and context parallel
     ranks (the loss is a weighted sum), in float32."""
     wrapped = DistributedDataParallel(
@@ -20,9 +22,12 @@ def wrap_data_parallel(model: Any, *, distributed_optimizer: bool) -> Distribute
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=model.config.params_dtype is torch.bfloat16,
             use_distributed_optimizer=distributed_optimizer,
+            overlap_grad_reduce=overlap_grad_reduce,
         ),
         module=model,
     )
+    if overlap_grad_reduce:
+        model.config.no_sync_func = wrapped.no_sync  # of all rows but the last
     _keep_padding(wrapped)
     return wrapped
 

@@ -85,7 +85,9 @@ class Policy:
             self.model = model.to(device())
             load(self.model)
             self.ddp_model = wrap_data_parallel(
-                self.model, distributed_optimizer=config.distributed_optimizer
+                self.model,
+                distributed_optimizer=config.distributed_optimizer,
+                overlap_grad_reduce=config.overlap_grad_reduce,
             )
             self.optimizer = build_optimizer(
                 self.ddp_model, optimizer_config, distributed=config.distributed_optimizer

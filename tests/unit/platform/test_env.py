@@ -1,3 +1,4 @@
+import logging
 import os
 import socket
 import warnings
@@ -110,6 +111,16 @@ def test_only_the_known_warnings_are_hidden() -> None:
         warnings.warn("Apex is not installed. Falling back to Torch Norm", stacklevel=1)
         warnings.warn("the disk is nearly full", stacklevel=1)
     assert [str(w.message) for w in seen] == ["the disk is nearly full"]
+
+
+def test_megatrons_advice_is_hidden_and_its_other_messages_are_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    quiet_foreign_warnings()
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
+    logger.warning("something is wrong")
+    assert caplog.messages == ["something is wrong"]
 
 
 @pytest.mark.parametrize("host", ["", "127.0.0.1"])
