@@ -16,7 +16,8 @@ CORE = [
     "huggingface_hub>=1.31",
     "math-verify>=0.9",
     "matplotlib",
-    "megatron-core==0.16.1",
+    # The supported ones of platform/megatron_version.py. PyPI has 0.16.1 alone for Python 3.11.
+    "megatron-core>=0.16.1,!=0.17.*,!=0.18.*,!=0.19.0,!=0.19.1,<0.20",
     "numpy>=2,<2.4",
     "omegaconf>=2.4",
     "pyarrow",

@@ -1,9 +1,13 @@
+import re
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.platform.megatron_version import check_megatron, is_supported
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
@@ -25,6 +29,8 @@ from megatron_qlrl.platform.megatron_version import check_megatron, is_supported
 )
 def test_tested_series_are_supported(version: str, supported: bool) -> None:
     assert is_supported(version) == supported
+    (wanted,) = re.findall(r'"megatron-core(.+)"', (ROOT / "setup.py").read_text())
+    assert SpecifierSet(wanted).contains(version, prereleases=False) == supported
 
 
 def test_another_version_is_refused_with_its_place_and_the_tested_ones(
