@@ -137,7 +137,9 @@ def _as_json(
         "phases": [
             {
                 "name": p.name,
-                "layout": {k: getattr(p.config.policy, k) for k in ("tp", "pp", "cp", "recompute")}
+                "layout": {
+                    k: getattr(p.config.policy, k) for k in ("tp", "pp", "cp", "ep", "recompute")
+                }
                 | {"dp": p.dp, "rollout_tp": p.config.rollout.tp},
                 "row": asdict(p.row),
                 "update_bytes": _peak(p.update),

@@ -224,9 +224,11 @@ def checkpoint_bytes(model_path: str | Path) -> int:
 
 def smallest_world_size(configs: Iterable[Config]) -> int:
     """Returns the fewest processes that hold the training and rollout layouts of all configs."""
-    return lcm(
-        *(n for c in configs for n in (c.policy.tp * c.policy.pp * c.policy.cp, c.rollout.tp))
-    )
+    sizes: list[int] = []
+    for config in configs:
+        policy = config.policy
+        sizes += [policy.tp * policy.pp * policy.cp, policy.pp * policy.ep, config.rollout.tp]
+    return lcm(*sizes)
 
 
 def _check_length(config: Config, shape: ModelShape) -> None:

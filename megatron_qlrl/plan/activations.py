@@ -75,15 +75,20 @@ class Activations:
         self.q = shape.num_heads * shape.head_dim / tp
         self.kv = shape.num_kv_heads * shape.head_dim / tp
         self.ffn = shape.ffn_size / tp
+        # Each rank gets as many tokens as it sends to experts, if they are used evenly.
+        per_token = shape.experts.per_token if shape.experts else 0
+        self.routed = self.tokens / self.shards * per_token
         self.vocab = padded_vocab(shape.vocab_size, tp) // tp
 
     def layer(self) -> Kept:
         """Returns what one layer keeps without recomputation."""
-        return Kept(self._norms(), self._attention(), 5 * self.ffn * self.tokens * self.width)
+        return Kept(self._norms(), self._attention(), self._mlp())
 
     def selective_layer(self) -> Kept:
-        """Returns what a layer keeps when its MLP is recomputed, with the norm if it is fused."""
-        inside = self.stream() if self.kernels.fused_norm else 0.0
+        """Returns what a layer keeps when its MLP is recomputed, with the norm if it is fused (the
+        norm in front of experts never is)."""
+        fused = self.kernels.fused_norm and not self.shape.experts
+        inside = self.stream() if fused else 0.0
         return Kept(self._norms() - inside, self._attention(), 0.0)
 
     def stage(self, stage: int) -> float:
@@ -157,6 +162,27 @@ class Activations:
             kept += (self.q + self.kv) * tokens * w
         return kept
 
+    def _mlp(self) -> float:
+        if self.shape.experts is None:
+            return 5 * self.ffn * self.tokens * self.width
+        return self._expert_inputs() + self._in_experts() + self._router()
+
+    def _expert_inputs(self) -> float:
+        """The hidden states of tokens, once for each expert that they go to."""
+        return self.routed * self.shape.hidden_size * self.width
+
+    def _in_experts(self) -> float:
+        assert self.shape.experts is not None
+        return 6 * self.shape.experts.ffn_size * self.routed * self.width
+
+    def _router(self) -> float:
+        """Weights of all experts in two orders, choices as flags in two orders, the chosen ones'
+        weights and numbers three times, and the input in float32 if it is of another type."""
+        assert self.shape.experts is not None
+        tokens = self.tokens / self.shards
+        kept = tokens * self.shape.experts.num * 2 * (4 + 1) + self.routed * 3 * (8 + 4)
+        return kept + (4 * self.hidden * self.tokens if self.width < 4 else 0.0)
+
     def _row_keys(self) -> float:
         """Keys and values of the whole row, in row order."""
         return 2 * self.kv * self.row.tokens * self.width
@@ -189,8 +215,14 @@ class Activations:
         return self.layer().total + self.stream() * (copied + self.policy.offload_activations)
 
     def _mlp_backward(self) -> float:
-        """Gradients of the MLP's output, of the product in it and of one of the factors."""
-        gradients = self.stream() + 2 * self.ffn * self.tokens * self.width
+        """Gradients of the MLP's output, of the product in it and of one of the factors. With
+        experts the forward pass before it, computed again or not, holds more: tokens as sent and as
+        received, the experts' outputs one by one and joined."""
+        if self.shape.experts:
+            copies = 4 if self.policy.ep > 1 else 3  # a rank alone receives what it sends
+            gradients = self.stream() + copies * self._expert_inputs()
+        else:
+            gradients = self.stream() + 2 * self.ffn * self.tokens * self.width
         if self.policy.recompute == "selective":  # the MLP computed again, and its output
             return gradients + self.layer().total - self.selective_layer().total + self.stream()
         return gradients + self._recomputed_layer()

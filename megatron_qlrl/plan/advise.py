@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from math import floor
 from typing import Any
 
@@ -73,13 +74,13 @@ def options(
         if settings["recompute"] != "full":
             settings["offload_activations"] = False
         changed = _changed(config, {"policy": settings})
-        try:
-            check_layout(changed, shape, world_size=cluster.gpus)
-        except ConfigError:
-            continue
         left = list(_reliefs(changed))
         for tp in _engine_sizes(config, cluster) if config.phases else [config.rollout.tp]:
             sized = _changed(changed, {"rollout": {"tp": tp}})
+            try:
+                check_layout(sized, shape, world_size=cluster.gpus)
+            except ConfigError:
+                continue
             for relief in list(left):
                 plan = plan_phase(_changed(sized, relief), shape, cluster, lengths=lengths)
                 if plan.update.total > cluster.hardware.memory_bytes:
@@ -116,18 +117,18 @@ def _with_largest_share(plan: PhasePlan, cluster: Cluster) -> Config:
 
 
 def _layouts(config: Config, shape: ModelShape, cluster: Cluster) -> Iterator[dict[str, Any]]:
-    """Yields policy settings with tp within a node and pp that divides the layers."""
+    """Yields policy settings with tp and ep within a node and pp that divides the layers."""
     powers = [2**k for k in range(cluster.gpus.bit_length())]
-    for tp in (p for p in powers if p <= cluster.hardware.gpus_per_node):
+    near = [p for p in powers if p <= cluster.hardware.gpus_per_node]
+    shards = [False, True] if not config.policy.distributed_optimizer else [True]
+    for tp, ep in product(near, near if shape.experts else [1]):
         for pp in (p for p in powers if shape.num_layers % p == 0):
             for cp in (p for p in powers if cluster.gpus % (tp * pp * p) == 0):
-                for recompute in RECOMPUTE:
-                    yield {"tp": tp, "pp": pp, "cp": cp, "recompute": recompute}
-                    if not config.policy.distributed_optimizer:
-                        yield {
-                            "tp": tp, "pp": pp, "cp": cp, "recompute": recompute,
-                            "distributed_optimizer": True,
-                        }  # fmt: skip
+                for recompute, sharded in product(RECOMPUTE, shards):
+                    yield {
+                        "tp": tp, "pp": pp, "cp": cp, "ep": ep, "recompute": recompute,
+                        "distributed_optimizer": sharded,
+                    }  # fmt: skip
 
 
 def _engine_sizes(config: Config, cluster: Cluster) -> list[int]:

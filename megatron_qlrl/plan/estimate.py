@@ -17,6 +17,7 @@ from megatron_qlrl.plan.flops import (
     mlp_flops,
 )
 from megatron_qlrl.plan.hardware import Hardware
+from megatron_qlrl.plan.memory import expert_parameters
 
 MAX_SEQUENCES = 256
 """The number of sequences that vLLM computes at one time by default."""
@@ -105,6 +106,8 @@ def training_seconds(
     """Returns the seconds of the updates and of the passes before them, by part."""
     policy, algorithm = config.policy, config.algorithm
     model_ranks = policy.tp * policy.pp
+    experts = expert_parameters(shape)
+    held = (weight_bytes / width - experts) / model_ranks + experts / (policy.pp * policy.ep)
     bf16 = hardware.bf16_flops * hardware.training_efficiency
     linear = bf16
     if policy.fp8 != "off":
@@ -112,28 +115,31 @@ def training_seconds(
     flop_s = (work.linear / linear + (work.forward - work.linear) / bf16) / work.forward / gpus
     rows = work.tokens * model_ranks * policy.cp / gpus * shape.num_layers / policy.pp
     tp_s, cp_s = _exchange(config, shape, hardware, width)
+    ep_s = _expert_exchange(config, shape, hardware, width)
     # The backward pass gathers the inputs again, runs every collective's opposite, and repeats what
-    # recomputation needs; the MLP has half of tp's collectives.
+    # recomputation needs; the MLP has half of tp's collectives, experts none of them.
     tp_again, cp_again = {"none": (0, 0), "selective": (0.5, 0), "full": (1, 1)}[policy.recompute]
-    links = rows * (tp_s * (2.5 + tp_again) + cp_s * (2 + cp_again))
+    if shape.experts and policy.recompute == "selective":
+        tp_again = 0
+    ep_again = 0 if policy.recompute == "none" else 1
+    links = rows * (tp_s * (2.5 + tp_again) + cp_s * (2 + cp_again) + ep_s * (2 + ep_again))
     if policy.offload_activations:  # each layer's input is copied to the host and back
         shards = policy.cp * (policy.tp if policy.sequence_parallel else 1)
         links += rows * 2 * shape.hidden_size * width / shards / hardware.pinned_copy
     seconds = {"updates": (work.update * flop_s + links) * work.idle}
     if config.optimizer.offload:  # moments and float32 weights are copied to the device and back
-        shards = gpus if policy.distributed_optimizer else model_ranks
-        state = 12 * weight_bytes / width / shards
+        state = 12 * (weight_bytes / width / gpus if policy.distributed_optimizer else held)
         seconds["updates"] += algorithm.updates_per_step * 2 * state / hardware.host_copy
     # Gradients are reduced in float32, and the new weights gathered.
-    reduced = weight_bytes / width * (4 + width) / model_ranks
+    reduced = held * (4 + width)
     if gpus > model_ranks:
         rate = hardware.network if gpus > hardware.gpus_per_node else hardware.nvlink
         rate *= hardware.link_efficiency
         seconds["updates"] += algorithm.updates_per_step * reduced / rate
-    one_pass = (work.forward * flop_s + rows * (tp_s + cp_s)) * work.idle
+    one_pass = (work.forward * flop_s + rows * (tp_s + cp_s + ep_s)) * work.idle
     if algorithm.reference:
         # Policy and reference swap places with host memory twice, and each swap is two copies.
-        swaps = 4 * weight_bytes / model_ranks / hardware.host_copy
+        swaps = 4 * held * width / hardware.host_copy
         seconds["reference"] = (one_pass + swaps) / algorithm.reference_every
     if algorithm.updates_per_step > 1:  # the first mini-batch's are those of its own update
         seconds["old log-probs"] = one_pass * (1 - 1 / algorithm.updates_per_step)
@@ -144,15 +150,27 @@ def _exchange(
     config: Config, shape: ModelShape, hardware: Hardware, width: int
 ) -> tuple[float, float]:
     """Returns the seconds per row token of a layer's forward collectives: over tp the hidden
-    states (four gathers or scatters), over cp the keys and values."""
+    states (four gathers or scatters, of which two are the MLP's), over cp the keys and values."""
     tp, cp = config.policy.tp, config.policy.cp
     nvlink = hardware.nvlink * hardware.link_efficiency
     far = nvlink if tp * cp <= hardware.gpus_per_node else (
         hardware.network * hardware.link_efficiency
     )  # fmt: skip
-    hidden = 4 * shape.hidden_size * width / cp * (tp - 1) / tp
+    times = 2 if shape.experts else 4  # experts take each rank's own tokens
+    hidden = times * shape.hidden_size * width / cp * (tp - 1) / tp
     keys = 2 * shape.num_kv_heads * shape.head_dim * width / tp * (cp - 1) / cp
     return hidden / nvlink, keys / far
+
+
+def _expert_exchange(config: Config, shape: ModelShape, hardware: Hardware, width: int) -> float:
+    """Returns the seconds per row token in which a layer's forward pass sends tokens to their
+    experts and back."""
+    policy = config.policy
+    if shape.experts is None:
+        return 0.0
+    sent = 2 * shape.experts.per_token * shape.hidden_size * width / (policy.tp * policy.cp)
+    rate = hardware.nvlink if policy.ep <= hardware.gpus_per_node else hardware.network
+    return sent * (policy.ep - 1) / policy.ep / (rate * hardware.link_efficiency)
 
 
 def make_engine(

@@ -31,12 +31,16 @@ def separate_flops(shape: ModelShape, prompt: int, responses: Sequence[int]) -> 
 def linear_flops(shape: ModelShape) -> float:
     """Returns the forward FLOPs of one layer's linear maps on one token."""
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    return 2 * shape.hidden_size * (2 * q + 2 * kv + 3 * shape.ffn_size)
+    return 2 * shape.hidden_size * (2 * q + 2 * kv) + mlp_flops(shape)
 
 
 def mlp_flops(shape: ModelShape) -> float:
-    """Returns the MLP's part of `linear_flops`."""
-    return 2 * shape.hidden_size * 3 * shape.ffn_size
+    """Returns the MLP's part of `linear_flops`: with experts, the router's and that of the experts
+    that a token uses."""
+    if shape.experts is None:
+        return 2 * shape.hidden_size * 3 * shape.ffn_size
+    used = 3 * shape.experts.per_token * shape.experts.ffn_size
+    return 2 * shape.hidden_size * (used + shape.experts.num)
 
 
 def attention_flops(shape: ModelShape, num_pairs: float) -> float:

@@ -19,9 +19,10 @@ from megatron_qlrl.plan.estimate import (
 from megatron_qlrl.plan.hardware import GIB, Hardware
 from megatron_qlrl.plan.memory import (
     Peak,
+    expert_parameters,
     in_flight,
-    model_state,
     stage_parameters,
+    stage_state,
     stream_peak,
     update_peak,
     without,
@@ -190,36 +191,47 @@ def _host(
     ranks = min(cluster.gpus, cluster.hardware.gpus_per_node)
     nodes: list[dict[str, float]] = []
     for stage in range(policy.pp):
-        numels = stage_parameters(activations.shape, tp=policy.tp, pp=policy.pp, stage=stage)
-        state = model_state(numels, policy, width=activations.width, dp=dp)
+        state = stage_state(activations.shape, policy, stage=stage, width=activations.width, dp=dp)
         running = in_flight(policy, micro_batches=policy.pp, stage=stage)
         keeps = config.phases and config.algorithm.reference
         parts = {
             "reference": ranks * state["weights"] if keeps else 0.0,
             "optimizer": ranks * state["optimizer"] if config.optimizer.offload else 0.0,
             "layer inputs": ranks * running * activations.on_host(),
-            "checkpoint": _checkpoint(state, policy, ranks=ranks, replicas=dp * policy.cp),
+            "checkpoint": _checkpoint(
+                state,
+                policy,
+                ranks=ranks,
+                replicas=dp * policy.cp,
+                experts=expert_parameters(activations.shape, pp=policy.pp, ep=policy.ep),
+            ),
         }
         nodes.append({name: size for name, size in parts.items() if size})
     return max(nodes, key=lambda parts: sum(parts.values()))
 
 
 def _checkpoint(
-    state: Mapping[str, float], policy: PolicyConfig, *, ranks: int, replicas: int
+    state: Mapping[str, float], policy: PolicyConfig, *, ranks: int, replicas: int, experts: int
 ) -> float:
     """Returns a checkpoint's bytes in a node's host memory, at the fullest moment of saving and
     loading.
 
     With the distributed optimizer Megatron copies each rank's share of Adam's three float32 tensors
     there; gathers them on data parallel rank 0 one after another, which needs two more tensors;
-    and loads all of them on every rank.
+    and loads all of them on every rank. `experts` of a rank's elements are gathered on one rank for
+    each part of the experts.
     """
     writers = min(ranks, policy.tp * max(1, ranks // (policy.tp * replicas)))
     if not policy.distributed_optimizer:
         return writers * (state["weights"] + state["optimizer"])
-    tensor = state["gradients"]
+    of_experts = 4.0 * experts
+    tensor = state["gradients"] - of_experts
     saved = writers * 5 * tensor + ranks * 3 * tensor / replicas
-    return max(saved, ranks * 3 * tensor)
+    stage = replicas * policy.tp
+    copies = stage / policy.ep
+    expert_writers = min(ranks, policy.ep * max(1, ranks // stage))
+    saved += expert_writers * 5 * of_experts + ranks * 3 * of_experts / copies
+    return max(saved, ranks * 3 * (tensor + of_experts))
 
 
 def _rollout_peak(
@@ -229,12 +241,8 @@ def _rollout_peak(
     while the engine loads its weights from the stream, or while it uses its whole share."""
     policy = config.policy
     states = [
-        model_state(
-            stage_parameters(shape, tp=policy.tp, pp=policy.pp, stage=stage),
-            policy, width=width, dp=dp,
-        )
-        for stage in range(policy.pp)
-    ]  # fmt: skip
+        stage_state(shape, policy, stage=stage, width=width, dp=dp) for stage in range(policy.pp)
+    ]
     away = ("gradients", "optimizer") if config.optimizer.offload else ("gradients",)
     states = [without(parts, *away) for parts in states]
     state = max(states, key=lambda parts: sum(parts.values()))

@@ -11,7 +11,7 @@ from rich.table import Table
 from megatron_qlrl.config.shape import ModelShape
 from megatron_qlrl.plan.advise import Option
 from megatron_qlrl.plan.hardware import GIB, Hardware
-from megatron_qlrl.plan.memory import Peak, stage_parameters
+from megatron_qlrl.plan.memory import Peak, active_parameters, stage_parameters
 from megatron_qlrl.plan.phase import Cluster, PhasePlan
 
 if TYPE_CHECKING:
@@ -25,12 +25,16 @@ def plan_table(plans: Sequence[PhasePlan], shape: ModelShape, cluster: Cluster) 
     num = sum(stage_parameters(shape, tp=1, pp=1, stage=0))
     total = f"{cluster.hardware.memory_bytes / GIB:.1f}"
     title = f"{cluster.gpus} x {cluster.hardware.name}, {num / 1e9:.2f} B parameters"
+    if shape.experts:
+        title += f", {active_parameters(shape) / 1e9:.2f} B active"
     table = Table(title, *(p.name for p in plans), box=box.MARKDOWN)
 
     def row(label: str, cell: Callable[[PhasePlan], str]) -> None:
         table.add_row(label, *map(cell, plans))
 
     row("layout tp x pp x cp x dp", _layout)
+    if shape.experts:
+        row("experts divided over (ep)", lambda p: str(p.config.policy.ep))
     row("recompute; engine tp", lambda p: f"{p.config.policy.recompute}; {p.config.rollout.tp}")
     row("row tokens (responses at most)", lambda p: f"{p.row.tokens:,} ({p.row.responses:,})")
     _add_peaks(table, f"**update, GiB of {total}**", [p.update for p in plans])

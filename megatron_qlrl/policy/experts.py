@@ -7,6 +7,7 @@ dropped. There is no balancing loss: reinforcement learning keeps the routing th
 gradients and updates with transformers in every layout.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,14 +79,29 @@ def expert_spec() -> ModuleSpec:
     )
 
 
-def mark_experts(model: torch.nn.Module) -> None:
-    """Marks the experts' weights, so that Megatron sums their gradients over the ranks that hold
-    the same experts. It does so itself only beyond expert parallel size 1, and would otherwise sum
-    them over data parallel ranks, though tensor parallel ranks see other tokens of a row."""
+def prepare_experts(model: torch.nn.Module) -> None:
+    """Makes up for two things in Megatron 0.16's layers with experts.
+
+    At expert parallel size 1 it sums the gradients of experts over data parallel ranks, though
+    tensor parallel ranks see other tokens of a row; marked weights are summed over all ranks that
+    hold the same experts. And its dispatcher keeps the last weights of the router, and with them
+    the graph that made them: after a recomputed layer, its input and the input's gradient.
+    """
     for module in model.modules():
         if isinstance(module, MoELayer):
             for weight in module.experts.parameters():
                 weight.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+            dispatcher: Any = module.token_dispatcher
+            dispatcher.combine_postprocess = partial(
+                _combine_and_forget, dispatcher, dispatcher.combine_postprocess
+            )
+
+
+def _combine_and_forget(dispatcher: Any, combine: Any, tokens: torch.Tensor) -> torch.Tensor:
+    output = combine(tokens)
+    dispatcher.probs = dispatcher.routing_map = None
+    dispatcher.reversed_local_input_permutation_mapping = None
+    return output
 
 
 def forget_counts(model: torch.nn.Module) -> None:

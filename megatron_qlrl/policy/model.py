@@ -38,7 +38,7 @@ from megatron_qlrl.policy.experts import (
     CountingRouter,
     expert_settings,
     expert_spec,
-    mark_experts,
+    prepare_experts,
 )
 from megatron_qlrl.policy.offload import layer_inputs_on_host
 
@@ -286,7 +286,7 @@ def build_model(
         position_embedding_type="rope",
     )
     _mark_shards(model)
-    mark_experts(model)
+    prepare_experts(model)
     return model
 
 

@@ -3,6 +3,7 @@
 Run with -s for the table of docs/planning.md.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 
 from megatron_qlrl.bench.policy import LOSS, _randomize, make_group, make_shape
 from megatron_qlrl.config.schema import OptimizerConfig, PolicyConfig
+from megatron_qlrl.config.shape import Experts
 from megatron_qlrl.packing.distribute import group_rows
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.context import init_parallel
 from megatron_qlrl.plan.activations import CPU, Activations, Row
 from megatron_qlrl.plan.flops import block_flops
-from megatron_qlrl.plan.memory import model_state, stage_parameters, update_peak
+from megatron_qlrl.plan.memory import stage_parameters, stage_state, update_peak
 from megatron_qlrl.policy.policy import Policy
 from tests.dist_cpu.harness import run_ranks
 from tests.dist_cpu.live_bytes import LiveBytes, existing_storages
@@ -40,6 +42,24 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+EXPERTS = Experts(num=8, per_token=2, ffn_size=96, normalise=True)
+MANY = Experts(num=16, per_token=4, ffn_size=48, normalise=True)
+EXPERT_CASES: list[dict[str, Any]] = [
+    {"lengths": LONG, "experts": EXPERTS},
+    {"lengths": SHORT, "experts": MANY, "dtype": "bfloat16"},
+    {"lengths": LONG, "experts": EXPERTS, "ep": 2, "distributed_optimizer": True},
+    {"lengths": LONG, "experts": MANY, "tp": 2, "ep": 2},
+    {"lengths": LONG, "experts": EXPERTS, "cp": 2, "ep": 2, "dtype": "bfloat16"},
+    {"lengths": LONG, "experts": EXPERTS, "pp": 2, "rows": 3, "recompute": "selective"},
+    {"lengths": LONG, "experts": MANY, "ep": 2, "recompute": "full", "dtype": "bfloat16"},
+]
+
+
+def test_prediction_is_within_a_tenth_of_the_live_bytes_with_experts() -> None:
+    print()
+    run_ranks(check_case, 2, EXPERT_CASES)
+
+
 def test_prediction_is_within_a_tenth_of_the_live_bytes() -> None:
     print()
     run_ranks(check_case, 2, CASES)
@@ -55,9 +75,10 @@ def check_case(rank: int, case: dict[str, Any]) -> None:
         layers=2, hidden=128, heads=8, kv_heads=4, ffn=ffn, vocab=vocab,
         positions=prompt + response,
     )  # fmt: skip
+    shape = replace(shape, experts=settings.pop("experts", None))
     before = existing_storages()
     layout = PolicyConfig(**{"distributed_optimizer": False} | settings)
-    context = init_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, seed=0)
+    context = init_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep, seed=0)
     policy = Policy(
         shape,
         config=layout,
@@ -80,9 +101,9 @@ def check_case(rank: int, case: dict[str, Any]) -> None:
         policy.update(packed, LOSS, lr=1e-6)
 
     width, stage = dtype.itemsize, context.pp.rank
-    numels = stage_parameters(shape, tp=layout.tp, pp=layout.pp, stage=stage)
+    numels = stage_parameters(shape, tp=layout.tp, pp=layout.pp, stage=stage, ep=layout.ep)
     assert sum(numels) == sum(p.numel() for p in policy.model.parameters())
-    state = model_state(numels, layout, width=width, dp=context.dp.size)
+    state = stage_state(shape, layout, stage=stage, width=width, dp=context.dp.size)
     known = {s._cdata for s in before}
     held = sum(s.nbytes() for s in existing_storages() if s._cdata not in known)
     activations = Activations(

@@ -77,7 +77,7 @@ def test_json_says_the_same(
     short, long = found["phases"]
     assert (short["name"], long["name"]) == ("short", "long")
     assert long["layout"] == {
-        "tp": 8, "pp": 1, "cp": 4, "recompute": "none", "dp": 1, "rollout_tp": 1,
+        "tp": 8, "pp": 1, "cp": 4, "ep": 1, "recompute": "none", "dp": 1, "rollout_tp": 1,
     }  # fmt: skip
     parts = dict(long["update_bytes"])
     del parts["moment"]

@@ -23,6 +23,7 @@ GPUS = {
     "qwenlong-l1-14b-4n8g": 32,
     "qwenlong-l1-32b-4n8g": 32,
     "qwenlong-l1.5-4b-1n8g": 8,
+    "qwenlong-l1.5-30b-a3b-4n8g": 32,
     "quickstart": 2,
     "smollm2-135m": 1,
 }

@@ -5,9 +5,16 @@ from dataclasses import replace
 import pytest
 
 from megatron_qlrl.config.schema import PolicyConfig
-from megatron_qlrl.config.shape import ModelShape
+from megatron_qlrl.config.shape import Experts, ModelShape
 from megatron_qlrl.plan.activations import GPU, Activations, Row
-from megatron_qlrl.plan.memory import model_state, stage_parameters, stream_peak, update_peak
+from megatron_qlrl.plan.memory import (
+    active_parameters,
+    expert_parameters,
+    model_state,
+    stage_parameters,
+    stream_peak,
+    update_peak,
+)
 
 
 def qwen(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) -> ModelShape:
@@ -51,6 +58,37 @@ def test_parameters_by_hand() -> None:
     ]  # fmt: skip
     assert stage_parameters(TINY, tp=1, pp=2, stage=0) == [128, *layer]
     assert stage_parameters(TINY, tp=1, pp=2, stage=1) == [*layer, 8, 128]
+
+
+EXPERTS = Experts(num=4, per_token=2, ffn_size=3, normalise=True)
+
+
+def test_experts_by_hand() -> None:
+    moe = replace(TINY, experts=EXPERTS)
+    # norm, proj, qkv with bias, norm, router 4*8, and for each expert fc1 2*3*8 and fc2 3*8
+    layer = [8, 64, 128, 16, 8, 32]
+    assert stage_parameters(moe, tp=1, pp=2, stage=0) == [128, *layer, *[48, 24] * 4]
+    assert stage_parameters(moe, tp=1, pp=2, stage=0, ep=2) == [128, *layer, *[48, 24] * 2]
+    assert expert_parameters(moe) == 2 * 4 * 72
+    assert expert_parameters(moe, pp=2, ep=4) == 72
+    num = sum(stage_parameters(moe, tp=1, pp=1, stage=0))
+    assert active_parameters(moe) == num - 2 * 2 * 72  # half of the experts
+
+
+def test_experts_share_their_state_with_the_ranks_that_hold_the_same_ones() -> None:
+    """8 ranks, tp 2 x cp 2 x dp 2, ep 4: an expert is on two of them, other weights on four."""
+    policy = PolicyConfig(tp=2, cp=2, ep=4, distributed_optimizer=True)
+    state = model_state([600, 400], policy, width=2, dp=2, experts=400)
+    assert state["optimizer"] == 12 * (600 / 4 + 400 / 2)
+    assert state["weights"] + state["gradients"] == 6 * 1000
+
+
+def test_stream_gathers_experts_over_their_own_ranks() -> None:
+    """Buckets of single tensors. Fullest: fc2 of 24 comes from 8 ranks, 8 x 24 and this rank's own,
+    beside the fc1 before it (8 x 48) and a copy of that."""
+    moe = replace(TINY, experts=replace(EXPERTS, num=8))
+    peak = stream_peak(moe, PolicyConfig(ep=8), width=4, bucket_bytes=4)
+    assert peak == 4 * (9 * 24 + 8 * 48 + 8 * 48)
 
 
 def test_a_tied_head_is_a_copy_on_a_stage_of_its_own() -> None:

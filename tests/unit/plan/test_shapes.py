@@ -11,7 +11,7 @@ import pytest
 from megatron_qlrl.config.schema import ModelConfig
 from megatron_qlrl.config.shape import ModelShape, read_json
 from megatron_qlrl.errors import ConfigError
-from megatron_qlrl.plan.memory import stage_parameters
+from megatron_qlrl.plan.memory import active_parameters, stage_parameters
 from megatron_qlrl.plan.shapes import SHIPPED, find_shape
 
 QWEN_7B = "DeepSeek-R1-Distill-Qwen-7B"
@@ -27,6 +27,8 @@ PARAMETERS = {
     "Qwen/Qwen3-4B-Thinking-2507": 4.02,
     "Qwen/Qwen3-8B": 8.19,
     "Qwen/Qwen3-14B": 14.77,
+    "Qwen/Qwen3-30B-A3B": 30.53,
+    "Qwen/Qwen3-30B-A3B-Thinking-2507": 30.53,
     "Qwen/Qwen3-32B": 32.76,
     "HuggingFaceTB/SmolLM2-135M-Instruct": 0.13,
 }
@@ -69,6 +71,11 @@ def test_shipped_shapes_have_the_published_numbers_of_parameters() -> None:
     for name, hf in shipped.items():
         num = sum(stage_parameters(ModelShape.from_hf(hf), tp=1, pp=1, stage=0))
         assert round(num / 1e9, 2) == PARAMETERS[name], name
+    # The card says 3.3 B activated. By hand: embedding and head, and for each of 48 layers
+    # attention, norms, router and 8 experts.
+    layer = 2 * 4096 * 2048 + 2 * 512 * 2048 + 2 * 2048 + 2 * 128 + 128 * 2048 + 8 * 3 * 768 * 2048
+    active = 2 * 151_936 * 2048 + 48 * layer + 2048
+    assert active_parameters(ModelShape.from_hf(shipped["Qwen/Qwen3-30B-A3B"])) == active
 
 
 @pytest.mark.parametrize("path", [f"models/{QWEN_7B}", f"/nowhere/{QWEN_7B}/", f"x/{QWEN_7B}"])
