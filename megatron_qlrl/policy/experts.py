@@ -91,6 +91,9 @@ def prepare_experts(model: torch.nn.Module) -> None:
         if isinstance(module, MoELayer):
             for weight in module.experts.parameters():
                 weight.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+                # Grouped weights lack the mark that makes the gradient norm count those of every
+                # tensor parallel rank.
+                weight.tensor_model_parallel = True  # pyright: ignore
             dispatcher: Any = module.token_dispatcher
             dispatcher.combine_postprocess = partial(
                 _combine_and_forget, dispatcher, dispatcher.combine_postprocess

@@ -402,7 +402,11 @@ def _name_shared_memory(job: str) -> None:
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
     name_of = _CPUSHMDistributed.make_group_name
-    _CPUSHMDistributed.make_group_name = staticmethod(lambda group: f"{name_of(group)}-{job}")
+
+    def named(communicator: Any) -> str:
+        return f"{name_of(communicator)}-{job}"
+
+    _CPUSHMDistributed.make_group_name = staticmethod(named)
 
 
 def _pack_experts_again(model: torch.nn.Module) -> None:
@@ -413,7 +417,7 @@ def _pack_experts_again(model: torch.nn.Module) -> None:
     if has_gpu():
         return
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if hasattr(method, "moe_kernel"):
             method.moe_kernel = None  # as before the first weights
 

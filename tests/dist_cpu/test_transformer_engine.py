@@ -23,6 +23,7 @@ from megatron_qlrl.parallel.collectives import gather_objects
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel
 from megatron_qlrl.policy import model as policy_model
 from megatron_qlrl.policy.attention import SegmentAttention
+from megatron_qlrl.policy.experts import CountingRouter
 from megatron_qlrl.policy.policy import Policy
 from megatron_qlrl.policy.selfcheck import check_sharing
 from megatron_qlrl.types import PackedRow
@@ -255,3 +256,44 @@ def test_equals_megatrons_own_layers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     biased, normed = (tiny_hf(tmp_path / kind, kind) for kind in ("qwen2", "qwen3"))
     layouts = [(biased, (2, 1, 1)), (normed, (2, 1, 1)), (biased, (1, 2, 1)), (normed, (1, 1, 1))]
     run_ranks(check_case, 2, layouts, fresh=True)
+
+
+def check_experts(rank: int, case: tuple[Path, tuple[int, int, int], int]) -> None:
+    """In float64, where both compute the same but for the order of sums: weights, log-probs,
+    gradients and their norm; and Megatron's own layers read what the others have saved."""
+    folder, (tp, pp, cp), ep = case
+    context = init_parallel(tp=tp, pp=pp, cp=cp, ep=ep, seed=1)
+    local = policy_on(context, folder, dtype=torch.float64, ep=ep)
+    engine = engine_policy(context, folder, dtype=torch.float64, ep=ep)
+    layer = engine.model.decoder.layers[0]
+    assert type(layer.mlp.experts).__name__ == "TEGroupedMLP"
+    assert type(layer.mlp.router) is CountingRouter
+    assert type(layer.pre_mlp_layernorm).__name__ == "RMSNorm"
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(streamed(engine)[name].float(), tensor), name
+    rows = rows_of(groups_of(157), context)
+    np.testing.assert_allclose(logprobs(engine, rows), logprobs(local, rows), rtol=1e-6)
+    norms = [step(policy, rows, permit=lambda _: False) for policy in (engine, local)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-7)
+    grads = [streamed(policy, gradients=True) for policy in (engine, local)]
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-6, atol=1e-9, msg=name)
+    store = CheckpointStore(folder / f"tp{tp}ep{ep}", keep=9, warn=print)
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.add_(1)
+    path = store.save(1, model=engine.model, optimizer=engine.optimizer, state={})
+    store.wait()
+    load_weights(path, model=local.model)  # as for an export without a GPU
+    for name, tensor in streamed(engine).items():
+        assert torch.equal(streamed(local)[name], tensor), name
+
+
+def test_grouped_experts_equal_megatrons_own_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(FAKES)
+    folder = tiny_hf(tmp_path, "qwen3_moe")
+    layouts = [((1, 1, 1), 1), ((1, 1, 1), 2), ((2, 1, 1), 2), ((2, 1, 1), 1)]
+    run_ranks(check_experts, 2, [(folder, *layout) for layout in layouts], fresh=True)

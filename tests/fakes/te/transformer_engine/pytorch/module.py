@@ -171,7 +171,57 @@ class LayerNormLinear(Linear):
 
 
 class GroupedLinear(torch.nn.Module):
-    """Megatron subclasses it."""
+    """A linear layer for each group of rows. Megatron moves the rows, so no rank's are gathered."""
+
+    fp8 = fp8_calibration = False
+
+    def __init__(
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        *,
+        sequence_parallel: bool,
+        fuse_wgrad_accumulation: bool,
+        tp_group: Any,
+        tp_size: int,
+        get_rng_state_tracker: Any,
+        rng_tracker_name: str | None = None,
+        init_method: Callable[[torch.Tensor], Any] | None,
+        bias: bool,
+        return_bias: bool,
+        parallel_mode: str | None,
+        params_dtype: torch.dtype,
+        device: Any,
+        ub_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        assert not fuse_wgrad_accumulation
+        assert not bias
+        assert tp_size == 1
+        self.num_gemms, self.use_bias = num_gemms, bias
+        self.fp8_meta = {"fp8_checkpoint": False}
+        for i in range(num_gemms):
+            weight = torch.full(
+                (out_features, in_features), torch.nan, dtype=params_dtype, device=device
+            )
+            self.register_parameter(f"weight{i}", torch.nn.Parameter(weight))
+
+    def forward(
+        self, inp: torch.Tensor, m_splits: list[int], is_first_microbatch: bool | None = None
+    ) -> torch.Tensor:
+        groups = inp.split(m_splits)
+        weights = [self.get_parameter(f"weight{i}") for i in range(self.num_gemms)]
+        return torch.cat([functional.linear(x, w) for x, w in zip(groups, weights, strict=True)])
+
+    def init_fp8_metadata(self, num_gemms: int) -> None:
+        pass
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state.numel() == 0
 
 
 class DotProductAttention(torch.nn.Module):
