@@ -137,29 +137,32 @@ def without(parts: Mapping[str, float], *names: str) -> dict[str, float]:
 
 def stream_peak(shape: ModelShape, policy: PolicyConfig, *, width: int, bucket_bytes: int) -> float:
     """Returns the peak of the weight stream (weights/stream.py): the bucket that is gathered, this
-    rank's part of it, and the bucket and tensor before it, which the engine still reads."""
+    rank's part of it, and the bucket and tensor before it, which the engine still reads; of experts
+    it keeps what it has been given of a layer until that is complete."""
     largest = 0.0
     previous = copied = 0.0
-    for numels, ranks in _streamed(shape, policy):
+    for numels, ranks, layer in _streamed(shape, policy):
         for bucket in _buckets(numels, limit=bucket_bytes // (width * ranks)):
             local = sum(bucket) * width
-            largest = max(largest, previous + copied + local * (ranks + 1))
+            read = layer * width or previous + copied
+            largest = max(largest, read + local * (ranks + 1))
             previous, copied = local * ranks, max(bucket) * width * ranks
             largest = max(largest, previous + copied)
     return largest
 
 
-def _streamed(shape: ModelShape, policy: PolicyConfig) -> Iterator[tuple[list[int], int]]:
-    """Yields the tensors of each stage with the ranks over which they are gathered, the experts
-    last."""
+def _streamed(shape: ModelShape, policy: PolicyConfig) -> Iterator[tuple[list[int], int, int]]:
+    """Yields the tensors of each stage, the ranks over which they are gathered, and the elements
+    that the engine keeps until a layer is complete. The experts come last."""
     dense = replace(shape, experts=Experts(1, 1, 0, False)) if shape.experts else shape
     for stage in range(policy.pp):
-        yield stage_parameters(dense, tp=policy.tp, pp=policy.pp, stage=stage), policy.tp
+        yield stage_parameters(dense, tp=policy.tp, pp=policy.pp, stage=stage), policy.tp, 0
     if shape.experts:
         each = [part * shape.experts.ffn_size * shape.hidden_size for part in (2, 1)]
+        layer = shape.experts.num * sum(each)
         layers = shape.num_layers // policy.pp
         for _ in range(policy.pp):
-            yield each * (layers * shape.experts.num // policy.ep), policy.ep
+            yield each * (layers * shape.experts.num // policy.ep), policy.ep, layer
 
 
 def _buckets(numels: Sequence[int], *, limit: int) -> list[list[int]]:

@@ -84,11 +84,11 @@ def test_experts_share_their_state_with_the_ranks_that_hold_the_same_ones() -> N
 
 
 def test_stream_gathers_experts_over_their_own_ranks() -> None:
-    """Buckets of single tensors. Fullest: fc2 of 24 comes from 8 ranks, 8 x 24 and this rank's own,
-    beside the fc1 before it (8 x 48) and a copy of that."""
+    """Buckets of single tensors. Fullest: fc1 of 48 comes from 8 ranks, 8 x 48 and this rank's own,
+    and the engine keeps all 8 experts of 72 of the layer before."""
     moe = replace(TINY, experts=replace(EXPERTS, num=8))
     peak = stream_peak(moe, PolicyConfig(ep=8), width=4, bucket_bytes=4)
-    assert peak == 4 * (9 * 24 + 8 * 48 + 8 * 48)
+    assert peak == 4 * (9 * 48 + 8 * 72)
 
 
 def test_a_tied_head_is_a_copy_on_a_stage_of_its_own() -> None:
