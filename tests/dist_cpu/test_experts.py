@@ -60,6 +60,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"packing": {"share_prompts": False}},
     {"packing": {"max_tokens": 42}},  # groups divided over rows
     {"recompute": "full"},
+    {"recompute": "full", "offload_activations": True},
     {"recompute": "selective"},
 ]
 

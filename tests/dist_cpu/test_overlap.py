@@ -38,12 +38,11 @@ def train(policy: Policy, rows: Any, *, steps: int) -> list[torch.Tensor]:
     return [p.detach().clone() for p in policy.model.parameters()]
 
 
-def check_case(rank: int, case: tuple[Path, tuple[int, int, int], bool, bool, Path]) -> None:
-    folder, layout, distributed, overlap, out = case
+def check_case(rank: int, case: tuple[Path, tuple[int, int, int], int, bool, bool, Path]) -> None:
+    folder, layout, ep, distributed, overlap, out = case
+    settings: dict[str, Any] = {"distributed_optimizer": distributed, "ep": ep}
     with patch.object(policy_optimizer, "DistributedDataParallelConfig", SMALL_BUCKETS):
-        policy, context = make_policy(
-            folder, layout, distributed_optimizer=distributed, overlap_grad_reduce=overlap
-        )
+        policy, context = make_policy(folder, layout, overlap_grad_reduce=overlap, **settings)
     # The norm adds up shards of other places, and its rounding would reach the clipped gradients.
     policy._optimizer_config = policy._optimizer_config.model_copy(update={"clip_grad": 1e9})
     seen: list[int] = []
@@ -81,6 +80,18 @@ def test_every_layout_is_bitwise_the_same(tmp_path: Path, distributed: bool) -> 
     cases = []
     for layout in LAYOUTS:
         out = tmp_path / "-".join(map(str, layout))
-        cases += [(folder, layout, distributed, overlap, out) for overlap in (False, True)]
+        cases += [(folder, layout, 1, distributed, overlap, out) for overlap in (False, True)]
+        out.mkdir()
+    run_ranks(check_case, 2, cases)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_experts_are_bitwise_the_same(tmp_path: Path, distributed: bool) -> None:
+    """Their gradients are summed over other ranks. Some experts get no token."""
+    folder = tiny_hf(tmp_path / "hf", "qwen3_moe", num_experts=32)
+    cases = []
+    for layout, ep in (((1, 1, 1), 1), ((1, 1, 1), 2), ((2, 1, 1), 1)):
+        out = tmp_path / f"{layout[0]}-{ep}"
+        cases += [(folder, layout, ep, distributed, overlap, out) for overlap in (False, True)]
         out.mkdir()
     run_ranks(check_case, 2, cases)
