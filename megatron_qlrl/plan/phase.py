@@ -213,25 +213,22 @@ def _host(
 def _checkpoint(
     state: Mapping[str, float], policy: PolicyConfig, *, ranks: int, replicas: int, experts: int
 ) -> float:
-    """Returns a checkpoint's bytes in a node's host memory, at the fullest moment of saving and
-    loading.
+    """Returns a checkpoint's bytes in a node's host memory.
 
-    With the distributed optimizer Megatron copies each rank's share of Adam's three float32 tensors
-    there; gathers them on data parallel rank 0 one after another, which needs two more tensors;
-    and loads all of them on every rank. `experts` of a rank's elements are gathered on one rank for
-    each part of the experts.
+    One data parallel rank holds the weights and, without the distributed optimizer, Adam's three
+    float32 tensors. With it each rank gathers, or reads, those of its own share of the parameters.
+    `experts` of a rank's elements are divided among other ranks than the rest.
     """
     writers = min(ranks, policy.tp * max(1, ranks // (policy.tp * replicas)))
     if not policy.distributed_optimizer:
         return writers * (state["weights"] + state["optimizer"])
     of_experts = 4.0 * experts
     tensor = state["gradients"] - of_experts
-    saved = writers * 5 * tensor + ranks * 3 * tensor / replicas
     stage = replicas * policy.tp
-    copies = stage / policy.ep
     expert_writers = min(ranks, policy.ep * max(1, ranks // stage))
-    saved += expert_writers * 5 * of_experts + ranks * 3 * of_experts / copies
-    return max(saved, ranks * 3 * (tensor + of_experts))
+    written = writers * tensor + expert_writers * of_experts
+    shares = ranks * 3 * (tensor / replicas + of_experts * policy.ep / stage)
+    return written * state["weights"] / state["gradients"] + shares
 
 
 def _rollout_peak(

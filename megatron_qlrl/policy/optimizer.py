@@ -28,23 +28,7 @@ def wrap_data_parallel(
     )
     if overlap_grad_reduce:
         model.config.no_sync_func = wrapped.no_sync  # of all rows but the last
-    _keep_padding(wrapped)
     return wrapped
-
-
-def _keep_padding(wrapped: DistributedDataParallel) -> None:
-    """Makes the optimizer state that is saved keep the padding between buckets.
-
-    Megatron 0.16.1 leaves it out of the saved buffer but cuts parameters out of that buffer at
-    their padded places. With several buckets (a tied embedding under pipeline parallelism has
-    one of its own) all state behind the first would be shifted ("param range exceeds unpadded
-    buffer"). Condition for removal: that warning's TODO is gone.
-    """
-    buffers: Any = wrapped.buffers
-    for buffer in buffers + wrapped.expert_parallel_buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def build_optimizer(model: Any, config: OptimizerConfig, *, distributed: bool) -> Any:

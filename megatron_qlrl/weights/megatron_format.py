@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,7 @@ from megatron_qlrl.errors import CheckpointError
 from megatron_qlrl.parallel.collectives import on_all_ranks
 from megatron_qlrl.platform.env import PICKLED_STATE, may_unpickle_state
 from megatron_qlrl.platform.megatron_cpu import megatron_device
+from megatron_qlrl.weights.moments import sharded_by_parameter
 from megatron_qlrl.weights.stored import BACKEND, DAMAGED, EXTRA_STATE, StoredWeights, refused
 
 
@@ -232,12 +234,10 @@ class _Planner(MCoreLoadPlanner):
 
 def _metadata() -> dict[str, Any]:
     """Returns how Megatron lays out the optimizer state: by model parameter, so that any layout
-    can read it. For that, the distributed optimizer's is gathered in the host memory of data
-    parallel rank 0 (mem_efficient). Through the GPUs of every rank it would need room for all
-    gradients once more. The dict is new each time, because Megatron keeps a process group in it."""
+    can read it (the distributed optimizer's: `moments.py`). The dict is new each time, because
+    Megatron keeps a process group in it."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
     }
@@ -246,7 +246,10 @@ def _metadata() -> dict[str, Any]:
 def _sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
     metadata = _metadata()
     weights = model.sharded_state_dict(metadata=metadata)
-    moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    with patch.object(
+        DistributedOptimizer, "sharded_param_state_fully_reshardable", sharded_by_parameter
+    ):
+        moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     return {"model": weights, "optimizer": moments}
 
 

@@ -18,10 +18,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import rows_of, run_ranks, tiny_hf
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from test_policy_parity import LOSS, groups_of, make_policy
 
 from megatron_qlrl.errors import CheckpointError
-from megatron_qlrl.weights import checkpoint
+from megatron_qlrl.platform.megatron_cpu import megatron_device
+from megatron_qlrl.weights import checkpoint, megatron_format
 from megatron_qlrl.weights.checkpoint import CheckpointStore, load_checkpoint, load_weights
 from megatron_qlrl.weights.checkpoint_folder import FORMAT, torn
 from megatron_qlrl.weights.megatron_format import Snapshot
@@ -162,13 +164,33 @@ def test_experts_continue_bitwise_and_reshard(tmp_path: Path, distributed: bool)
 
 
 def test_tied_embedding_in_a_bucket_of_its_own(tmp_path: Path) -> None:
-    """Under pipeline parallelism it has one, behind padding at these sizes: see _keep_padding in
-    policy/optimizer.py."""
+    """Under pipeline parallelism it has one, behind padding at these sizes."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
     folder = tiny_hf(tmp_path / "hf", "qwen2", tie_word_embeddings=True, **sizes)
     pp2 = (1, 2, 1)
     cases = [("peer2", pp2), ("save2", pp2), ("same", pp2), ("load", (1, 1, 1))]
     run_ranks(check_case, 2, [(action, layout, folder, True, tmp_path) for action, layout in cases])
+
+
+def check_shares(rank: int, folder: Path) -> None:
+    """Of the optimizer's state a rank gathers, and reads, what it keeps itself, with the parameters
+    of which it keeps a part whole."""
+    policy, _ = make_policy(folder, (1, 1, 1), distributed_optimizer=True)
+    sizes = [p.numel() for p in policy.model.parameters()]
+    for is_loading in (False, True):
+        with megatron_device():
+            policy.fresh_moments()
+            state = megatron_format._sharded_state(
+                policy.model, policy.optimizer, is_loading=is_loading
+            )
+        mine = [t for t in nested_values(state["optimizer"]) if hasattr(t, "replica_id")]
+        share = sum(t.data.numel() for t in mine)
+        assert abs(share - 3 * sum(sizes) / 2) <= 3 * max(sizes)
+        assert len(mine) < 3 * len(sizes)
+
+
+def test_ranks_share_the_optimizers_state(tmp_path: Path) -> None:
+    run_ranks(check_shares, 2, [tiny_hf(tmp_path / "hf", "qwen2", num_hidden_layers=4)])
 
 
 @contextmanager

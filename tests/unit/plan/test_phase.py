@@ -79,17 +79,17 @@ def test_cache_must_hold_the_longest_sequence() -> None:
 
 def test_what_waits_in_host_memory() -> None:
     each = 14_770_033_664 / 8  # parameters of a rank; 8 ranks in a node, 4 nodes
-    # Adam's 12 bytes from 4 data parallel ranks, one tensor of 4 twice more, and each rank's share.
-    checkpoint = {"checkpoint": 8 * (12 + 2 * 4 + 12 / 4) * each}
+    # The weights, and each rank's share of Adam's 12 bytes among 4 data parallel ranks.
+    checkpoint = {"checkpoint": 8 * (2 + 12 / 4) * each}
     assert plan(policy={"tp": 8}).host == pytest.approx(
         {"reference": 8 * 2 * each} | checkpoint, rel=1e-3
     )
     assert plan(policy={"tp": 8}, algorithm={"reference": False}).host == pytest.approx(
         checkpoint, rel=1e-3
     )
-    # Two data parallel ranks of a stage share a node: half of its ranks gather, but all load.
+    # Two data parallel ranks of a stage share a node: half of its ranks write weights.
     halves = plan(policy={"tp": 4, "pp": 1}, algorithm={"reference": False})
-    assert halves.host == pytest.approx({"checkpoint": 8 * 12 * 2 * each}, rel=1e-3)
+    assert halves.host == pytest.approx({"checkpoint": (4 * 2 + 8 * 12 / 8) * 2 * each}, rel=1e-3)
     # Four stages of two ranks in a node, the last with the LM head; every rank writes 2 + 12 bytes.
     stages = plan(
         policy={"tp": 2, "pp": 16, "distributed_optimizer": False}, algorithm={"reference": False}
