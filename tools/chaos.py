@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +208,9 @@ def waiting_responses(folder: Path) -> int:
     return sum(response["goes_on"] for group in groups for response in group["responses"])
 
 
-def write_config(folder: Path, data: Path) -> Path:
+def write_config(folder: Path, data: Path, *, model: Path, ep: int) -> Path:
     config = {
-        "model": {"path": str(ROOT / "examples/quickstart/base")},
+        "model": {"path": str(model)},
         "run": {"dir": str(folder / "run"), "seed": 7},
         "data": {"train_files": [str(data / "train.parquet")]},
         "phases": [
@@ -223,7 +224,7 @@ def write_config(folder: Path, data: Path) -> Path:
             "tokens_per_round": 8,
         },
         "curriculum": {"carried_share": 0.25},
-        "policy": {"tp": 2, "max_tokens_per_row": 2048},
+        "policy": {"tp": 2, "ep": ep, "max_tokens_per_row": 2048},
         "algorithm": {"filter_groups": False, "entropy_coef": 0.01, "max_staleness": 3},
         "optimizer": {"lr": 5.0e-4},
         "checkpoint": {"every_steps": 2, "keep": 3},
@@ -254,6 +255,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--blows", type=int, default=50)
     parser.add_argument("--processes", type=int, default=2, help="a multiple of 2")
+    parser.add_argument("--model", type=Path, default=ROOT / "examples/quickstart/base",
+                        help="another model with the toy's tokenizer")  # fmt: skip
+    parser.add_argument("--ep", type=int, default=1, help="policy.ep, for a model with experts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for the result with every blow")
     args = parser.parse_args()
@@ -262,15 +266,15 @@ def main() -> None:
     data = args.out / "data"
     toy = ["data", "toy", str(data), "--train", "200", "--eval", "8"]
     subprocess.run([sys.executable, "-m", "megatron_qlrl", *toy], check=True, cwd=ROOT)
-    whole = Chain(args.out / "reference", write_config(args.out / "reference", data),
-                  args.processes, rng)  # fmt: skip
+    made = partial(write_config, data=data, model=args.model, ep=args.ep)
+    whole = Chain(args.out / "reference", made(args.out / "reference"), args.processes, rng)
     whole.until_finished(0)
     blows: list[dict[str, Any]] = []
     unequal: list[str] = []
     number = 0
     while len(blows) < args.blows:
         folder = args.out / f"run_{number}"
-        chain = Chain(folder, write_config(folder, data), args.processes, rng)
+        chain = Chain(folder, made(folder), args.processes, rng)
         chain.until_finished(args.blows - len(blows))
         wrong = differences(chain.run, whole.run)
         unequal += [f"run_{number}: {name}" for name in wrong]

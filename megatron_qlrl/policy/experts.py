@@ -3,8 +3,8 @@
 Experts are divided over the expert parallel ranks (`policy.ep`) and never cut themselves. A token
 travels to its experts' ranks and back (Megatron's all-to-all dispatcher), and no token is ever
 dropped. There is no balancing loss: reinforcement learning keeps the routing that it is given, and
-`expert_balance` shows how even that is. `tests/dist_cpu/test_experts.py` compares log-probs,
-gradients and updates with transformers in every layout.
+`expert_balance` shows how even that is. `tests/dist_cpu/test_experts.py` compares log-probs and
+gradients with transformers in every layout.
 """
 
 from functools import partial
