@@ -135,6 +135,7 @@ def _read(sharded: dict[str, Any], stored: StoredWeights) -> dict[str, Any]:
     """Does what Megatron's own load does, from steps that all supported versions have. That load
     unpickles in two places, and what it accepts differs by version."""
     sharded, local, factories = load_preprocess(sharded)
+    assert isinstance(factories, dict)
     loaded = copy.deepcopy(stored.common)
     merge(loaded, local)
     sharded, _ = extract_sharded_base(sharded)

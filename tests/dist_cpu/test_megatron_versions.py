@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from harness import run_ranks, tiny_hf
 from test_checkpoint import check_case
+from test_experts import tiny_moe
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = {name: ROOT / name / "bin" / "python" for name in (".venv", ".venv-next")}
@@ -26,13 +27,15 @@ TP2, DP2 = (2, 1, 1), (1, 1, 1)
 def test_a_checkpoint_goes_on_bitwise_under_the_other_version(
     tmp_path: Path, writer: str, reader: str
 ) -> None:
-    folder = tiny_hf(tmp_path / "hf", "qwen2")
-    folders = {distributed: tmp_path / f"distributed_{distributed}" for distributed in (0, 1)}
+    dense, experts = tiny_hf(tmp_path / "hf", "qwen2"), tiny_moe(tmp_path / "moe")
+    # Model folder, distributed optimizer, expert parallel size.
+    kinds = [(dense, False, 1), (dense, True, 1), (experts, True, 2)]
+    folders = [tmp_path / str(number) for number in range(len(kinds))]
 
     def run(environment: str, *actions: tuple[str, tuple[int, int, int]]) -> None:
         cases = [
-            (*action, str(folder), bool(distributed), str(out))
-            for distributed, out in folders.items()
+            (*action, str(folder), distributed, str(out), ep)
+            for out, (folder, distributed, ep) in zip(folders, kinds, strict=True)
             for action in actions
         ]
         subprocess.run(
@@ -43,7 +46,7 @@ def test_a_checkpoint_goes_on_bitwise_under_the_other_version(
             check=True,
         )
 
-    for out in folders.values():
+    for out in folders:
         out.mkdir()
     run(writer, ("peer2", DP2), ("save2", DP2))
     run(reader, ("same", DP2), ("load", TP2))
@@ -54,7 +57,7 @@ if __name__ == "__main__":
         check_case,
         2,
         [
-            (action, tuple(layout), Path(folder), distributed, Path(out))
-            for action, layout, folder, distributed, out in json.load(sys.stdin)
+            (action, tuple(layout), Path(folder), distributed, Path(out), ep)
+            for action, layout, folder, distributed, out, ep in json.load(sys.stdin)
         ],
     )
