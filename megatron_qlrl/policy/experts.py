@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -69,10 +69,24 @@ def expert_settings(experts: Experts, context: ParallelContext, *, grouped: bool
     }
 
 
-def expert_spec() -> ModuleSpec:
-    """Returns the spec of a layer's experts, made of Megatron's own linear layers."""
-    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = ModuleSpec(module=SequentialMLP, submodules=linear)
+def expert_spec(*, grouped: bool) -> ModuleSpec:
+    """Returns the spec of a layer's experts: one after another in Megatron's own linear layers, or
+    all of a rank's in Transformer Engine's grouped ones."""
+    if grouped:
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelGroupedLinear,
+            TERowParallelGroupedLinear,
+        )
+
+        kind: Any = TEGroupedMLP
+        linear = MLPSubmodules(
+            linear_fc1=TEColumnParallelGroupedLinear,  # pyright: ignore
+            linear_fc2=TERowParallelGroupedLinear,  # pyright: ignore
+        )
+    else:
+        kind = SequentialMLP
+        linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = ModuleSpec(module=kind, submodules=linear)
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(experts=experts, router=CountingRouter),

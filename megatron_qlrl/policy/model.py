@@ -34,12 +34,7 @@ from megatron_qlrl.errors import ConfigError
 from megatron_qlrl.parallel.context import ParallelContext
 from megatron_qlrl.platform.device import has_gpu, has_transformer_engine
 from megatron_qlrl.policy.attention import AttentionPlan, SegmentAttention
-from megatron_qlrl.policy.experts import (
-    CountingRouter,
-    expert_settings,
-    expert_spec,
-    prepare_experts,
-)
+from megatron_qlrl.policy.experts import expert_settings, expert_spec, prepare_experts
 from megatron_qlrl.policy.offload import layer_inputs_on_host
 
 
@@ -197,7 +192,7 @@ def layer_spec(shape: ModelShape, *, transformer_engine: bool) -> ModuleSpec:
     # machine without a GPU can export what a GPU wrote. In front of experts it stands alone.
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if shape.experts:
-        mlp = expert_spec()
+        mlp = expert_spec(grouped=False)
     else:
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
         mlp = ModuleSpec(
@@ -242,8 +237,7 @@ def _transformer_engine_spec(shape: ModelShape) -> ModuleSpec:
     attention = spec.submodules.self_attention  # pyright: ignore
     attention.submodules = replace(attention.submodules, core_attention=SegmentAttention)
     if shape.experts:
-        experts = spec.submodules.mlp  # pyright: ignore
-        experts.submodules = replace(experts.submodules, router=CountingRouter)
+        spec.submodules.mlp = expert_spec(grouped=True)  # pyright: ignore
     return spec
 
 
