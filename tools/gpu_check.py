@@ -47,6 +47,7 @@ def main() -> int:
         "bench_logprob": lambda: bench_logprob(gpu),
         "bench_update": lambda: bench_update(gpu),
         "bench_update_60k": lambda: bench_update_long(gpu),
+        "kernels": lambda: bench_kernels(gpu),
         "engine_tensorwise": lambda: check_engine(gpu, fp8="hybrid", fp8_recipe="tensorwise"),
         "engine_blockwise": lambda: check_engine(gpu, fp8="e4m3", fp8_recipe="blockwise"),
     }
@@ -208,6 +209,69 @@ def _bench_update(gpu: bool, *, prompt_tokens: int, rounds: int) -> dict[str, An
         shape, prompt_tokens=prompt_tokens, response_tokens=response, group=8, rounds=rounds
     )
     return {"shape": widths | {"layers": 2, "prompt_tokens": prompt_tokens}, **figures}
+
+
+def bench_kernels(gpu: bool) -> dict[str, Any]:
+    """Times every attention kernel that loads here, forward and backward, on a prompt and on a
+    response's view of it, beside torch's cuDNN attention, and a large matmul."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from megatron_qlrl.bench.measure import compare
+    from megatron_qlrl.platform.device import device
+    from megatron_qlrl.policy.kernels import KERNELS
+
+    prompt, response, heads, kv_heads, dim = (
+        (16_384, 1024, 28, 4, 128) if gpu else (64, 16, 4, 2, 32)
+    )
+    dtype = torch.bfloat16 if gpu else torch.float32
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=dtype, device=device())
+
+    figures: dict[str, Any] = {"prompt_tokens": prompt, "response_tokens": response}
+    for piece, length, causal in (("prompt", prompt, True), ("response", response, False)):
+        q, g = draw(length, heads, dim), draw(length, heads, dim)
+        k, v = draw(prompt, kv_heads, dim), draw(prompt, kv_heads, dim)
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, kernel in KERNELS.items():
+            try:
+                out, lse = kernel.forward(q, k, v, causal, dim**-0.5)
+            except (ImportError, NotImplementedError, RuntimeError) as error:
+                figures[f"{piece} {name}"] = f"absent: {str(error)[:90]}"
+                continue
+            forward = partial(kernel.forward, q, k, v, causal, dim**-0.5)
+            backward = partial(kernel.backward, g, q, k, v, out, lse, causal, dim**-0.5)
+            calls |= {f"{name} forward": forward, f"{name} backward": backward}
+        if gpu:
+            one = [x.transpose(0, 1)[None].detach().requires_grad_() for x in (q, k, v)]
+
+            def cudnn(one: list[torch.Tensor] = one, causal: bool = causal) -> torch.Tensor:
+                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                    return scaled_dot_product_attention(*one, is_causal=causal, enable_gqa=True)
+
+            def both(call: Any = cudnn, one: Any = one, g: torch.Tensor = g) -> Any:
+                return torch.autograd.grad(call(), one, g.transpose(0, 1)[None])
+
+            try:
+                both()
+                calls |= {"cuDNN forward": cudnn, "cuDNN forward and backward": both}
+            except RuntimeError as error:
+                figures[f"{piece} cuDNN"] = f"absent: {str(error)[:90]}"
+        # Two products of L x T x d for each head, half of it where causal; 2.5 times that backward.
+        flops = 4 * heads * dim * length * prompt / (2 if causal else 1)
+        for name, cost in compare(calls, rounds=3).items():
+            work = {"forward": 1.0, "backward": 2.5}
+            times = sum(work[word] for word in name.split() if word in work)
+            figures[f"{piece} {name}"] = {
+                "s": cost.work_s, "tflop_per_s": times * flops / cost.work_s / 1e12
+            }  # fmt: skip
+    size = 8192 if gpu else 64
+    a, b = draw(size, size), draw(size, size)
+    cost = compare({"matmul": lambda: a @ b}, rounds=10)["matmul"]
+    figures["matmul_tflop_per_s"] = 2 * size**3 / cost.work_s / 1e12
+    return figures
 
 
 def check_engine(gpu: bool, **fp8: str) -> dict[str, Any]:
