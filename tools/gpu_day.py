@@ -5,7 +5,7 @@
     python tools/gpu_day.py OUT --parts toy repeat  these; later ones use what earlier ones left
     python tools/gpu_day.py --list                  the parts and what they do
 
-Every part is a command of its own with a time limit. One that fails is recorded with the end of its
+Every part runs commands with a time limit. A part that fails is recorded with the end of its
 output, the others still run, and the exit code is 1. OUT/day.json is written after each part,
 OUT/logs/PART.log holds the output, and the end shows a table. docs/first-gpu-day.md says what each
 part proves and what to do when it fails. Without a GPU the same parts run in small sizes.
@@ -23,29 +23,16 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = Path(__file__).resolve().parent
+QUICKSTART = ROOT / "examples" / "quickstart"
 STEPS = 6
 KILL_AFTER = 5
 """The step after which the run is killed; it saves every second step."""
-ATTEMPTS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
-    "as it is": ({}, ()),
-    "vLLM's older model runner": ({"VLLM_USE_V2_MODEL_RUNNER": "0"}, ()),
-    "no check of the weight sync": ({}, ("rollout.check_sync=false",)),
-}
-"""What the toy run tries, one after the other, until one works: environment and settings."""
-DETERMINISTIC = (
-    "import torch; torch.use_deterministic_algorithms(True, warn_only=True); "
-    "from megatron_qlrl.cli import main; main()"
-)
-DETERMINISTIC_ENV = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-    "VLLM_BATCH_INVARIANT": "0",
-}
+DETERMINISTIC = "policy.deterministic=true"
 
 
 class Failed(Exception):
@@ -54,7 +41,7 @@ class Failed(Exception):
 
 @dataclass
 class Done:
-    """A command that has ended, or that was killed at its limit (code None)."""
+    """A command that has ended, or that was killed (code None)."""
 
     code: int | None
     seconds: float
@@ -66,34 +53,31 @@ class Day:
     """What all parts know.
 
     Attributes:
-        worked: environment and settings with which the toy run works.
+        tokenizer: folder of the tokenizer of the rehearsal.
+        hardware: name of the GPU for `qlrl plan`.
+        part: the part that runs.
     """
 
     out: Path
     processes: int
     gpu: bool
-    start: Path | None
-    data: Path | None
     tokenizer: Path
     hardware: str
     results: dict[str, Any] = field(default_factory=dict)
     part: str = ""
 
     def run(
-        self,
-        command: list[str],
-        *,
-        limit_s: float,
-        env: Mapping[str, str] | None = None,
-        until: Callable[[], bool] = lambda: False,
+        self, command: list[str], *, limit_s: float, until: Callable[[], bool] = lambda: False
     ) -> Done:
         """Runs a command, its output in the part's log. It is killed with all its children at the
         limit, or as soon as `until` says so."""
         log = self.out / "logs" / f"{self.part}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
+        # The rehearsal's folder holds its reward.
+        paths = [str(ROOT), str(self.out / "rehearsal"), os.environ.get("PYTHONPATH", "")]
         began = time.monotonic()
         with log.open("ab") as stream:
-            stream.write(f"\n$ {' '.join(command)}   # {dict(env or {})}\n".encode())
+            stream.write(f"\n$ {' '.join(command)}\n".encode())
             stream.flush()
             at = stream.tell()
             process = subprocess.Popen(
@@ -102,7 +86,12 @@ class Day:
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment(), **(env or {})},
+                env={
+                    # At this level the engine says what sleep and wake-up free and take.
+                    "VLLM_LOGGING_LEVEL": "INFO",
+                    **os.environ,
+                    "PYTHONPATH": ":".join(filter(None, paths)),
+                },
                 start_new_session=True,
             )
             killed = False
@@ -118,117 +107,102 @@ class Day:
         code = None if killed else process.returncode
         return Done(code, round(time.monotonic() - began, 1), output)
 
-    def must(self, command: list[str], **options: Any) -> Done:
+    def must(self, command: list[str], *, limit_s: float) -> Done:
         """Runs a command that must end well.
 
         Raises:
             Failed: it did not; the message ends with the end of its output.
         """
-        done = self.run(command, **options)
+        done = self.run(command, limit_s=limit_s)
         if done.code != 0:
             how = "was killed at its limit" if done.code is None else f"ended with {done.code}"
-            raise Failed(
-                f"{' '.join(command[:6])} ... {how} after {done.seconds} s\n{done.output[-2500:]}"
-            )
+            told = f"{' '.join(command[:6])} ... {how} after {done.seconds} s"
+            raise Failed(f"{told}\n{done.output[-2500:]}")
         return done
 
-    def environment(self) -> dict[str, str]:
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-        # At this level the engine says what sleep and wake-up free and take.
-        return {"PYTHONPATH": ":".join(filter(None, paths)), "VLLM_LOGGING_LEVEL": "INFO"}
+    def qlrl(self, *arguments: str) -> list[str]:
+        """Returns a command of the product."""
+        return [sys.executable, "-m", "megatron_qlrl", *arguments]
 
-    def qlrl(self, *arguments: str, deterministic: bool = False) -> list[str]:
-        own = ["-c", DETERMINISTIC] if deterministic else ["-m", "megatron_qlrl"]
-        return [sys.executable, *own, *arguments]
-
-    @property
-    def worked(self) -> tuple[dict[str, str], tuple[str, ...]]:
-        return ATTEMPTS[self.results.get("toy", {}).get("attempt", "as it is")]
-
-    def ranks(self) -> list[str]:
-        return ["--processes", str(self.processes)]
+    def on_ranks(self, *arguments: str) -> list[str]:
+        """Returns a command of the product that runs on all ranks."""
+        return self.qlrl(*arguments, "--processes", str(self.processes))
 
     def toy_data(self) -> Path:
         """Returns the folder with the toy's data, which is made at its first use."""
-        folder = self.data or self.out / "data"
+        folder = self.out / "data"
         if not (folder / "train.parquet").is_file():
-            sizes = ("400", "16") if not self.gpu else ("4000", "64")
-            command = self.qlrl("data", "toy", str(folder), "--train", sizes[0], "--eval", sizes[1])
-            self.must(command, limit_s=300)
+            sizes = ("--train", "4000" if self.gpu else "400", "--eval", "16")
+            self.must(self.qlrl("data", "toy", str(folder), *sizes), limit_s=300)
         return folder
 
-    def toy_start(self) -> Path:
-        """Returns the weights that the toy's RL starts from: those of part sft, if it ran."""
-        own = self.out / "sft" / "hf"
-        if self.start is not None:
-            return self.start
-        return own if own.is_dir() else ROOT / "examples" / "quickstart" / "base"
+    def toy(self, name: str, *settings: str) -> list[str]:
+        """Returns the command of a run of the toy in the folder `name`."""
+        config = toy_config(self, self.out / name)
+        return self.on_ranks("rl", str(config), *settings)
+
+    def fresh(self, name: str) -> Path:
+        """Returns the folder of a run, without what an earlier one left there."""
+        shutil.rmtree(self.out / name, ignore_errors=True)
+        return self.out / name
 
 
 def machine(day: Day) -> dict[str, Any]:
     """GPUs, driver, versions, and what `qlrl check` says."""
     figures: dict[str, Any] = {}
-    if shutil.which("nvidia-smi"):
+    if day.gpu:
         query = "name,driver_version,memory.total,memory.used,clocks.max.sm,power.limit"
         for name, command in {
             "gpus": ["nvidia-smi", f"--query-gpu={query}", "--format=csv"],
             "topology": ["nvidia-smi", "topo", "-m"],
+            "loaded": [sys.executable, "-c", LOADED],
         }.items():
-            figures[name] = day.run(command, limit_s=30).output.splitlines()
-    figures["check"] = day.run(day.qlrl("check"), limit_s=180).output.splitlines()
-    done = day.must([sys.executable, "-c", VERSIONS], limit_s=180)
-    return figures | json.loads(done.output.splitlines()[-1])
+            figures[name] = day.must(command, limit_s=60).output.splitlines()
+    figures["check"] = day.must(day.qlrl("check"), limit_s=180).output.splitlines()
+    figures["packages"] = {name: version_of(name) for name in PACKAGES}
+    return figures | {"says": "; ".join(figures.get("gpus", ["no GPU"])[-1:])}
 
 
-VERSIONS = """
-import importlib, json, time
-from importlib.metadata import version
+LOADED = """
 import torch
-result = {"versions": {}, "imports": {}}
-for name in ("torch triton vllm megatron-core transformer-engine flash-attn flashinfer-python "
-             "transformers numpy nvidia-nccl-cu13 nvidia-cudnn-cu13").split():
-    try: result["versions"][name] = version(name)
-    except Exception: result["versions"][name] = "absent"
-if torch.cuda.is_available():
-    result["versions"] |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        "device": torch.cuda.get_device_name(), "cxx11_abi": torch.compiled_with_cxx11_abi()}
-for name in ("transformer_engine.pytorch vllm.platforms.cuda vllm.vllm_flash_attn "
-             "vllm.device_allocator.cumem flash_attn").split():
-    began = time.perf_counter()
-    try: importlib.import_module(name); said = "ok"
-    except Exception as error: said = f"{type(error).__name__}: {error}"
-    result["imports"][name] = [said, round(time.perf_counter() - began, 1)]
-print(json.dumps(result))
+print("nccl", torch.cuda.nccl.version(), "cudnn", torch.backends.cudnn.version())
 """
+"""Says which libraries torch has loaded; others of the same name may be installed, too."""
+PACKAGES = (
+    "torch", "triton", "vllm", "megatron-core", "transformer-engine", "flash-attn",
+    "flashinfer-python", "transformers", "numpy", "nvidia-nccl-cu13", "nvidia-cudnn-cu13",
+)  # fmt: skip
+
+
+def version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def sft(day: Day) -> dict[str, Any]:
     """Warm-up SFT of the toy: policy, optimizer, checkpoint and release, without the engine."""
-    data, run = day.toy_data(), day.out / "sft"
-    config = str(ROOT / "examples" / "quickstart" / "config.yaml")
+    data, run = day.toy_data(), day.fresh("sft")
     settings = [
-        f"data.sft_files=[{data / 'sft.parquet'}]", f"run.dir={run}", "sft.max_steps=30",
-        "optimizer.lr=1.0e-3", "optimizer.min_lr_ratio=0.1", "checkpoint.every_steps=1000",
+        f"data.sft_files=[{data / 'sft.parquet'}]", f"run.dir={run}",
+        f"sft.max_steps={30 if day.gpu else 2}", "optimizer.lr=1.0e-3",
+        "optimizer.min_lr_ratio=0.1", "checkpoint.every_steps=1000",
     ]  # fmt: skip
-    done = day.must(day.qlrl("sft", config, *settings, *day.ranks()), limit_s=240)
+    command = day.on_ranks("sft", str(QUICKSTART / "config.yaml"), *settings)
+    done = day.must(command, limit_s=240)
     losses = [line["sft/nll"] for line in record(run)]
-    return {"command_s": done.seconds, "first_nll": losses[0], "last_nll": losses[-1]}
+    says = f"nll {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps"
+    return {"says": says, "command_s": done.seconds, "nll": losses}
 
 
 def toy(day: Day) -> dict[str, Any]:
     """RL with the co-located engine, which sleeps, wakes and reloads in each step; its log-probs
     are compared with the trainer's after every weight sync."""
-    failures: dict[str, str] = {}
-    for attempt, (env, settings) in ATTEMPTS.items():
-        shutil.rmtree(day.out / "toy", ignore_errors=True)
-        done = day.run(toy_command(day, "toy", settings), limit_s=240, env=env)
-        if done.code == 0:
-            run = day.out / "toy"
-            figures = {"attempt": attempt, "failures": failures, "command_s": done.seconds}
-            return figures | {"steps": steps_of(run), "sleep": sleep_lines(run)}
-        failures[attempt] = done.output[-2500:]
-    raise Failed(json.dumps(failures, indent=1))
+    run = day.fresh("toy")
+    run = day.fresh("toy")
+    day.must(day.toy("toy"), limit_s=240)
+    return steps_of(run)
 
 
 def repeat(day: Day) -> dict[str, Any]:
@@ -241,151 +215,131 @@ def kill(day: Day) -> dict[str, Any]:
     return killed(day, "toy", "kill")
 
 
-def deterministic(day: Day) -> dict[str, Any]:
-    """Twice with torch's deterministic algorithms, then with kill -9."""
-    name = "deterministic"
-    env, settings = day.worked
-    command = toy_command(day, name, settings, deterministic=True)
-    day.must(command, limit_s=240, env=env | DETERMINISTIC_ENV)
-    twice = again(day, name, f"{name}_again", deterministic=True)
-    return {"again": twice, "killed": killed(day, name, f"{name}_kill", deterministic=True)}
-
-
-def graphs(day: Day) -> dict[str, Any]:
-    """The toy with torch.compile and CUDA graphs in the engine, at the recipes' temperature and
-    top-p."""
-    env, settings = day.worked
-    own = ("rollout.enforce_eager=false", "rollout.temperature=0.7", "rollout.top_p=0.95")
-    done = day.must(toy_command(day, "graphs", (*settings, *own)), limit_s=300, env=env)
-    return {"command_s": done.seconds, "steps": steps_of(day.out / "graphs")}
-
-
 def rehearse(day: Day) -> dict[str, Any]:
     """Steps at 20K and 60K with 8 responses of a prompt, beside what `qlrl plan` says."""
-    config, run = prepared(day), day.out / "rehearse"
-    env, settings = day.worked
-    shutil.rmtree(run, ignore_errors=True)
-    planned = day.run(
-        day.qlrl("plan", str(config), "--gpus", str(day.processes), "--hardware", day.hardware,
-                 "--json"),
-        limit_s=60,
-    )  # fmt: skip
+    config, run = prepared(day), day.fresh("rehearse")
+    # A row is cut over all ranks.
+    cut = f"policy.cp={day.processes}"
+    sizes = ["--gpus", str(day.processes), "--hardware", day.hardware, "--json"]
+    planned = day.run(day.qlrl("plan", str(config), cut, *sizes), limit_s=60)
     # One phase, because a phase's end saves a checkpoint.
     phase = {"name": "mixed", "max_input_tokens": 60_000 if day.gpu else 2000, "steps": 99}
-    own = [*settings, f"run.dir={run}", f"phases={json.dumps([phase])}"]
+    own = [cut, f"run.dir={run}", f"phases={json.dumps([phase])}"]
     done = day.run(
-        day.qlrl("rl", str(config), *own, *day.ranks()),
+        day.on_ranks("rl", str(config), *own),
         limit_s=420,
-        env=env,
         until=lambda: len(record(run)) >= 4,  # two prompts of each length
     )
-    steps = steps_of(run)
-    if len(steps) < 1:
-        raise Failed(done.output[-2500:])
-    text = planned.output
-    plan = json.loads(text[text.index("{") : text.rindex("}") + 1]) if "{" in text else text
-    return {"steps": steps, "plan": plan, "sleep": sleep_lines(run), "command_s": done.seconds}
+    if not record(run):
+        raise Failed(f"no step ended in {done.seconds} s\n{done.output[-2500:]}")
+    plan = last_json(planned.output) if planned.code == 0 else planned.output
+    return steps_of(run) | {"plan": plan}
 
 
 def engine(day: Day) -> dict[str, Any]:
     """GPU memory at each point of sleep, wake-up and reload; what seeds and log-probs cost; weight
     sync, prefill, decode and update beside a copy and a matmul."""
-    return inner(day, "gpu_engine.py", "measure", str(prepared(day)), limit_s=300)
+    figures = written(day, "gpu_engine.py", "measure", str(prepared(day)), limit_s=300)
+    used = {point["at"]: point["used"] for point in figures["memory"]}
+    told = [f"{at} {used[at]}" for at in ("engine started, asleep", "generated") if at in used]
+    return {"says": f"GiB in use on the GPU: {'; '.join(told) or 'no GPU'}", **figures}
+
+
+def graphs(day: Day) -> dict[str, Any]:
+    """The toy with torch.compile and CUDA graphs in the engine, at the recipes' temperature and
+    top-p."""
+    run = day.fresh("graphs")
+    own = ("rollout.enforce_eager=false", "rollout.temperature=0.7", "rollout.top_p=0.95")
+    day.must(day.toy("graphs", *own), limit_s=300)
+    return steps_of(run)
+
+
+def deterministic(day: Day) -> dict[str, Any]:
+    """Twice with deterministic kernels, then with kill -9."""
+    name = day.fresh("deterministic").name
+    day.must(day.toy(name, DETERMINISTIC), limit_s=240)
+    twice = again(day, name, f"{name}_again", DETERMINISTIC)
+    resumed = killed(day, name, f"{name}_kill", DETERMINISTIC)
+    says = f"again: {twice['says']}; killed: {resumed['says']}"
+    return {"says": says, "again": twice, "killed": resumed}
+
+
+def kernels(day: Day) -> dict[str, Any]:
+    """Attention kernels forward and backward, and the rate of a large matmul."""
+    return written(day, "gpu_check.py", "--parts", "kernels", limit_s=180)
 
 
 def sync(day: Day) -> dict[str, Any]:
     """The stream of weights into the engine, against a copy."""
     sizes = {"layers": 28, "hidden": 2048, "heads": 16, "kv-heads": 8, "ffn": 6144, "vocab": 49_152}
     options = [f"--{name}={size}" for name, size in sizes.items()] if day.gpu else ["--layers=1"]
-    return bench(day, "sync", *options, limit_s=180)
+    figures = bench(day, day.qlrl("bench", "sync", *options), limit_s=180)
+    return {"says": f"{figures['share_of_memcpy']:.2f} of a copy's rate", **figures}
 
 
 def rollout(day: Day) -> dict[str, Any]:
     """Generation with responses of many lengths: plain, sorted, partial."""
-    env, settings = day.worked
     config = toy_config(day, day.out / "rollout")
     more = [
-        "rollout.tokens_per_round=16",
-        "algorithm.max_staleness=4",
-        "rollout.max_response_tokens=64",
-    ]
-    sizes = ["--steps=2", "--rounds=1"]
-    return bench(day, "rollout", str(config), *settings, *more, *sizes, *day.ranks(),
-                 limit_s=240, env=env)  # fmt: skip
-
-
-def update(day: Day) -> dict[str, Any]:
-    """An update with shared prompts, against separate ones."""
-    return bench(day, "update", *([] if day.gpu else ["--layers=1", "--prompt-tokens=64"]),
-                 limit_s=180)  # fmt: skip
-
-
-def kernels(day: Day) -> dict[str, Any]:
-    """Attention kernels forward and backward, and the rate of a large matmul."""
-    return checked(day, "kernels", limit_s=180)
+        "rollout.tokens_per_round=16", "algorithm.max_staleness=4",
+        "rollout.max_response_tokens=64", "--steps=2", "--rounds=1",
+    ]  # fmt: skip
+    return bench(day, day.on_ranks("bench", "rollout", str(config), *more), limit_s=240)
 
 
 def fp8(day: Day) -> dict[str, Any]:
     """Transformer Engine's layers in bfloat16 and FP8 against Megatron's own."""
-    return checked(day, "engine_tensorwise", "engine_blockwise", limit_s=300)
+    parts = ("engine_tensorwise", "engine_blockwise")
+    return written(day, "gpu_check.py", "--parts", *parts, limit_s=300)
+
+
+def update(day: Day) -> dict[str, Any]:
+    """An update with shared prompts, against separate ones."""
+    sizes = [] if day.gpu else ["--layers=1", "--prompt-tokens=64"]
+    figures = bench(day, day.qlrl("bench", "update", *sizes), limit_s=180)
+    says = f"{figures['speedup']:.2f} times as fast; FLOP ratio {figures['flop_ratio']:.2f}"
+    return {"says": says, **figures}
 
 
 PARTS: dict[str, Callable[[Day], dict[str, Any]]] = {
     part.__name__: part
     for part in (
-        machine,
-        sft,
-        toy,
-        repeat,
-        kill,
-        rehearse,
-        engine,
-        graphs,
-        deterministic,
-        kernels,
-        sync,
-        rollout,
-        fp8,
-        update,
-    )  # fmt: skip
-}
+        machine, sft, toy, repeat, kill, rehearse, engine, graphs, deterministic, kernels, sync,
+        rollout, fp8, update,
+    )
+}  # fmt: skip
 """In order of worth."""
 
 
-def again(day: Day, name: str, copy: str, *, deterministic: bool = False) -> dict[str, Any]:
+def again(day: Day, name: str, copy: str, *settings: str) -> dict[str, Any]:
     """Runs the toy once more, as `copy`, and compares it with `name`."""
-    env, settings = day.worked
-    shutil.rmtree(day.out / copy, ignore_errors=True)
-    command = toy_command(day, copy, settings, deterministic=deterministic)
-    done = day.must(command, limit_s=240, env=env | (DETERMINISTIC_ENV if deterministic else {}))
-    return {"command_s": done.seconds, **differences(day.out / copy, day.out / name)}
+    run = day.fresh(copy)
+    done = day.must(day.toy(copy, *settings), limit_s=240)
+    return differences(run, day.out / name) | {"command_s": done.seconds}
 
 
-def killed(day: Day, name: str, copy: str, *, deterministic: bool = False) -> dict[str, Any]:
+def killed(day: Day, name: str, copy: str, *settings: str) -> dict[str, Any]:
     """Runs the toy as `copy`, kills it, starts it again, and compares it with `name`."""
-    env, settings = day.worked
-    env = env | (DETERMINISTIC_ENV if deterministic else {})
-    run = day.out / copy
-    shutil.rmtree(run, ignore_errors=True)
-    command = toy_command(day, copy, settings, deterministic=deterministic)
-    first = day.run(command, limit_s=240, env=env, until=lambda: len(record(run)) >= KILL_AFTER)
-    if first.code is not None:
-        raise Failed(
-            f"the run ended with {first.code} before it was killed\n{first.output[-2500:]}"
-        )
-    second = day.must(command, limit_s=240, env=env)
+    run, command = day.fresh(copy), day.toy(copy, *settings)
+    first = day.run(command, limit_s=240, until=lambda: len(record(run)) >= KILL_AFTER)
+    steps = len(record(run))
+    if first.code is not None or steps < KILL_AFTER:
+        how = "was killed at its limit" if first.code is None else f"ended with {first.code}"
+        raise Failed(f"the run {how} after {steps} steps\n{first.output[-2500:]}")
+    second = day.must(command, limit_s=240)
     resumed = re.search(r"resuming from \S+/step_0*(\d+)", second.output)
-    return {
-        "killed_after": len(record(run)) and KILL_AFTER,
+    return differences(run, day.out / name) | {
+        "killed_after": steps,
         "resumed_at": int(resumed[1]) if resumed else None,
         "restart_s": second.seconds,
-        **differences(run, day.out / name),
     }
 
 
 def toy_config(day: Day, run: Path) -> Path:
+    """Writes the config of a run of the toy. It starts from the weights of part sft, if there."""
+    start = day.out / "sft" / "hf"
     config = {
-        "model": {"path": str(day.toy_start()), "name": "toy"},
+        "model": {"path": str(start if start.is_dir() else QUICKSTART / "base"), "name": "toy"},
         "run": {"dir": str(run), "seed": 7},
         "data": {"train_files": [str(day.toy_data() / "train.parquet")]},
         "phases": [
@@ -415,58 +369,40 @@ def toy_config(day: Day, run: Path) -> Path:
     return file
 
 
-def toy_command(
-    day: Day, name: str, settings: tuple[str, ...], *, deterministic: bool = False
-) -> list[str]:
-    config = toy_config(day, day.out / name)
-    return day.qlrl("rl", str(config), *settings, *day.ranks(), deterministic=deterministic)
-
-
 def prepared(day: Day) -> Path:
     """Returns the config of the rehearsal, whose model and documents are made at its first use."""
     folder = day.out / "rehearsal"
-    config = folder / "config.json"
-    if not config.is_file():
-        command = [sys.executable, str(TOOLS / "gpu_engine.py"), "prepare", str(folder),
-                   "--tokenizer", str(day.tokenizer)]  # fmt: skip
-        day.must([*command, *([] if day.gpu else ["--small"])], limit_s=240)
-    sys.path.insert(0, str(folder))
-    os.environ["PYTHONPATH"] = f"{folder}:{os.environ.get('PYTHONPATH', '')}"  # the own reward
-    return config
+    if not (folder / "config.json").is_file():
+        sizes = [] if day.gpu else ["--small"]
+        command = ["prepare", str(folder), "--tokenizer", str(day.tokenizer), *sizes]
+        day.must([sys.executable, str(ROOT / "tools" / "gpu_engine.py"), *command], limit_s=240)
+    return folder / "config.json"
 
 
-def bench(day: Day, *arguments: str, limit_s: float, env: Mapping[str, str] | None = None) -> Any:
-    output = day.must(day.qlrl("bench", *arguments), limit_s=limit_s, env=env).output
-    return json.loads(_json(output))
+def bench(day: Day, command: list[str], *, limit_s: float) -> dict[str, Any]:
+    return last_json(day.must(command, limit_s=limit_s).output)
 
 
-def _json(output: str) -> str:
+def last_json(output: str) -> dict[str, Any]:
     """Returns the last JSON object of an output, which begins and ends at the start of a line."""
-    end = output.rindex("\n}")
-    begin = output.rindex("\n{", 0, end) if "\n{" in output[:end] else output.index("{")
-    return output[begin : end + 2]
+    lines = output.splitlines()
+    end = max(number for number, line in enumerate(lines) if line == "}")
+    begin = max(number for number, line in enumerate(lines[:end]) if line == "{")
+    return json.loads("\n".join(lines[begin : end + 1]))
 
 
-def inner(day: Day, tool: str, *arguments: str, limit_s: float) -> dict[str, Any]:
-    """Runs a tool that writes JSON."""
+def written(day: Day, tool: str, *arguments: str, limit_s: float) -> dict[str, Any]:
+    """Runs a tool and returns the JSON that it writes, also what it wrote before it failed."""
     file = day.out / f"{day.part}.json"
-    env, _ = day.worked
-    command = [sys.executable, str(TOOLS / tool), *arguments, "--out", str(file)]
+    file.unlink(missing_ok=True)
+    command = [sys.executable, str(ROOT / "tools" / tool), *arguments, "--out", str(file)]
     try:
-        day.must(command, limit_s=limit_s, env=env)
+        day.must(command, limit_s=limit_s)
     except Failed as failure:
-        # Whatever it measured before it failed is worth having.
-        if file.is_file():
-            return {"failed": str(failure), **json.loads(file.read_text())}
-        raise
+        if not file.is_file():
+            raise
+        return {"failed": str(failure), **json.loads(file.read_text())}
     return json.loads(file.read_text())
-
-
-def checked(day: Day, *parts: str, limit_s: float) -> dict[str, Any]:
-    figures = inner(day, "gpu_check.py", "--parts", *parts, limit_s=limit_s)
-    return {name: figures[name] for name in parts if name in figures} | {
-        name: figures[name] for name in ("failed",) if name in figures
-    }
 
 
 def record(run: Path) -> list[dict[str, Any]]:
@@ -476,102 +412,102 @@ def record(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-SHOWN = (
+RECORDED = (
     "timing_s/", "perf/", "training/", "actor/grad_norm", "actor/entropy", "critic/rewards/mean",
-    "response_length/mean", "prompt_length/mean", "sync/",
+    "response_length/mean", "prompt_length/mean",
 )  # fmt: skip
+SHOWN = ("timing_s/step", "timing_s/gen", "timing_s/update_actor",
+         "training/rollout_probs_diff_mean")  # fmt: skip
 
 
-TOLD = (
-    "timing_s/step", "timing_s/gen", "timing_s/update_actor", "perf/max_memory_reserved_gb",
-    "training/rollout_probs_diff_mean",
-)  # fmt: skip
-
-
-def steps_of(run: Path) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in line.items() if k == "step" or k.startswith(SHOWN)}
-        for line in record(run)
-    ]
-
-
-def sleep_lines(run: Path) -> list[str]:
-    """Returns what the engine said on sleep, wake-up and reload."""
-    words = re.compile(r"Sleep mode freed.*|It took .* (?:asleep|wake up).*|Reloading and.*")
-    files = sorted((run / "logs").glob("*")) if (run / "logs").is_dir() else []
-    found = [m for f in files for m in words.findall(f.read_text(errors="replace"))]
-    return found[:40]
+def steps_of(run: Path) -> dict[str, Any]:
+    """Returns the metrics of a run that say most; those of its last step are shown."""
+    steps = record(run)
+    last = ", ".join(f"{name} {steps[-1][name]:.3g}" for name in SHOWN if name in steps[-1])
+    kept = [{k: v for k, v in s.items() if k == "step" or k.startswith(RECORDED)} for s in steps]
+    return {"says": f"{len(steps)} steps; last: {last}", "steps": kept}
 
 
 def differences(run: Path, reference: Path) -> dict[str, Any]:
     """Compares two runs bit for bit: rollouts, metrics (timings left out) and released weights.
-    Says of each the first step at which it differs."""
+    Says of each metric the first step at which it differs."""
     ours, theirs = record(run), record(reference)
-    by_metric: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for mine, other in zip(ours, theirs, strict=False):
         for name in sorted(mine.keys() | other.keys()):
-            if name.startswith(("timing_s/", "perf/")) or mine.get(name) == other.get(name):
-                continue
-            by_metric.setdefault(
-                name,
-                {"first_step": mine["step"], "run": mine.get(name), "reference": other.get(name)},
-            )
-    texts: dict[str, Any] = {}
+            pair = {"run": mine.get(name), "reference": other.get(name)}
+            if not name.startswith(("timing_s/", "perf/")) and pair["run"] != pair["reference"]:
+                metrics.setdefault(name, {"first_step": mine["step"], **pair})
+    first = sorted(metrics, key=lambda name: metrics[name]["first_step"])[:12]
+    rollouts: dict[str, Any] = {}
     for file in sorted((reference / "rollouts").iterdir()):
-        pair = [f.read_text() if f.is_file() else "" for f in (run / "rollouts" / file.name, file)]
-        if pair[0] != pair[1]:
-            a, b = ([json.loads(line)["response"] for line in text.splitlines()] for text in pair)
-            same = sum(x == y for x, y in zip(a, b, strict=False))
-            texts[file.name] = {"responses": len(b), "equal": same}
-    weights = [f / "hf" / "model.safetensors" for f in (run, reference)]
-    equal = weights[0].read_bytes() == weights[1].read_bytes()
-    first = sorted((m["first_step"], name) for name, m in by_metric.items())
+        copy = run / "rollouts" / file.name
+        a, b = (f.read_text().splitlines() if f.is_file() else [] for f in (copy, file))
+        if a != b:
+            texts = ([json.loads(line)["response"] for line in lines] for lines in (a, b))
+            same = sum(x == y for x, y in zip(*texts, strict=False))
+            rollouts[file.name] = {"responses": len(b), "equal": same}
+    weights = weight_difference(run, reference)
+    equal = not (weights or metrics or rollouts) and len(ours) == len(theirs)
+    differing = ", ".join(f"{name} from step {metrics[name]['first_step']}" for name in first[:2])
     return {
-        "bitwise_equal": equal and not by_metric and not texts and len(ours) == len(theirs),
+        "says": "bitwise equal" if equal else f"differs: {differing or 'rollouts or weights'}",
+        "bitwise_equal": equal,
         "steps": [len(ours), len(theirs)],
-        "weights_equal": equal,
-        "largest_weight_difference": 0.0 if equal else weight_difference(*weights),
-        "first_metrics_that_differ": {name: by_metric[name] for _, name in first[:12]},
-        "metrics_that_differ": len(by_metric),
-        "rollouts_that_differ": texts,
+        "largest_weight_difference": weights,
+        "first_metrics_that_differ": {name: metrics[name] for name in first},
+        "metrics_that_differ": len(metrics),
+        "rollouts_that_differ": rollouts,
     }
 
 
-def weight_difference(ours: Path, theirs: Path) -> float | str:
-    code = (
-        "import sys; from safetensors.torch import load_file as l; a, b = map(l, sys.argv[1:]); "
-        "print(max(float((a[k].double() - b[k].double()).abs().max()) for k in a))"
-    )
-    command = [sys.executable, "-c", code, str(ours), str(theirs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return float(done.stdout) if done.returncode == 0 else done.stderr[-300:]
+def weight_difference(run: Path, reference: Path) -> float:
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(f / "hf" / "model.safetensors") for f in (run, reference))
+    return max(float((ours[k].double() - theirs[k].double()).abs().max()) for k in theirs)
 
 
 def table(results: Mapping[str, Any]) -> str:
     """One line for each part: its seconds, and the figures that say most."""
     lines = ["| part | s | result |", "|---|---|---|"]
-    for name, result in results.items():
-        if name in PARTS:
-            lines.append(f"| {name} | {result['seconds']:.0f} | {headline(name, result)} |")
+    for name in PARTS:
+        if result := results.get(name):
+            lines.append(f"| {name} | {result['part_s']:.0f} | {headline(result)} |")
     return "\n".join(lines)
 
 
-def headline(name: str, result: Mapping[str, Any]) -> str:
+ERROR = re.compile(r"qlrl: error: |[\w.]*(?:Error|Exception|Failed|Interrupt)\b")
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """Returns one line: what the part says, or the last error in the output of one that failed, or
+    how that ended if its output names no error."""
+    if "failed" not in result:
+        return result.get("says", "ok")
+    lines = result["failed"].strip().splitlines()
+    errors = [line for line in lines if ERROR.match(line)]
+    return f"FAILED: {(errors[-1:] or lines[:1])[0][:160]}"
+
+
+def run_part(day: Day, name: str) -> dict[str, Any]:
+    """Runs one part and records it."""
+    day.part = name
+    began = time.monotonic()
+    result: dict[str, Any]
+    try:
+        result = PARTS[name](day)
+    except Failed as failure:
+        result = {"failed": str(failure)}
+    except Exception:  # one broken part must not hide the results of the others
+        result = {"failed": traceback.format_exc()}
+    result["part_s"] = round(time.monotonic() - began, 1)
+    day.results[name] = result
+    (day.out / "day.json").write_text(json.dumps(day.results, indent=1))
+    print(f"{name}: {result['part_s']} s, {headline(result)}", flush=True)
     if "failed" in result:
-        return "FAILED: " + result["failed"].strip().splitlines()[-1][:160]
-    if "bitwise_equal" in result:
-        first = list(result["first_metrics_that_differ"].items())[:2]
-        differing = ", ".join(f"{k} from step {v['first_step']}" for k, v in first)
-        return "bitwise equal" if result["bitwise_equal"] else f"differs: {differing or 'rollouts'}"
-    if "steps" in result and isinstance(result["steps"], list) and result["steps"]:
-        last = result["steps"][-1]
-        parts = {k.split("/")[1]: round(last[k], 3) for k in TOLD if k in last}
-        return f"{len(result['steps'])} steps; last {parts}"
-    if name == "deterministic":
-        return "; ".join(
-            f"{k}: {headline('', v)}" for k, v in result.items() if isinstance(v, dict)
-        )
-    return "ok"
+        print(result["failed"][-2000:], flush=True)
+    return result
 
 
 def main() -> int:
@@ -580,52 +516,33 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="these parts alone, in order")
     parser.add_argument("--list", action="store_true", help="say what there is, and end")
     parser.add_argument("--processes", type=int, help="ranks of a run; default: one per GPU")
-    parser.add_argument("--start", type=Path, help="weights the toy's RL starts from")
-    parser.add_argument("--data", type=Path, help="folder that `qlrl data toy` wrote")
-    parser.add_argument("--tokenizer", type=Path, default=ROOT / "examples" / "quickstart" / "base",
-                        help="tokenizer of the rehearsal")  # fmt: skip
-    parser.add_argument("--hardware", help="of `qlrl plan`; default: as the GPU's name says")
+    parser.add_argument("--tokenizer", type=Path, default=QUICKSTART / "base",
+                        help="folder of the tokenizer of the rehearsal")  # fmt: skip
     arguments = parser.parse_args()
     if arguments.list:
-        print(
-            "\n".join(f"{name:14} {part.__doc__.splitlines()[0]}" for name, part in PARTS.items())
-        )
+        for name, part in PARTS.items():
+            print(f"{name:14} {' '.join((part.__doc__ or '').split())}")
         return 0
     if arguments.out is None:
         parser.error("OUT is missing")
-    if unknown := set(arguments.parts or ()) - set(PARTS):
+    names = arguments.parts or list(PARTS)
+    if unknown := set(names) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     gpus = gpu_names()
     day = Day(
         out=arguments.out.resolve(),
         processes=arguments.processes or max(len(gpus), 1),
         gpu=bool(gpus),
-        start=arguments.start and arguments.start.resolve(),
-        data=arguments.data and arguments.data.resolve(),
         tokenizer=arguments.tokenizer.resolve(),
-        hardware=arguments.hardware or ("h200-141g" if "H200" in str(gpus) else "h100-80g"),
+        hardware="h200-141g" if "H200" in str(gpus) else "h100-80g",
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    file = day.out / "day.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.is_file():
-        day.results = json.loads(file.read_text())
-    names = arguments.parts or list(PARTS)
-    for name in names:
-        day.part = name
-        began = time.monotonic()
-        try:
-            result = PARTS[name](day)
-        except Exception as error:  # one broken part must not hide the results of the others
-            told = str(error) if isinstance(error, Failed) else traceback.format_exc()
-            result = {"failed": told}
-        day.results[name] = result | {"seconds": round(time.monotonic() - began, 1)}
-        file.write_text(json.dumps(day.results, indent=1))
-        print(f"{name}: {day.results[name]['seconds']} s, {headline(name, result)}", flush=True)
-        if "failed" in result:
-            print(result["failed"][-2000:], flush=True)
+    day.out.mkdir(parents=True, exist_ok=True)
+    if (day.out / "day.json").is_file():
+        day.results = json.loads((day.out / "day.json").read_text())
+    results = [run_part(day, name) for name in names]
     print(table(day.results))
-    return int(any("failed" in day.results[name] for name in names))
+    return int(any("failed" in result for result in results))
 
 
 def gpu_names() -> list[str]:

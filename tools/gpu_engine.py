@@ -7,7 +7,7 @@ wake-up and reload; what seeds and log-probs cost in sampling; and `qlrl bench s
 
 `prepare` writes a model of Qwen3-1.7B's widths with random weights and the tokenizer's vocabulary,
 documents of 20,000 and 60,000 tokens, a reward that differs between responses, and a config. The
-file of `measure` is written after each of its parts.
+file of `measure` is written after each of its parts; tools/gpu_day.py calls both.
 """
 
 import argparse
@@ -20,42 +20,42 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 GIB = 2**30
 
 
 def prepare(folder: Path, tokenizer_folder: Path, *, small: bool) -> None:
+    """Writes model, documents, reward and config; small ones for a machine without a GPU."""
     import numpy as np
     import torch
-    from rehearse import REWARD, write_rows
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
     from megatron_qlrl.data.tokenizer import load_tokenizer
+    from tools.rehearse import REWARD, write_rows
 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    widths = dict(
-        hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128,
-    )  # fmt: skip
-    if small:
-        widths = dict(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=32,
-        )  # fmt: skip
+    hidden, ffn, layers, heads, kv_heads, dim = (
+        (64, 128, 2, 2, 1, 32) if small else (2048, 6144, 28, 16, 8, 128)
+    )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen3ForCausalLM(
             Qwen3Config(
+                hidden_size=hidden,
+                intermediate_size=ffn,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=dim,
                 vocab_size=-(-len(tokenizer) // 64) * 64,
                 max_position_embeddings=131_072,
                 tie_word_embeddings=True,
                 eos_token_id=tokenizer.eos_token_id,
-                **widths,
             )
         )
-    model.to(torch.bfloat16).save_pretrained(folder / "model")
+    model.bfloat16()
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     short, long, response = (1000, 2000, 16) if small else (20_000, 60_000, 500)
     # What the chat template and the question add stays below the limits.
@@ -87,7 +87,12 @@ def prepare(folder: Path, tokenizer_folder: Path, *, small: bool) -> None:
 
 
 class Memory:
-    """GPU memory at named points, in GiB: of the whole device, and of torch in this process."""
+    """GPU memory at named points, in GiB."""
+
+    MEANING = (
+        "used: in use on the device, which says what is free. allocated, reserved: what torch "
+        "counts in this process, and with it the memory that a sleeping engine has given back"
+    )
 
     def __init__(self) -> None:
         self.points: list[dict[str, Any]] = []
@@ -99,14 +104,12 @@ class Memory:
             return
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
-        self.points.append(
-            {
-                "at": name,
-                "used": round((total - free) / GIB, 2),
-                "allocated": round(torch.cuda.memory_allocated() / GIB, 2),
-                "reserved": round(torch.cuda.memory_reserved() / GIB, 2),
-            }
-        )
+        figures = {
+            "used": total - free,
+            "allocated": torch.cuda.memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+        }
+        self.points.append({"at": name} | {k: round(v / GIB, 2) for k, v in figures.items()})
 
     def watch(self, owner: Any, method: str) -> None:
         """Makes a point after each call of `owner.method`, with the call's seconds."""
@@ -125,10 +128,11 @@ class Memory:
         setattr(owner, method, watched)
 
 
-def measure(file: Path, out: Path) -> int:
+def measure(file: Path, out: Path) -> None:
+    """Measures the config of `prepare`."""
     from megatron_qlrl import build
     from megatron_qlrl.bench.policy import LOSS, make_group
-    from megatron_qlrl.bench.step import _measure as measure_step
+    from megatron_qlrl.bench.step import measure_step
     from megatron_qlrl.config.load import load_config
     from megatron_qlrl.packing.distribute import group_rows
     from megatron_qlrl.parallel.context import process_group
@@ -145,7 +149,7 @@ def measure(file: Path, out: Path) -> int:
         out.write_text(json.dumps(result, indent=1))
 
     memory = Memory()
-    result["memory"] = memory.points
+    result |= {"memory_gib": memory.MEANING, "memory": memory.points}
     init_ranks()
     with process_group(rank=0, local_rank=0, world_size=1):
         memory.point("process group")
@@ -185,7 +189,6 @@ def measure(file: Path, out: Path) -> int:
             result["counts"] = engine.take_counts()
             result["step"] = measure_step(job, model, prompt, response, 2 if gpu else 1)
             write()
-    return 0
 
 
 def samplers(engine: Any, prompt_ids: Any, *, gpu: bool) -> dict[str, Any]:
@@ -267,7 +270,7 @@ def _rate(
     return count * tokens / (time.perf_counter() - began)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     commands = parser.add_subparsers(dest="command", required=True)
     preparing = commands.add_parser("prepare")
@@ -280,9 +283,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.command == "prepare":
         prepare(arguments.folder.resolve(), arguments.tokenizer, small=arguments.small)
-        return 0
-    return measure(arguments.config, arguments.out)
+    else:
+        measure(arguments.config, arguments.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

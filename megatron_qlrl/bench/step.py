@@ -50,12 +50,13 @@ def bench_step(
     with process_group(rank=0, local_rank=0, world_size=1):
         job = build.make_job(config)
         with build.open_model(job, build.make_scorer(job), temperature=1.0) as model:
-            return _measure(job, model, prompt_tokens, response_tokens, rounds)
+            return measure_step(job, model, prompt_tokens, response_tokens, rounds)
 
 
-def _measure(
+def measure_step(
     job: build.Job, model: build.Model, prompt_tokens: int, response_tokens: int, rounds: int
 ) -> dict[str, Any]:
+    """Returns what `bench_step` does, of a model that is open."""
     config, shape = job.config, job.shape
     dtype = weight_dtype(config.model.dtype)
     size = config.rollout.group_size
