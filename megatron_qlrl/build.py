@@ -33,7 +33,7 @@ from megatron_qlrl.metrics.monitor import Monitor
 from megatron_qlrl.packing.shard import shard_row
 from megatron_qlrl.parallel.collectives import gather_objects, on_all_ranks
 from megatron_qlrl.parallel.context import ParallelContext, init_parallel
-from megatron_qlrl.platform.device import weight_dtype
+from megatron_qlrl.platform.device import use_deterministic_kernels, weight_dtype
 from megatron_qlrl.platform.env import set_engine_env
 from megatron_qlrl.platform.progress import Progress
 from megatron_qlrl.platform.stop import StopSignals
@@ -96,6 +96,8 @@ def make_job(config: Config, whole: Config | None = None) -> Job:
         ConfigError: the model's folder or tokenizer cannot be used.
     """
     set_engine_env(cpu_kv_cache_gib=config.rollout.cpu_kv_cache_gib)
+    if config.policy.deterministic:
+        use_deterministic_kernels()
     shape = read_shape(config.model.path, rope_scaling=config.model.rope_scaling)
     context = make_context(config)
     progress = Progress.of_rank(context.rank)

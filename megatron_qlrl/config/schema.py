@@ -310,6 +310,10 @@ class PolicyConfig(Section):
     """Activation recomputation: none, the MLP of each layer (selective), or whole layers (full)."""
     offload_activations: bool = False
     """Keep the layer inputs that recompute=full saves in (pinned) host memory."""
+    deterministic: bool = False
+    """Take deterministic kernels on a GPU, so that the same run computes the same bits again (see
+    docs/running.md for what was seen). The backward pass of attention gets slower and larger.
+    Without a GPU every run does."""
     fp8: Annotated[Literal["off", "e4m3", "hybrid"], YamlOff] = "off"
     """FP8 format of the linear layers (Transformer Engine, GPU only). e4m3: for all tensors; suits
     recipes with a scale for each block (blockwise, mxfp8). hybrid: gradients in e5m2, which is

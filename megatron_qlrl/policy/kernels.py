@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_qlrl.platform.device import strictly_deterministic
+
 Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -90,10 +92,11 @@ class AtenCuda(_Aten):
     def _backward(self, tensors: tuple[torch.Tensor, ...], causal: bool, scale: float) -> Grads:
         q, k = tensors[1], tensors[2]
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            *tensors, None, None, q.shape[2], k.shape[2], 0.0, causal, no_dropout[0],
-            no_dropout[1], scale=scale,
-        )  # fmt: skip
+        with strictly_deterministic():
+            return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                *tensors, None, None, q.shape[2], k.shape[2], 0.0, causal, no_dropout[0],
+                no_dropout[1], scale=scale,
+            )  # fmt: skip
 
 
 class FlashAttn:
@@ -118,7 +121,8 @@ class FlashAttn:
         _flash_attn()._flash_attn_backward(
             grad_out[None], q[None], k[None], v[None], out[None], lse.t().contiguous()[None],
             dq, dk, dv, dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=-1,
-            window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=False,
+            window_size_right=-1, softcap=0.0, alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         return dq[0], dk[0], dv[0]
 

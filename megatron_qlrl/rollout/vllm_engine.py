@@ -4,8 +4,8 @@ World ranks [i * tp, (i + 1) * tp) form engine i. The engine starts with dummy w
 trainer's through `awake`, which always puts it back to sleep, so that it never generates with stale
 weights and its memory is free for the trainer.
 
-On a GPU the engine has been started, no further: sleep level 2, wake tags, the reload and counts
-with a batch queue have not been run there yet.
+On one H100 all of it was run (docs/gpus.md): sleep level 2, wake tags, the reload and the counts
+with a batch queue; not yet on several GPUs.
 """
 
 import itertools
@@ -203,7 +203,7 @@ class VllmEngine:
     def _wake(self, part: str) -> None:
         if has_gpu():
             # torch must return what the update and the stream have freed, because the engine takes
-            # its memory from the device. Not run on a GPU yet.
+            # its memory from the device.
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=[part])
 

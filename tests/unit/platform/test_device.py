@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_qlrl.platform import device
 from megatron_qlrl.platform.machine import attention_kernel
@@ -83,3 +84,22 @@ def test_transformer_engine_counts_if_its_layers_load(
         write(packages / "transformer_engine" / "pytorch" / "layers.py")
         (packages / "transformer_engine" / "pytorch" / "__init__.py").write_text(pytorch)
     assert device.has_transformer_engine() == present
+
+
+def test_deterministic_kernels_are_asked_for_strictly_in_the_block_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO"):
+        monkeypatch.setenv(name, "")  # what is set below is taken back
+    try:
+        with device.strictly_deterministic():
+            assert not torch.are_deterministic_algorithms_enabled()
+        device.use_deterministic_kernels()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        with pytest.raises(ZeroDivisionError), device.strictly_deterministic():
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            _ = 1 / 0
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
