@@ -1,11 +1,12 @@
 """The one place that decides between CUDA and the CPU."""
 
-import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from megatron_qlrl.platform.env import set_deterministic_env
 
 
 def has_gpu() -> bool:
@@ -25,8 +26,7 @@ def backend() -> str:
 def use_deterministic_kernels() -> None:
     """Asks torch, cuBLAS and Transformer Engine for kernels that give the same bits each time; call
     it before the first matrix product. Where torch has none it warns once and goes on."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    set_deterministic_env()
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 

@@ -108,6 +108,12 @@ def set_engine_env(*, cpu_kv_cache_gib: int) -> None:
         os.environ.setdefault(name, value)
 
 
+def set_deterministic_env() -> None:
+    """Sets what cuBLAS and Transformer Engine read when they are first used."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+
+
 def check_allocator(environ: Mapping[str, str] | None = None) -> None:
     """Checks that the environment gives torch an allocator that the engine can sleep in: vLLM frees
     its memory through a pool of its own, which only torch's native caching allocator has.
