@@ -26,12 +26,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_qlrl import build, commands
 from megatron_qlrl.config.load import load_config
 from megatron_qlrl.data.dataset import verl_schema
 from megatron_qlrl.data.tokenizer import load_tokenizer
+from megatron_qlrl.errors import QlrlError
 from megatron_qlrl.platform.env import init_ranks
 from megatron_qlrl.rollout.vllm_engine import COUNTS, Completion, Generate, Request, Sampling
 from megatron_qlrl.train.recorder import Recorder
@@ -223,7 +224,7 @@ def rehearse(args: argparse.Namespace) -> dict[str, Any]:
     if args.engine:
         sizes = np.array([SHORT, *([LONGEST] * args.rows)][: args.rows])
     if not (args.out / "model" / "config.json").is_file():
-        write_model(args.out / "model", AutoTokenizer.from_pretrained(args.tokenizer))
+        write_model(args.out / "model", load_tokenizer(args.tokenizer))
     # In the folder of another model the same files may be read by another class of tokenizer.
     tokenizer = load_tokenizer(args.out / "model")
     if not (args.out / "train.parquet").is_file():
@@ -272,7 +273,7 @@ def rehearse(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tokenizer", required=True, help="Hugging Face folder")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--rows", type=int, default=1600)
     parser.add_argument("--steps", type=int, default=2, help="of each phase")
     parser.add_argument("--prompts", type=int, default=32, help="of a step")
@@ -281,7 +282,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("settings", nargs="*", help="more settings: a.b=value")
     args = parser.parse_intermixed_args()
-    result = rehearse(args)
+    try:
+        result = rehearse(args)
+    except QlrlError as error:
+        sys.exit(f"rehearse: error: {error}")
     text = json.dumps(result, indent=2)
     print(text)
     if args.json:
