@@ -218,6 +218,7 @@ def bench_kernels(gpu: bool) -> dict[str, Any]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
+    from megatron_qlrl.bench.floor import matmul_rate
     from megatron_qlrl.bench.measure import compare
     from megatron_qlrl.platform.device import device
     from megatron_qlrl.policy.kernels import KERNELS
@@ -267,10 +268,7 @@ def bench_kernels(gpu: bool) -> dict[str, Any]:
             figures[f"{piece} {name}"] = {
                 "s": cost.work_s, "tflop_per_s": times * flops / cost.work_s / 1e12
             }  # fmt: skip
-    size = 8192 if gpu else 64
-    a, b = draw(size, size), draw(size, size)
-    cost = compare({"matmul": lambda: a @ b}, rounds=10)["matmul"]
-    figures["matmul_tflop_per_s"] = 2 * size**3 / cost.work_s / 1e12
+    figures["matmul_tflop_per_s"] = matmul_rate(dtype, rounds=10) / 1e12
     return figures
 
 

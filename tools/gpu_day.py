@@ -200,7 +200,6 @@ def toy(day: Day) -> dict[str, Any]:
     """RL with the co-located engine, which sleeps, wakes and reloads in each step; its log-probs
     are compared with the trainer's after every weight sync."""
     run = day.fresh("toy")
-    run = day.fresh("toy")
     day.must(day.toy("toy"), limit_s=240)
     return steps_of(run)
 

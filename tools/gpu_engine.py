@@ -28,13 +28,13 @@ def prepare(folder: Path, tokenizer_folder: Path, *, small: bool) -> None:
     """Writes model, documents, reward and config; small ones for a machine without a GPU."""
     import numpy as np
     import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from megatron_qlrl.data.tokenizer import load_tokenizer
     from tools.rehearse import REWARD, write_rows
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     hidden, ffn, layers, heads, kv_heads, dim = (
         (64, 128, 2, 2, 1, 32) if small else (2048, 6144, 28, 16, 8, 128)
     )

@@ -29,6 +29,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_qlrl import build, commands
+from megatron_qlrl.bench.measure import host_peak, reset_host_peak
 from megatron_qlrl.config.load import load_config
 from megatron_qlrl.data.dataset import verl_schema
 from megatron_qlrl.data.tokenizer import load_tokenizer
@@ -121,7 +122,6 @@ class RandomSampler:
 
     def __init__(self, vocab: int) -> None:
         self._vocab = vocab
-        self._counts = {}
 
     @contextmanager
     def awake(
@@ -158,13 +158,12 @@ class Parts:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        before, began = _resident("VmRSS"), time.perf_counter()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before, began = reset_host_peak(), time.perf_counter()
         yield
         cost = self.costs.setdefault(name, {"seconds": 0.0, "calls": 0, "peak_mib": 0.0})
         cost["seconds"] += time.perf_counter() - began
         cost["calls"] += 1
-        cost["peak_mib"] = max(cost["peak_mib"], _resident("VmHWM") - before)
+        cost["peak_mib"] = max(cost["peak_mib"], (host_peak() - before) / 2**20)
 
     def watch(self, owner: Any, method: str, name: str) -> None:
         """Times each call of `owner.method` from now on."""
@@ -175,12 +174,6 @@ class Parts:
                 return original(*args, **kwargs)
 
         setattr(owner, method, timed)
-
-
-def _resident(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(field + ":"))
-    return int(line.split()[1]) / 1024
 
 
 def sizes_on_disk(run: Path) -> dict[str, int]:

@@ -10,7 +10,13 @@ import torch
 
 from megatron_qlrl.bench.measure import measure
 from megatron_qlrl.config.shape import ModelShape
-from megatron_qlrl.plan.flops import UPDATE_TO_FORWARD, attention_flops, block_flops, pairs
+from megatron_qlrl.plan.flops import (
+    UPDATE_TO_FORWARD,
+    attention_flops,
+    block_flops,
+    block_pairs,
+    pairs,
+)
 from megatron_qlrl.platform.device import device, has_gpu
 from megatron_qlrl.platform.machine import attention_kernel
 from megatron_qlrl.policy.kernels import KERNELS
@@ -25,23 +31,21 @@ def update_floor(
     The kernel's rate is that of the prompt's attention on itself, forward and backward, in model
     FLOPs: what a backward pass recomputes inside the kernel counts as its slowness.
     """
-    rates = {
-        "matmul": _matmul_rate(dtype, rounds),
-        "attention": _attention_rate(shape, prompt, dtype, rounds),
-    }
+    matmul, kernel = matmul_rate(dtype, rounds), _attention_rate(shape, prompt, dtype, rounds)
     flops = UPDATE_TO_FORWARD * block_flops(shape, prompt, responses)
-    num_pairs = pairs(prompt) + sum(pairs(r) + r * prompt for r in responses)
-    attention = UPDATE_TO_FORWARD * shape.num_layers * attention_flops(shape, num_pairs)
+    in_a_layer = attention_flops(shape, block_pairs(prompt, responses))
+    attention = UPDATE_TO_FORWARD * shape.num_layers * in_a_layer
     return {
         "flops": flops,
         "attention_flops": attention,
-        "matmul_flops_per_s": rates["matmul"],
-        "attention_flops_per_s": rates["attention"],
-        "seconds": (flops - attention) / rates["matmul"] + attention / rates["attention"],
+        "matmul_flops_per_s": matmul,
+        "attention_flops_per_s": kernel,
+        "seconds": (flops - attention) / matmul + attention / kernel,
     }
 
 
-def _matmul_rate(dtype: torch.dtype, rounds: int) -> float:
+def matmul_rate(dtype: torch.dtype, rounds: int) -> float:
+    """Returns the FLOP/s of one large square matrix product."""
     size = 8192 if has_gpu() else 1536
     left, right = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
     return 2 * size**3 / _seconds(lambda: left @ right, rounds)

@@ -90,6 +90,11 @@ def _reset_peak() -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    return reset_host_peak()
+
+
+def reset_host_peak() -> int:
+    """Makes the peak of this process' resident memory begin anew, and returns the bytes in use."""
     # Freed pages that the allocator still holds would hide what the next call needs.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -97,7 +102,12 @@ def _reset_peak() -> int:
 
 
 def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if has_gpu() else _status("VmHWM")
+    return torch.cuda.max_memory_allocated() if has_gpu() else host_peak()
+
+
+def host_peak() -> int:
+    """Returns the most resident memory since `reset_host_peak`, in bytes."""
+    return _status("VmHWM")
 
 
 def _status(name: str) -> int:

@@ -19,7 +19,7 @@ def block_flops(shape: ModelShape, prompt: int, responses: Sequence[int]) -> flo
     prompt and on itself, and the LM head for response tokens only."""
     return shape.num_layers * (
         linear_flops(shape) * (prompt + sum(responses))
-        + attention_flops(shape, pairs(prompt) + sum(pairs(r) + r * prompt for r in responses))
+        + attention_flops(shape, block_pairs(prompt, responses))
     ) + head_flops(shape, sum(responses))
 
 
@@ -51,6 +51,11 @@ def attention_flops(shape: ModelShape, num_pairs: float) -> float:
 def head_flops(shape: ModelShape, tokens: int) -> float:
     """Returns the forward FLOPs of the LM head."""
     return 2 * shape.hidden_size * shape.vocab_size * tokens
+
+
+def block_pairs(prompt: int, responses: Sequence[int]) -> float:
+    """Returns the (query, key) pairs of `block_flops`."""
+    return pairs(prompt) + sum(pairs(r) + r * prompt for r in responses)
 
 
 def pairs(tokens: int) -> float:
