@@ -65,8 +65,7 @@ def write_rows(file: Path, sizes: np.ndarray, tokenizer: Any, rng: np.random.Gen
         for index, size in enumerate(sizes):
             wanted = max(int(size) - OVERHEAD, 1)
             begin = int(rng.integers(len(text) // 2))
-            document = text[begin : begin + int(1.2 * per_token * wanted)]
-            document = document[: _offsets(tokenizer, document)[wanted][0]]
+            document = _first_tokens(tokenizer, text[begin:], wanted, guess=per_token * wanted)
             question = f"What does part {index} say?"
             content = f"<text>\n{document}\n</text>\n\n{question}"
             rows.append(
@@ -83,6 +82,15 @@ def write_rows(file: Path, sizes: np.ndarray, tokenizer: Any, rng: np.random.Gen
             if len(rows) == 64 or index + 1 == len(sizes):
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 rows = []
+
+
+def _first_tokens(tokenizer: Any, text: str, wanted: int, *, guess: float) -> str:
+    """Returns the text's first tokens; so many have about `guess` characters. The text has more."""
+    while True:
+        offsets = _offsets(tokenizer, text[: int(guess)])
+        if len(offsets) > wanted:
+            return text[: offsets[wanted][0]]
+        guess = 1.5 * guess + 10  # tables and code have longer tokens than prose
 
 
 def _offsets(tokenizer: Any, text: str) -> list[tuple[int, int]]:

@@ -1,13 +1,15 @@
 """tools/rehearse.py, with rows of a twentieth of their length."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tools.rehearse import LONGEST, SHARE_SHORT, SHORT, lengths
+from tools.rehearse import LONGEST, SHARE_SHORT, SHORT, _first_tokens, lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,6 +20,17 @@ def test_lengths_are_those_of_docqa_rl() -> None:
     assert sizes.max() == LONGEST
     assert abs(sizes.mean() - 11_400) < 600
     assert abs((sizes <= SHORT).mean() - SHARE_SHORT) < 0.03
+
+
+def test_documents_have_their_tokens_where_tokens_are_long() -> None:
+    """A tokenizer of words; those at the beginning are ten times as long as the guess expects."""
+
+    def words(text: str, **_: Any) -> dict[str, Any]:
+        return {"offset_mapping": [m.span() for m in re.finditer(r"\S+", text)]}
+
+    text = "longerlongerlongerlonger " * 40 + "a " * 1000
+    assert _first_tokens(words, text, 30, guess=60.0) == text[: 25 * 30]
+    assert _first_tokens(words, text, 1, guess=2.0) == text[:25]
 
 
 def test_rehearsal_counts_its_parts(tmp_path: Path) -> None:
